@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -26,9 +27,22 @@ from collections import Counter
 from fractions import Fraction
 from typing import Any
 
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tokenizers
+import tyro
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
 # ---- 0 constants --------------------------------------------------------------------------------------------------
 # What: names that stand in more than one place. Used by: all sections and scripts.
 SCHEMA_VERSION = 1
+PROCESS_START = time.time()
 STREAM_INIT, STREAM_DATA, STREAM_ROLLOUT, STREAM_EVAL, STREAM_BASE = range(5)  # PRNG streams: fold_in(root, STREAM)
 SPLITS = ("train", "val", "test", "transfer")
 ERROR_TAGS = ("local_arithmetic", "missing_case", "invalid_assumption", "wrong_decomposition", "tool_misuse",
@@ -108,13 +122,12 @@ def parse_quadruple(line: str, where: str) -> Quadruple:
 def read_replay(path: str | os.PathLike) -> list[Quadruple]:
     """All quadruples of one JSONL file. No line is ever skipped: a bad one raises InputError with file, line and field."""
     try:
-        lines = pathlib.Path(path).read_text(encoding="utf-8").splitlines()
+        lines = pathlib.Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"cannot read replay file {path}: {e}; make it with: python teacher.py") from None
-    quads = [parse_quadruple(line, f"{path}:{i}") for i, line in enumerate(lines, 1)]
-    if not quads:
+    if lines == [""]:
         raise InputError(f"{path}: no quadruples; make them with: python teacher.py")
-    return quads
+    return [parse_quadruple(line, f"{path}:{i}") for i, line in enumerate(lines, 1)]
 
 
 def write_atomic(path: str | os.PathLike, text: str) -> None:
@@ -176,8 +189,6 @@ def fixtures_math(seed: int = 0, size: int = 6000) -> list[Problem]:
     Two templates: one person whose stock changes event by event, and a row of people each compared with the one before,
     whose last step adds two of them up. `size` problems, no text twice; deterministic in `seed`.
     """
-    import numpy as np
-
     rng = np.random.default_rng((seed, 71))
     problems: dict[str, Problem] = {}
     while len(problems) < size:
@@ -192,45 +203,49 @@ def fixtures_math(seed: int = 0, size: int = 6000) -> list[Problem]:
     return list(problems.values())
 
 
-def _change(rng, value: int, taken: set[int]) -> tuple[str, int, int]:
-    """One operation on `value` that keeps it in 2..60: (operator, operand, new value). No operand or value comes twice,
-    so that a number in a solution says where it comes from; raises StopIteration where none is left."""
+def _change(rng, value: int, results: set[int], givens: set[int]) -> tuple[str, int, int]:
+    """One operation on `value` that keeps it in 2..40: (operator, operand, new value).
+
+    No result comes twice and no given number equals a result, so that a number in a solution says where it comes from.
+    Raises StopIteration where nothing is left.
+    """
     for _ in range(200):
         op = str(rng.choice(["+", "+", "-", "-", "*", "/"]))
-        n = int(rng.integers(2, 4)) if op in "*/" else int(rng.integers(2, 13))
+        n = int(rng.integers(2, 4)) if op in "*/" else int(rng.integers(2, 10))
         if op == "/" and value % n:
             continue
         new = {"+": value + n, "-": value - n, "*": value * n, "/": value // n}[op]
-        if 2 <= new <= 60 and new != n and not {new, n} & taken:
+        if 2 <= new <= 40 and new != n and n not in results and new not in results | givens:
+            results.add(new)
+            givens.add(n)
             return op, n, new
     raise StopIteration
 
 
 def _events(rng, horizon: int) -> tuple[str, list[str], int]:
     (name, he), goods = NAMES[rng.integers(len(NAMES))], GOODS[rng.integers(len(GOODS))]
-    value = int(rng.integers(4, 20))
-    sentences, lines, taken = [f"{name} has {value} {goods}."], [], {value}
+    value = int(rng.integers(10, 20))
+    sentences, lines, results, givens = [f"{name} has {value} {goods}."], [], {value}, set()
     for _ in range(horizon):
-        op, n, new = _change(rng, value, taken)
+        op, n, new = _change(rng, value, results, givens)
         verb = {"+": ("buys {}.", "finds {}."), "-": ("loses {}.", "sells {}."), "*": ("then has {} times as many.",) * 2,
                 "/": ("then keeps one of {} equal parts.",) * 2}[op][rng.integers(2)]  # fmt: skip
         sentences.append(f"{he} {verb.format(n)}")
         lines.append(f"{name} has <<{value}{op}{n}={new}>>{new} {goods}.")
-        taken |= {new, n}
         value = new
     return " ".join([*sentences, f"How many {goods} does {name} have now?"]), lines, value
 
 
 def _comparisons(rng, horizon: int) -> tuple[str, list[str], int]:
     people = [NAMES[i][0] for i in rng.permutation(len(NAMES))[:horizon]]
-    goods, value = GOODS[rng.integers(len(GOODS))], int(rng.integers(4, 20))
-    sentences, lines, taken, stock = [f"{people[0]} has {value} {goods}."], [], {value}, [value]
-    for before, name in zip(people, people[1:], strict=False):
-        op, n, new = _change(rng, value, taken)
+    goods, value = GOODS[rng.integers(len(GOODS))], int(rng.integers(10, 20))
+    sentences, lines, stock = [f"{people[0]} has {value} {goods}."], [], [value]
+    results, givens = {value}, set()
+    for before, name in itertools.pairwise(people):
+        op, n, new = _change(rng, value, results, givens)
         how = {"+": "{} more than", "-": "{} fewer than", "*": "{} times as many as", "/": "one part in {} of"}[op]
         sentences.append(f"{name} has {how.format(n)} {before}.")
         lines.append(f"{name} has <<{value}{op}{n}={new}>>{new} {goods}.")
-        taken |= {new, n}
         stock.append(new)
         value = new
     i = int(rng.integers(horizon - 1))
@@ -265,7 +280,7 @@ def gsm8k(data_dir: str | None) -> list[Problem]:
 def read_jsonl(path: pathlib.Path, fields: tuple[str, ...]) -> list[dict]:
     """Rows of a JSONL source file, each checked to hold `fields` as strings."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # not splitlines: U+2028 is text
     except OSError as e:
         raise InputError(f"cannot read {path}: {e.strerror}; check --data_dir") from None
     rows = []
@@ -289,12 +304,13 @@ class Task:
     load: Any  # data_dir | None -> list[Problem]
     max_new_tokens: int
     nano_vocab: int
-    nano_base_steps: int
+    base_steps: int
+    base_width: int  # tokens a row
 
 
 TASKS = {
-    "fixtures_math": Task("math", lambda data_dir: fixtures_math(), 112, 512, 700),
-    "gsm8k": Task("math", gsm8k, 320, 2048, 300),
+    "fixtures_math": Task("math", lambda data_dir: fixtures_math(), 112, 512, 400, 336),
+    "gsm8k": Task("math", gsm8k, 320, 2048, 150, 1024),
 }
 
 
@@ -331,6 +347,120 @@ def replay_report(quads: list[Quadruple]) -> dict[str, Any]:
         "tags": dict(sorted(Counter(tag for q in quads for tag in q.meta["error_tags"]).items())),
         "horizons": dict(sorted(Counter(q.meta["horizon"] for q in quads).items())),
     }
+
+
+# ---- 2 tokenizer and packing --------------------------------------------------------------------------------------
+# What: the two prompts, byte-level tokenizers, token arrays of fixed shape. Used by: all. Tested in: tests/test_data.py.
+ATTEMPT_TEMPLATE = "Problem:\n{x}\nSolve it step by step. End with #### and the answer.\nSolution:\n"
+REVISE_TEMPLATE = (
+    "Problem:\n{x}\nAttempt:\n{y0}\nCritique:\n{f}\nRevise the attempt. End with #### and the answer.\nSolution:\n"
+)
+_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def attempt_prompt(x: str) -> str:
+    """The prompt of a first attempt: x -> y."""
+    return ATTEMPT_TEMPLATE.format(x=x)
+
+
+def revise_prompt(x: str, y0: str, f: str) -> str:
+    """The prompt of a revision: (x, y0, f) -> y1. With f = "" the critique is left out."""
+    return REVISE_TEMPLATE.format(x=x, y0=y0, f=f)
+
+
+class Tokenizer:
+    """A byte-level `tokenizers` tokenizer with the two ids and the byte offsets that training needs.
+
+    Offsets come from the bytes of the tokens themselves, so that sampled ids, which need not be what `encode` would give
+    for their text, map to their text exactly.
+    """
+
+    def __init__(self, inner: tokenizers.Tokenizer, pad: str = "<pad>", eos: str = "<eos>"):
+        self.inner, self.pad_id, self.eos_id = inner, inner.token_to_id(pad), inner.token_to_id(eos)
+        self.vocab_size = inner.get_vocab_size()
+        special = set(inner.get_added_tokens_decoder())
+        self.n_bytes_V = np.array([0 if i in special else len(inner.id_to_token(i)) for i in range(self.vocab_size)])
+
+    def encode(self, text: str) -> list[int]:
+        return self.inner.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids_MT: list[list[int]]) -> list[str]:
+        return self.inner.decode_batch([list(map(int, ids)) for ids in ids_MT])
+
+    def overlap(self, ids: list[int], text: str, spans: list[tuple[int, int]]) -> np.ndarray:
+        """0/1 [len(spans), len(ids)]: which tokens share a byte with which character spans of `text`.
+
+        With tokens "ab", "c d", "e" and spans (0, 3) and (5, 6) of "abc de": [[1, 1, 0], [0, 0, 1]].
+        """
+        end_T = np.cumsum(self.n_bytes_V[np.asarray(ids, int)]) if len(ids) else np.zeros(0, int)
+        start_T = end_T - self.n_bytes_V[np.asarray(ids, int)] if len(ids) else end_T
+        at = [(len(text[:a].encode()), len(text[:b].encode())) for a, b in spans]
+        rows = [(start_T < b) & (end_T > a) for a, b in at]
+        return np.array(rows, np.float32).reshape(len(spans), len(ids))
+
+    def sha256(self) -> str:
+        return sha256(self.inner.to_str())
+
+
+def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE on `texts`, split as Qwen2 and Llama-3 split but with numbers in groups of at most two digits."""
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    pre = tokenizers.pre_tokenizers
+    inner.pre_tokenizer = pre.Sequence(
+        [pre.Split(tokenizers.Regex(_SPLIT), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=["<pad>", "<eos>"], show_progress=False,
+        initial_alphabet=sorted(pre.ByteLevel.alphabet()),
+    )  # fmt: skip
+    inner.train_from_iterator(texts, trainer)
+    return Tokenizer(inner)
+
+
+def right_pad(ids: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token lists as (tokens [M, length] int32, lengths [M] int32); longer lists are cut at `length`.
+
+    >>> right_pad([[5, 6], [7, 8, 9, 1]], 3, 0)[0].tolist(), right_pad([[5, 6], [7, 8, 9, 1]], 3, 0)[1].tolist()
+    ([[5, 6, 0], [7, 8, 9]], [2, 3])
+    """
+    out = np.full((len(ids), length), pad_id, np.int32)
+    for row, tokens in zip(out, ids):
+        row[: len(tokens[:length])] = tokens[:length]
+    return out, np.array([min(len(t), length) for t in ids], np.int32)
+
+
+def length_mask(len_M, T: int):
+    """0/1 float32 [M, T]: 1 on the first len_M[m] positions. [2, 0], T=3 -> [[1, 1, 0], [0, 0, 0]]."""
+    return (jnp.arange(T)[None, :] < jnp.asarray(len_M)[:, None]).astype(jnp.float32)
+
+
+def round_up(n: int, to: int) -> int:
+    """The smallest multiple of `to` that is at least n."""
+    return -(-n // to) * to
+
+
+def prompt_shape(tokenizer: Tokenizer, prompts: list[str], ids: list[str], limit: int) -> int:
+    """The fixed P of a set of prompts: the longest in tokens, rounded up to 16; InputError if one exceeds the limit."""
+    lengths = [len(e.ids) for e in tokenizer.inner.encode_batch(prompts, add_special_tokens=False)]
+    longest = max(range(len(prompts)), key=lengths.__getitem__)
+    if lengths[longest] > limit:
+        raise InputError(
+            f"the prompt of {ids[longest]} has {lengths[longest]} tokens, more than --max_prompt_tokens {limit};"
+            " raise the flag or drop the problem"
+        )
+    return round_up(lengths[longest], 16)
+
+
+def pack_prompts(tokenizer: Tokenizer, prompts: list[str], P_: int) -> dict[str, np.ndarray]:
+    """Prompts as {"prompt_BP" (right-padded), "prompt_len_B"}; none may be longer than P_."""
+    tokens_BP, len_B = right_pad([tokenizer.encode(p) for p in prompts], P_, tokenizer.pad_id)
+    return {"prompt_BP": tokens_BP, "prompt_len_B": len_B}
+
+
+def pack_answers(tokenizer: Tokenizer, texts: list[str], T: int) -> tuple[np.ndarray, np.ndarray]:
+    """Reference completions with their end-of-sequence token: (tokens_MT, len_M), cut at T."""
+    return right_pad([[*tokenizer.encode(t), tokenizer.eos_id] for t in texts], T, tokenizer.pad_id)
 
 
 # ---- 3 verifier ---------------------------------------------------------------------------------------------------
@@ -511,8 +641,9 @@ def equation_holds(expr: str, value: Fraction) -> bool:
     exact = evaluate_arithmetic(expr)
     if exact is None:
         return True  # nothing a rule can check
-    decimals = len(show(value).partition(".")[2]) if "/" not in show(value) else 0
-    return exact == value or (decimals > 0 and abs(exact - value) <= Fraction(1, 10**decimals))
+    stated, needed = (len(show(v).partition(".")[2]) for v in (value, exact))
+    rounded = 0 < stated and (needed > stated or "/" in show(exact)) and abs(exact - value) <= Fraction(1, 10**stated)
+    return exact == value or rounded
 
 
 def first_wrong_step(y: str, reference: str) -> int | None:
@@ -556,13 +687,1060 @@ def process_score(y: str, reference: str) -> float:
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
 
-def write_critique(step: int, flaw: str, answer: str) -> str:
-    """The critique sentence of the rule-based teachers: names the step and the flaw, never the final answer.
+def write_critique(step: int, flaw: str) -> str:
+    """The critique sentence of the rule-based teachers: names the step and the flaw.
 
-    >>> write_critique(1, "the result of 4+3 is wrong", "9")
+    >>> write_critique(1, "the result of 4+3 is wrong")
     'The second step is wrong: the result of 4+3 is wrong.'
     """
-    if Fraction(answer) in numbers_in(flaw):
-        flaw = re.split(r"[:;]| of ", flaw)[0] if Fraction(answer) not in numbers_in(re.split(r"[:;]| of ", flaw)[0]) else "check it again"
-    ordinal = ORDINALS[step] if step < len(ORDINALS) else f"{step + 1}th"
-    return f"The {ordinal} step is wrong: {flaw}."
+    return f"The {ORDINALS[step] if step < len(ORDINALS) else f'{step + 1}th'} step is wrong: {flaw}."
+
+
+# ---- 4 decoder ----------------------------------------------------------------------------------------------------
+# What: one decoder-only transformer for the nano-LM and for Llama/Qwen-shaped checkpoints. Used by: all trainers.
+# Tested in: tests/test_model.py (against a naive NumPy decoder).
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the decoder; the defaults are the `nano` preset. rope_scaling is (factor, low, high, original_len)."""
+
+    vocab_size: int
+    d_model: int = 128
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int = 2
+    head_dim: int = 32
+    d_ff: int = 512
+    rope_theta: float = 1e4
+    rope_scaling: tuple[float, float, float, int] | None = None
+    norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    qk_norm: bool = True
+    tie_embeddings: bool = True
+    remat: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+    """Keys and values of B prompts [L, B, K, P, H] and their lengths [B]: what the rows of a group attend to."""
+
+    k_LBKPH: jax.Array
+    v_LBKPH: jax.Array
+    len_B: jax.Array
+
+
+def rms_norm(x, scale, eps: float):
+    """RMSNorm in float32 (https://arxiv.org/abs/1910.07467), returned in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt((x32 * x32).mean(-1, keepdims=True) + eps) * scale).astype(x.dtype)
+
+
+def rope_table(cfg: ModelConfig, pos_MT):
+    """cos, sin [M, T, 1, H/2] of rotary embeddings; with Llama-3.1's frequency scaling where the config has it."""
+    freq_H = cfg.rope_theta ** -(jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim)
+    if cfg.rope_scaling is not None:
+        factor, low, high, original = cfg.rope_scaling
+        blend = jnp.clip((original * freq_H / (2 * math.pi) - low) / (high - low), 0, 1)
+        freq_H = freq_H * (blend + (1 - blend) / factor)
+    angle = pos_MT[..., None].astype(jnp.float32) * freq_H
+    return jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
+
+
+def rotate(x_MTNH, cos, sin):
+    """Rotate halves, as Llama and Qwen checkpoints expect."""
+    a, b = jnp.split(x_MTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_MTNH.dtype)
+
+
+def dense(x, w, n_in: int = 1):
+    """x [..., *in] times w [*in, *out], with n_in input axes, as one 2-D matmul.
+
+    The same as einsum, but XLA's CPU backend computes the weight gradient of a 2-D matmul 2.5 times as fast.
+    """
+    n = math.prod(w.shape[:n_in])
+    out = x.reshape(-1, n) @ w.astype(x.dtype).reshape(n, -1)
+    return out.reshape(*x.shape[: x.ndim - n_in], *w.shape[n_in:])
+
+
+def attend(q_MTNH, k_MKSH, v_MKSH, mask, prefix=None):
+    """Grouped-query attention of M rows on their own keys and, if given, on the keys of their group's one prompt.
+
+    mask: boolean, broadcastable to [M, 1, 1, T, S]. prefix: (k_BKPH, v_BKPH, len_B); row m belongs to prompt m // G.
+    The two parts share one softmax by its running maximum and sum; nothing is concatenated and no prompt is repeated.
+    """
+    M, T, N, H = q_MTNH.shape
+    K = k_MKSH.shape[1]
+    q_MKRTH = (q_MTNH * H**-0.5).reshape(M, T, K, N // K, H).transpose(0, 2, 3, 1, 4)
+    own = jnp.einsum("MKRTH,MKSH->MKRTS", q_MKRTH, k_MKSH, preferred_element_type=jnp.float32)
+    own = jnp.where(mask, own, -1e30)
+    top = own.max(-1)
+    if prefix is not None:
+        k_BKPH, v_BKPH, len_B = prefix
+        B = k_BKPH.shape[0]
+        G = M // B
+        q_BKGRTH = q_MKRTH.reshape(B, G, K, N // K, T, H).swapaxes(1, 2)
+        shared = jnp.einsum("BKGRTH,BKPH->BKGRTP", q_BKGRTH, k_BKPH, preferred_element_type=jnp.float32)
+        shared = jnp.where((jnp.arange(k_BKPH.shape[2]) < len_B[:, None])[:, None, None, None, None], shared, -1e30)
+        to_rows = lambda a: a.swapaxes(1, 2).reshape(M, K, *a.shape[3:])
+        top = jnp.maximum(top, to_rows(shared.max(-1)))
+    top = jax.lax.stop_gradient(top)  # the maximum only keeps exp in range: it cancels
+    own = jnp.exp(own - top[..., None])
+    total = own.sum(-1)
+    out = jnp.einsum("MKRTS,MKSH->MKRTH", own.astype(v_MKSH.dtype), v_MKSH, preferred_element_type=jnp.float32)
+    if prefix is not None:
+        top_BKGRT = top.reshape(B, G, *top.shape[1:]).swapaxes(1, 2)
+        shared = jnp.exp(shared - top_BKGRT[..., None])
+        total = total + to_rows(shared.sum(-1))
+        out_p = jnp.einsum("BKGRTP,BKPH->BKGRTH", shared.astype(v_BKPH.dtype), v_BKPH, preferred_element_type=jnp.float32)
+        out = out + to_rows(out_p)
+    out = (out / total[..., None]).astype(q_MTNH.dtype)
+    return out.transpose(0, 3, 1, 2, 4).reshape(M, T, N, H)
+
+
+class Blocks(nnx.Module):
+    """All L transformer blocks, their weights stacked on a leading layer axis so that one scan runs them."""
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        L, D, N, K, H, F = cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.d_ff
+        normal = lambda *shape, std=cfg.d_model**-0.5: nnx.Param(jax.random.normal(rngs.params(), (L, *shape), jnp.float32) * std)
+        ones = lambda *shape: nnx.Param(jnp.ones((L, *shape), jnp.float32))
+        self.attn_norm, self.mlp_norm = ones(D), ones(D)
+        self.q, self.k, self.v = normal(D, N, H), normal(D, K, H), normal(D, K, H)
+        self.o = normal(N, H, D, std=D**-0.5 / math.sqrt(2 * L))  # residual outputs scaled down with depth (GPT-2)
+        self.gate, self.up = normal(D, F), normal(D, F)
+        self.down = normal(F, D, std=D**-0.5 / math.sqrt(2 * L))
+        if cfg.qkv_bias:
+            zeros = lambda *shape: nnx.Param(jnp.zeros((L, *shape), jnp.float32))
+            self.q_bias, self.k_bias, self.v_bias = zeros(N, H), zeros(K, H), zeros(K, H)
+        if cfg.qk_norm:
+            self.q_norm, self.k_norm = ones(H), ones(H)
+
+
+class Decoder(nnx.Module):
+    """Decoder-only transformer: RMSNorm, RoPE, GQA, SwiGLU; returns hidden states, from which `token_logp` makes log-probs.
+
+    A prompt is computed once by `prefill`; completions of all rows then attend to it (`__call__`, `decode`). The first
+    input of a completion is the prompt's last token, so that the state at position t is the one that emits token t.
+    """
+
+    def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
+        self.cfg = cfg
+        V, D = cfg.vocab_size, cfg.d_model
+        self.embed = nnx.Param(jax.random.normal(rngs.params(), (V, D), jnp.float32) * 0.02)
+        self.blocks = Blocks(cfg, rngs)
+        self.final_norm = nnx.Param(jnp.ones((D,), jnp.float32))
+        if not cfg.tie_embeddings:
+            self.head = nnx.Param(jax.random.normal(rngs.params(), (V, D), jnp.float32) * 0.02)
+
+    def head_VD(self):
+        """Output embedding [V, D]."""
+        return self.embed[...] if self.cfg.tie_embeddings else self.head[...]
+
+    def _layer(self, w, x_MTD, rope, mask, prefix, cache, t):
+        """One block. cache: None, or (k_LMKSH, v_LMKSH, layer index), written at time t in place."""
+        cfg = self.cfg
+        h = rms_norm(x_MTD, w["attn_norm"], cfg.norm_eps)
+        q, k, v = (dense(h, w[name]) for name in "qkv")
+        if cfg.qkv_bias:
+            q, k, v = (a + w[name].astype(h.dtype) for a, name in ((q, "q_bias"), (k, "k_bias"), (v, "v_bias")))
+        if cfg.qk_norm:
+            q, k = rms_norm(q, w["q_norm"], cfg.norm_eps), rms_norm(k, w["k_norm"], cfg.norm_eps)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # heads first: [M, K, S, H]
+        if cache is not None:
+            k_all, v_all, layer = cache
+            k_all = jax.lax.dynamic_update_slice(k_all, k[None].astype(k_all.dtype), (layer, 0, 0, t, 0))
+            v_all = jax.lax.dynamic_update_slice(v_all, v[None].astype(v_all.dtype), (layer, 0, 0, t, 0))
+            k, v, cache = k_all[layer], v_all[layer], (k_all, v_all)
+        x_MTD = x_MTD + dense(attend(q, k, v, mask, prefix), w["o"], n_in=2)
+        h = rms_norm(x_MTD, w["mlp_norm"], cfg.norm_eps)
+        h = jax.nn.silu(dense(h, w["gate"])) * dense(h, w["up"])
+        return x_MTD + dense(h, w["down"]), (k, v) if cache is None else cache
+
+    def _run(self, tokens_MT, pos_MT, mask, dtype, prefix=None, keep_kv=False):
+        """All layers without a cache: hidden [M, T, D] after the final norm, and the stacked (k, v) if asked for."""
+        rope = rope_table(self.cfg, pos_MT)
+        x = self.embed[...].astype(dtype)[tokens_MT]
+        weights = {name: w[...] for name, w in nnx.state(self.blocks).items()}
+        kv_L = (prefix.k_LBKPH, prefix.v_LBKPH) if prefix is not None else None
+
+        def layer(x, inputs):
+            w, kv = inputs
+            x, new_kv = self._layer(w, x, rope, mask, None if kv is None else (*kv, prefix.len_B), None, None)
+            return x, new_kv if keep_kv else None
+
+        x, kept = jax.lax.scan(jax.checkpoint(layer) if self.cfg.remat else layer, x, (weights, kv_L))
+        return rms_norm(x, self.final_norm[...], self.cfg.norm_eps), kept
+
+    def packed(self, tokens_MT, segment_MT, dtype=jnp.float32):
+        """Hidden states of rows that hold several documents, told apart by segment_MT (positions count on: RoPE is relative)."""
+        T = tokens_MT.shape[1]
+        same = segment_MT[:, :, None] == segment_MT[:, None, :]
+        mask = (same & jnp.tril(jnp.ones((T, T), bool)))[:, None, None]
+        return self._run(tokens_MT, jnp.broadcast_to(jnp.arange(T), tokens_MT.shape), mask, dtype)[0]
+
+    def prefill(self, prompt_BP, len_B, dtype=jnp.float32):
+        """Prompts -> (Prefix of all but each prompt's last token, hidden states [B, P, D])."""
+        P_ = prompt_BP.shape[1]
+        pos_BP = jnp.broadcast_to(jnp.arange(P_), prompt_BP.shape)
+        hidden_BPD, (k, v) = self._run(prompt_BP, pos_BP, jnp.tril(jnp.ones((P_, P_), bool)), dtype, keep_kv=True)
+        return Prefix(k, v, len_B - 1), hidden_BPD
+
+    def __call__(self, last_B, tokens_MT, prefix: Prefix, dtype=jnp.float32):
+        """Hidden states [M, T, D] that emit tokens_MT, given each prompt's last token last_B and its Prefix."""
+        (M, T), B = tokens_MT.shape, last_B.shape[0]
+        inputs_MT = jnp.concatenate([jnp.repeat(last_B, M // B)[:, None], tokens_MT[:, :-1]], 1)
+        pos_MT = jnp.repeat(prefix.len_B, M // B)[:, None] + jnp.arange(T)
+        return self._run(inputs_MT, pos_MT, jnp.tril(jnp.ones((T, T), bool)), dtype, prefix)[0]
+
+    def decode(self, input_M, t, cache, prefix: Prefix, dtype=jnp.float32):
+        """One decoding step at time t: (hidden [M, D], cache). cache: (k, v) [L, M, K, T, H]."""
+        M, B, T = input_M.shape[0], prefix.len_B.shape[0], cache[0].shape[3]
+        rope = rope_table(self.cfg, (jnp.repeat(prefix.len_B, M // B) + t)[:, None])
+        x = self.embed[...].astype(dtype)[input_M][:, None]
+        weights = {name: w[...] for name, w in nnx.state(self.blocks).items()}
+        mask = jnp.arange(T) <= t
+
+        def layer(carry, inputs):
+            x, k_all, v_all = carry
+            w, k, v, i = inputs
+            x, (k_all, v_all) = self._layer(w, x, rope, mask, (k, v, prefix.len_B), (k_all, v_all, i), t)
+            return (x, k_all, v_all), None
+
+        xs = (weights, prefix.k_LBKPH, prefix.v_LBKPH, jnp.arange(self.cfg.n_layers))
+        (x, *cache), _ = jax.lax.scan(layer, (x, *cache), xs)
+        return rms_norm(x[:, 0], self.final_norm[...], self.cfg.norm_eps), tuple(cache)
+
+
+def last_tokens(prompt_BP, len_B):
+    """Each prompt's last token [B]."""
+    return jnp.take_along_axis(prompt_BP, (len_B - 1)[:, None], 1)[:, 0]
+
+
+# ---- 5 mesh -------------------------------------------------------------------------------------------------------
+# What: the (data, model) mesh and the one table that shards every weight. Used by: all trainers.
+# Tested in: tests/test_scripts.py (one device = four).
+_RULES = {  # leaf name -> mesh axis of each dimension
+    "embed": ("model", "data"), "head": ("model", "data"),
+    "q": (None, "data", "model", None), "k": (None, "data", "model", None), "v": (None, "data", "model", None),
+    "o": (None, "model", None, "data"), "gate": (None, "data", "model"), "up": (None, "data", "model"),
+    "down": (None, "model", "data"),
+}  # fmt: skip
+
+
+def make_mesh(spec: str, prompts: int, micro_batch: int) -> jax.sharding.Mesh:
+    """The device mesh of `--mesh DATA,MODEL` ("auto": all devices on data); InputError if it does not fit."""
+    devices = jax.devices()
+    try:
+        data, model = (len(devices), 1) if spec == "auto" else (int(n) for n in spec.split(","))
+    except ValueError:
+        raise InputError(f"--mesh {spec}: expected two numbers DATA,MODEL or auto") from None
+    if data < 1 or model < 1 or data * model != len(devices):
+        raise InputError(f"--mesh {spec}: {data} x {model} devices asked for, {len(devices)} are here")
+    per_step = micro_batch or prompts
+    if prompts % data or prompts % per_step or per_step % data:
+        raise InputError(
+            f"--prompts {prompts} (micro-batches of {per_step}) is not divisible over the {data} data devices of --mesh {spec};"
+            " choose multiples"
+        )
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def shard_rule(mesh: jax.sharding.Mesh, tree, at_rest: bool = True):
+    """NamedShardings for a tree of weights or optimizer state by leaf name; axes that do not divide stay whole.
+
+    at_rest=False leaves the data axis out: the layout of rollouts, in which no weight is gathered per token.
+    """
+
+    def one(path, leaf):
+        keys = [getattr(p, "key", getattr(p, "name", None)) for p in path]
+        axes = next((_RULES[k] for k in reversed(keys) if k in _RULES and len(_RULES[k]) == leaf.ndim), (None,) * leaf.ndim)
+        keep = [a if a and (at_rest or a != "data") and n % mesh.shape[a] == 0 else None for a, n in zip(axes, leaf.shape)]
+        return NamedSharding(mesh, P(*keep))
+
+    return jax.tree_util.tree_map_with_path(one, tree)
+
+
+# ---- 6 log-probs and sampling -------------------------------------------------------------------------------------
+# What: token log-probs without a [B, T, V] array; the sampler. Used by: all trainers. Tested in: tests/test_model.py.
+def token_logp(hidden_MTD, tokens_MT, head_VD, temperature=1.0, chunk: int = 32):
+    """log-prob and entropy [M, T] (float32) of tokens_MT under softmax(hidden @ head / temperature).
+
+    Computed in chunks over time and recomputed in the backward pass, so that no [M, T, V] array ever exists.
+    """
+    M, T, D = hidden_MTD.shape
+    chunk = max(c for c in range(1, min(chunk, T) + 1) if T % c == 0)
+    head_VD = head_VD.astype(hidden_MTD.dtype)
+
+    @jax.checkpoint
+    def one(_, inputs):
+        hidden, tokens = inputs
+        logits = jnp.dot(hidden.reshape(-1, D), head_VD.T, preferred_element_type=jnp.float32) / temperature
+        logits = logits.reshape(*tokens.shape, -1)
+        norm = jax.nn.logsumexp(logits, -1)
+        picked = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+        probs = jax.lax.stop_gradient(jnp.exp(logits - norm[..., None]))
+        entropy = norm - (probs * logits).sum(-1)
+        return None, (picked - norm, jax.lax.stop_gradient(entropy))
+
+    split = lambda a: a.reshape(M, T // chunk, chunk, *a.shape[2:]).swapaxes(0, 1)
+    _, outs = jax.lax.scan(one, None, (split(hidden_MTD), split(tokens_MT)))
+    return tuple(a.swapaxes(0, 1).reshape(M, T) for a in outs)
+
+
+def generate(model: Decoder, prompt_BP, len_B, key, group: int, T: int, temperature, eos_id: int, pad_id: int,
+             greedy: bool = False, dtype=jnp.float32) -> dict[str, jax.Array]:  # fmt: skip
+    """Sample `group` completions of at most T tokens per prompt; stops when all rows have ended.
+
+    Returns tokens_MT (after the end: pad_id), logp_MT (of the sampled tokens, at `temperature`; 0 after the end), len_M
+    (with the end token), truncated_M (1.0 where no end token came). One prefill per prompt serves its whole group. Draws
+    depend on (key, time, row) only, so they are the same on every mesh.
+    """
+    cfg, M = model.cfg, prompt_BP.shape[0] * group
+    prefix, _ = model.prefill(prompt_BP, len_B, dtype)
+    head_VD = model.head_VD().astype(dtype)
+    cache = tuple(jnp.zeros((cfg.n_layers, M, cfg.n_kv_heads, T, cfg.head_dim), dtype) for _ in range(2))
+
+    def one_token(state):
+        t, input_M, done_M, tokens_MT, logp_MT, cache = state
+        hidden_MD, cache = model.decode(input_M, t, cache, prefix, dtype)
+        logits_MV = jnp.einsum("MD,VD->MV", hidden_MD, head_VD, preferred_element_type=jnp.float32) / temperature
+        if greedy:
+            token_M = logits_MV.argmax(-1)
+        else:
+            token_M = jax.random.categorical(jax.random.fold_in(key, t), logits_MV)
+        logp_M = jnp.take_along_axis(logits_MV, token_M[:, None], 1)[:, 0] - jax.nn.logsumexp(logits_MV, -1)
+        token_M = jnp.where(done_M, pad_id, token_M).astype(jnp.int32)
+        tokens_MT = tokens_MT.at[:, t].set(token_M)
+        logp_MT = logp_MT.at[:, t].set(jnp.where(done_M, 0.0, logp_M))
+        return t + 1, token_M, done_M | (token_M == eos_id), tokens_MT, logp_MT, cache
+
+    start = (0, jnp.repeat(last_tokens(prompt_BP, len_B), group), jnp.zeros(M, bool), jnp.full((M, T), pad_id, jnp.int32),
+             jnp.zeros((M, T), jnp.float32), cache)  # fmt: skip
+    _, _, done_M, tokens_MT, logp_MT, _ = jax.lax.while_loop(lambda s: (s[0] < T) & ~s[2].all(), one_token, start)
+    ended_MT = tokens_MT == eos_id
+    len_M = jnp.where(done_M, ended_MT.argmax(-1) + 1, T)
+    return {"tokens_MT": tokens_MT, "logp_MT": logp_MT, "len_M": len_M, "truncated_M": 1.0 - done_M}
+
+
+# ---- 7 the nano base ----------------------------------------------------------------------------------------------
+# What: the checkpoint all methods start from, trained once per task and cached. Used by: all trainers.
+# Tested in: tests/test_scripts.py.
+BASE_ROWS, BASE_LR, BASE_PROMPT_WEIGHT, BASE_SEED = 8, 1e-2, 0.1, 0
+
+
+def base_documents(tokenizer: Tokenizer, quads: list[Quadruple], epoch: int) -> list[tuple[list[int], list[int]]]:
+    """(prompt ids, completion ids) of one pass over the train split: each problem as a revision, every second one also as
+    a first attempt. Every fifth revision comes without its critique, so that leaving it out is not a new format. The
+    first pass goes roughly from short to long (copying is learnt several times faster on short documents), later ones
+    are shuffled.
+    """
+    documents = []
+    for i, q in enumerate(quads):
+        answer = [*tokenizer.encode(q.y1), tokenizer.eos_id]
+        f = "" if (i + epoch) % 5 == 0 else q.f
+        documents.append((tokenizer.encode(revise_prompt(q.x, q.y0, f)), answer))
+        if (i + epoch) % 2 == 0:
+            documents.append((tokenizer.encode(attempt_prompt(q.x)), answer))
+    noise = np.random.default_rng((BASE_SEED, STREAM_BASE, epoch)).standard_normal(len(documents))
+    lengths = np.array([len(p) + len(a) for p, a in documents])
+    return [documents[i] for i in np.argsort(noise if epoch else lengths + 60 * noise, kind="stable")]
+
+
+def pack_documents(documents: list[tuple[list[int], list[int]]], width: int, pad_id: int, prompt_weight: float):
+    """Documents packed whole into rows, each into the first of the last 12 rows that has room, nearly in order.
+
+    Returns (tokens, segments, loss weights), each [rows, width]. Two documents ([1, 2], [3]) and ([4], [5]) at width 6
+    give tokens [1 2 3 4 5 0], segments [1 1 1 2 2 0] and, with prompt_weight 0, weights [0 0 1 0 1 0]. A document longer
+    than the width is cut.
+    """
+    rows: list[tuple[list, list, list]] = []
+    for prompt, completion in documents:
+        ids = [*prompt, *completion][:width]
+        row = next((r for r in rows[-12:] if len(r[0]) + len(ids) <= width), None)
+        if row is None:
+            row = ([], [], [])
+            rows.append(row)
+        row[1].extend([max(row[1], default=0) + 1] * len(ids))
+        row[0].extend(ids)
+        row[2].extend(([prompt_weight] * len(prompt) + [1.0] * len(completion))[:width])
+    fill = lambda part, value: np.array([row[part] + [value] * (width - len(row[part])) for row in rows])
+    return fill(0, pad_id).astype(np.int32), fill(1, 0).astype(np.int32), fill(2, 0.0).astype(np.float32)
+
+
+def base_optimizer(steps: int) -> optax.GradientTransformation:
+    """Muon on the matrices of the blocks (https://kellerjordan.github.io/posts/muon/), Adam on the rest; cosine decay.
+
+    In these few hundred steps Muon reaches the loss that Adam reaches in two to three times as many.
+    """
+    dims = {"q": ((1,), (2, 3)), "k": ((1,), (2, 3)), "v": ((1,), (2, 3)), "o": ((1, 2), (3,)), "gate": (1, 2), "up": (1, 2),
+            "down": (1, 2)}  # fmt: skip
+
+    def matrix_dims(tree):
+        key = lambda path: next((k.key for k in reversed(path) if getattr(k, "key", None) in dims), None)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: optax.contrib.MuonDimensionNumbers(*dims[key(path)]) if key(path) else None, tree
+        )
+
+    schedule = lambda peak: optax.warmup_cosine_decay_schedule(0.0, peak, 30, max(steps, 31), 0.05 * peak)
+    muon = optax.contrib.muon(
+        schedule(BASE_LR), adam_learning_rate=schedule(0.3 * BASE_LR), adam_b2=0.99, consistent_rms=0.2,
+        muon_weight_dimension_numbers=matrix_dims,
+    )  # fmt: skip
+    return optax.chain(optax.clip_by_global_norm(1.0), muon)
+
+
+def train_base(task: Task, quads: list[Quadruple], tokenizer: Tokenizer, cfg: ModelConfig):
+    """Next-token training on both prompt formats; returns the policy's parameters (an nnx.State)."""
+    graphdef, params = nnx.split(Decoder(cfg, nnx.Rngs(BASE_SEED)), nnx.Param)
+    tx = base_optimizer(task.base_steps)
+    opt_state = tx.init(params)
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1))
+    def step(params, opt_state, tokens_MT, segment_MT, weight_MT):
+        def loss_fn(params):
+            model = nnx.merge(graphdef, params)
+            hidden_MTD = model.packed(tokens_MT, segment_MT)
+            logp_MT, _ = token_logp(hidden_MTD[:, :-1], tokens_MT[:, 1:], model.head_VD(), chunk=1024)
+            weight = weight_MT[:, 1:] * (segment_MT[:, 1:] == segment_MT[:, :-1])
+            return -(logp_MT * weight).sum() / weight.sum()
+
+        loss, grads = jax.value_and_grad(loss_fn)(params)
+        updates, opt_state_ = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state_, loss
+
+    done, epoch = 0, 0
+    with tqdm(total=task.base_steps, desc="nano base", unit="step") as bar:
+        while done < task.base_steps:
+            documents = base_documents(tokenizer, quads, epoch)
+            rows = pack_documents(documents, task.base_width, tokenizer.pad_id, BASE_PROMPT_WEIGHT)
+            epoch += 1
+            for i in range(0, len(rows[0]) - BASE_ROWS + 1, BASE_ROWS):
+                if done == task.base_steps:
+                    break
+                params, opt_state, loss = step(params, opt_state, *(a[i : i + BASE_ROWS] for a in rows))
+                done += 1
+                bar.update()
+                if done % 20 == 0:
+                    bar.set_postfix(loss=f"{float(loss):.3f}")
+    return params
+
+
+def load_base(name: str, task_name: str, replay: dict[str, list[Quadruple]], out_dir: str):
+    """(config, parameters, tokenizer, cache directory) of `--model`; `nano` is trained once and cached by content."""
+    if name != "nano":
+        raise InputError(f"--model {name}: unknown; the model that is built in is nano")
+    task = TASKS[task_name]
+    sources = (ModelConfig, Blocks, Decoder, attend, token_logp, base_documents, pack_documents, base_optimizer, train_base)
+    key = [dataclasses.astuple(task)[2:], replay_sha256(replay["train"]), templates_sha256(), jax.__version__]
+    constants = [BASE_ROWS, BASE_LR, BASE_PROMPT_WEIGHT, BASE_SEED, _SPLIT]
+    key = sha256(json.dumps([*key, *constants, *(inspect.getsource(f) for f in (*sources, train_tokenizer))]))
+    directory = pathlib.Path(out_dir) / "base" / key[:16]
+    if not (directory / "tokenizer.json").is_file():  # written last
+        texts = [revise_prompt(q.x, q.y0, q.f) + q.y1 for q in replay["train"]]
+        tokenizer = train_tokenizer(texts, task.nano_vocab)
+        cfg = ModelConfig(tokenizer.vocab_size)
+        print(f"Building the nano base for {task_name} once (cached in {directory}).")
+        save_weights(directory / "model.safetensors", train_base(task, replay["train"], tokenizer, cfg))
+        write_atomic(directory / "tokenizer.json", tokenizer.inner.to_str())
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")))
+    cfg = ModelConfig(tokenizer.vocab_size)
+    abstract = nnx.eval_shape(lambda: nnx.state(Decoder(cfg, nnx.Rngs(0)), nnx.Param))
+    return cfg, load_weights(directory / "model.safetensors", abstract), tokenizer, directory
+
+
+def leaf_names(tree) -> dict[str, Any]:
+    """{"blocks/q": leaf, ...} of a parameter tree, sorted by name."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    named = {"/".join(str(k.key) for k in path if hasattr(k, "key")): leaf for path, leaf in flat}
+    return dict(sorted(named.items()))
+
+
+def save_weights(path: pathlib.Path, params) -> None:
+    """Write a parameter tree as one safetensors file, atomically."""
+    import safetensors.numpy
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    safetensors.numpy.save_file({name: np.asarray(leaf) for name, leaf in leaf_names(params).items()}, tmp)
+    os.replace(tmp, path)
+
+
+def load_weights(path: pathlib.Path, abstract):
+    """Read what `save_weights` wrote into the structure of `abstract`."""
+    import safetensors.numpy
+
+    arrays = safetensors.numpy.load_file(path)
+    names = iter([next(n for n, leaf in leaf_names(abstract).items() if leaf is want) for want in jax.tree.leaves(abstract)])
+    return jax.tree.map(lambda leaf: jnp.asarray(arrays[next(names)]), abstract)
+
+
+# ---- 8 evaluation -------------------------------------------------------------------------------------------------
+# What: the same measurement for every method: first attempt, revision, credit localization. Used by: all trainers.
+# Tested in: tests/test_scripts.py, tests/test_eval.py.
+EVAL_ROWS = 256  # rows decoded at once
+EDIT_BUCKETS = (2, 5, 10)  # edit distance: 1-2, 3-5, 6-10, 11+
+
+
+def detector_auc(score_T: np.ndarray, label_T: np.ndarray) -> float | None:
+    """Probability that a labelled position scores above an unlabelled one, ties counting half; None without both kinds.
+
+    >>> detector_auc(np.array([3.0, 1.0, 2.0, 1.0]), np.array([1, 0, 1, 1]))
+    0.8333333333333334
+    """
+    hit, miss = score_T[label_T > 0], score_T[label_T == 0]
+    if not len(hit) or not len(miss):
+        return None
+    diff = hit[:, None] - miss[None, :]
+    return float((diff > 0).mean() + 0.5 * (diff == 0).mean())
+
+
+class Evaluator:
+    """Greedy first attempts and revisions of a fixed set of quadruples, and log-probs of their flawed attempts."""
+
+    def __init__(self, graphdef, tokenizer: Tokenizer, quads: list[Quadruple], shapes: dict[str, int], mesh, dtype):
+        # short and long together would decode to the longest: rows that end together share a batch
+        self.quads = sorted(quads, key=lambda q: (len(q.y1), q.meta["task_id"]))
+        self.tokenizer, self.shapes, self.rows = tokenizer, shapes, round_up(min(EVAL_ROWS, len(quads)), mesh.shape["data"])
+        self.data = NamedSharding(mesh, P("data"))
+        eos, pad, T = tokenizer.eos_id, tokenizer.pad_id, shapes["T"]
+
+        def greedy(params, prompt_BP, len_B):
+            model = nnx.merge(graphdef, params)
+            return generate(model, prompt_BP, len_B, jax.random.key(0), 1, T, 1.0, eos, pad, greedy=True, dtype=dtype)
+
+        def logp(params, prompt_BP, len_B, tokens_BT):
+            model = nnx.merge(graphdef, params)
+            prefix, _ = model.prefill(prompt_BP, len_B, dtype)
+            hidden_BTD = model(last_tokens(prompt_BP, len_B), tokens_BT, prefix, dtype)
+            return token_logp(hidden_BTD, tokens_BT, model.head_VD())[0]
+
+        self._greedy, self._logp = jax.jit(greedy), jax.jit(logp)
+
+    def _batches(self, arrays: list[np.ndarray]):
+        """Row batches of one fixed shape, the last filled up with copies of the first row; yields (n real, arrays)."""
+        total = len(arrays[0])
+        for i in range(0, total, self.rows):
+            index = np.r_[i : min(i + self.rows, total)]
+            padded = np.r_[index, np.zeros(self.rows - len(index), int)]
+            yield len(index), [jax.device_put(a[padded], self.data) for a in arrays]
+
+    def complete(self, params, prompts: list[str], width: int, desc: str) -> list[dict[str, Any]]:
+        """Greedy completions: {"text", "tokens", "truncated"} per prompt."""
+        batch, done = pack_prompts(self.tokenizer, prompts, width), []
+        with tqdm(total=len(prompts), desc=desc, unit="problem", leave=False) as bar:
+            for n, arrays in self._batches([batch["prompt_BP"], batch["prompt_len_B"]]):
+                out = jax.device_get(self._greedy(params, *arrays))
+                texts = decode_rows(self.tokenizer, out["tokens_MT"][:n], out["len_M"][:n])
+                done += [{"text": t, "tokens": int(k), "truncated": bool(c)}
+                         for t, k, c in zip(texts, out["len_M"], out["truncated_M"])]  # fmt: skip
+                bar.update(n)
+        return done
+
+    def attempt_logp(self, params) -> tuple[list[np.ndarray], list[list[int]]]:
+        """log-probs of every flawed attempt y0 after its attempt prompt, per token, and the tokens themselves."""
+        ids = [self.tokenizer.encode(q.y0) for q in self.quads]
+        prompts = pack_prompts(self.tokenizer, [attempt_prompt(q.x) for q in self.quads], self.shapes["P_attempt"])
+        tokens_BT, len_B = right_pad(ids, self.shapes["T_replay"], self.tokenizer.pad_id)
+        rows = []
+        for n, arrays in self._batches([prompts["prompt_BP"], prompts["prompt_len_B"], tokens_BT]):
+            rows += list(np.asarray(self._logp(params, *arrays))[:n])
+        return [row[:k] for row, k in zip(rows, len_B)], [t[:k] for t, k in zip(ids, len_B)]
+
+    def __call__(self, params, base_logp: list[np.ndarray] | None = None) -> list[dict[str, Any]]:
+        """One record per quadruple. With the base's `attempt_logp` also how training moved each flawed attempt."""
+        attempts = self.complete(params, [attempt_prompt(q.x) for q in self.quads], self.shapes["P_attempt"], "attempts")
+        prompts = [revise_prompt(q.x, q.y0, q.f) for q in self.quads]
+        revisions = self.complete(params, prompts, self.shapes["P_revise"], "revisions")
+        records = [score_record(*row) for row in zip(self.quads, attempts, revisions)]
+        if base_logp is not None:
+            now, ids = self.attempt_logp(params)
+            for record, q, a, b, tokens in zip(records, self.quads, now, base_logp, ids):
+                record.update(credit_record(self.tokenizer, q, a - b, tokens))
+        return records
+
+
+def decode_rows(tokenizer: Tokenizer, tokens_MT, len_M) -> list[str]:
+    """Texts of generated rows, without the end token."""
+    return tokenizer.decode([row[:n] for row, n in zip(np.asarray(tokens_MT).tolist(), np.asarray(len_M).tolist())])
+
+
+def score_record(q: Quadruple, attempt: dict, revision: dict) -> dict[str, Any]:
+    """What is kept of one evaluated quadruple: scores of y0, first attempt and revision, and what they are grouped by."""
+    answer = q.meta["answer"]
+    return {
+        "task_id": q.meta["task_id"], "horizon": q.meta["horizon"], "edit_distance": q.meta["edit_distance"],
+        "error_tags": q.meta["error_tags"], "y0": score_math(q.y0, answer), "attempt": score_math(attempt["text"], answer),
+        "revised": score_math(revision["text"], answer), "revised_tokens": revision["tokens"],
+        "revised_truncated": revision["truncated"], "revised_format": format_valid(revision["text"]),
+        "attempt_tokens": attempt["tokens"], "attempt_truncated": attempt["truncated"], "revision": revision["text"],
+    }  # fmt: skip
+
+
+def credit_record(tokenizer: Tokenizer, q: Quadruple, shift_T: np.ndarray, ids: list[int]) -> dict[str, float | None]:
+    """Credit localization on one flawed attempt: is the shift log pi - log pi_base lower on the erroneous step?
+
+    credit_auc: AUC of -shift as a detector of the `error_span` tokens; credit_gap: mean shift off the span minus on it.
+    """
+    span = q.meta["error_span"]
+    if span is None:
+        return {"credit_auc": None, "credit_gap": None}
+    label_T = tokenizer.overlap(ids, q.y0, [tuple(span)])[0]
+    auc = detector_auc(-shift_T, label_T)
+    gap = None if auc is None else float(shift_T[label_T == 0].mean() - shift_T[label_T > 0].mean())
+    return {"credit_auc": auc, "credit_gap": gap}
+
+
+def mean(values) -> float | None:
+    """Mean of the values that are not None; None if there are none."""
+    values = [v for v in values if v is not None]
+    return float(np.mean(values)) if values else None
+
+
+def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Accuracies and rates of one evaluation, whole and by horizon, edit distance and error tag."""
+
+    def rates(rows):
+        return {"n": len(rows), "accuracy": mean(r["attempt"] for r in rows), "accuracy_revised": mean(r["revised"] for r in rows),
+                "delta_critique": mean(r["revised"] - r["y0"] for r in rows)}  # fmt: skip
+
+    bucket = lambda r: next((f"<={edge}" for edge in EDIT_BUCKETS if r["edit_distance"] <= edge), f">{EDIT_BUCKETS[-1]}")
+    keys = lambda key: sorted({key(r) for r in records}, key=lambda k: (k if isinstance(k, int) else -1, str(k)))
+    group = lambda key: {str(k): rates([r for r in records if key(r) == k]) for k in keys(key)}
+    tags = sorted({tag for r in records for tag in r["error_tags"]})
+    return {
+        **rates(records),
+        "accuracy_y0": mean(r["y0"] for r in records),
+        "wrong_to_right": mean(r["revised"] for r in records if not r["y0"]),
+        "right_to_wrong": mean(1 - r["revised"] for r in records if r["y0"]),
+        "format_frac": mean(r["revised_format"] for r in records),
+        "truncated_frac": mean(r["revised_truncated"] for r in records),
+        "tokens_mean": mean(r["revised_tokens"] for r in records),
+        "credit_auc": mean(r.get("credit_auc") for r in records),
+        "credit_gap": mean(r.get("credit_gap") for r in records),
+        "by_horizon": group(lambda r: r["horizon"]),
+        "by_edit_distance": group(bucket),
+        "by_tag": {tag: rates([r for r in records if tag in r["error_tags"]]) for tag in tags},
+    }
+
+
+def outcome_scores(texts: list[str], quads: list[Quadruple]) -> np.ndarray:
+    """Outcome reward [B, G] of B*G completions, in {0, 1}."""
+    G = len(texts) // len(quads)
+    scores = [score_math(text, quads[i // G].meta["answer"]) for i, text in enumerate(texts)]
+    return np.array(scores, np.float32).reshape(-1, G)
+
+
+def process_scores(texts: list[str], quads: list[Quadruple]) -> np.ndarray:
+    """Process reward [B, G] of B*G completions, in [0, 1]: `process_score` against the replay's revision."""
+    G = len(texts) // len(quads)
+    scores = [process_score(text, quads[i // G].y1) for i, text in enumerate(texts)]
+    return np.array(scores, np.float32).reshape(-1, G)
+
+
+def step_rewards(tokenizer: Tokenizer, tokens_MT, len_M, texts: list[str], quads: list[Quadruple]):
+    """(reward, end) [B, G, T]: end is 1 on each step's last token, reward 1 there while all steps so far hold."""
+    (M, T), B = np.asarray(tokens_MT).shape, len(quads)
+    reward_MT, end_MT = np.zeros((M, T), np.float32), np.zeros((M, T), np.float32)
+    for m, text in enumerate(texts):
+        steps, wrong = split_steps(text), first_wrong_step(text, quads[m // (M // B)].y1)
+        of_step = tokenizer.overlap(list(tokens_MT[m][: len_M[m]]), text, [(s.start, s.end) for s in steps])
+        for j, on_T in enumerate(of_step):
+            last = int(np.flatnonzero(on_T)[-1]) if on_T.any() else None
+            if last is not None:
+                end_MT[m, last] = 1.0
+                reward_MT[m, last] = float(wrong is None or j < wrong)
+    return reward_MT.reshape(B, -1, T), end_MT.reshape(B, -1, T)
+
+
+PRECHECK_N = 256
+
+
+def precheck(evaluator: Evaluator, params, sample_zero_std, replay_train: list[Quadruple]) -> dict[str, float]:
+    """Can a critique help this base model at all? Measured on fixed training problems before any training.
+
+    Accuracy of y0, of the greedy revision with f and with f left out, the leak rate of f, and the share of groups whose
+    sampled completions all score the same (they give no gradient): `sample_zero_std(quads) -> float`.
+    """
+    index = np.random.default_rng((BASE_SEED, STREAM_EVAL)).permutation(len(replay_train))[:PRECHECK_N]
+    quads = sorted((replay_train[i] for i in index), key=lambda q: len(q.y1))
+    width = evaluator.shapes["P_revise"]
+    score = lambda done: mean(score_math(c["text"], q.meta["answer"]) for c, q in zip(done, quads))
+    with_f = evaluator.complete(params, [revise_prompt(q.x, q.y0, q.f) for q in quads], width, "with f")
+    without = evaluator.complete(params, [revise_prompt(q.x, q.y0, "") for q in quads], width, "without f")
+    return {
+        "n": len(quads),
+        "accuracy_y0": mean(score_math(q.y0, q.meta["answer"]) for q in quads),
+        "accuracy_with_f": score(with_f),
+        "accuracy_without_f": score(without),
+        "leak_rate": replay_report(quads)["leak_rate"],
+        "zero_std_frac": sample_zero_std(quads),
+    }
+
+
+def base_report(directory: pathlib.Path, evaluator: Evaluator, params, sample_zero_std, replay, settings: tuple) -> dict[str, Any]:
+    """{"summary", "precheck"} of the base, cached beside it under a key of everything the numbers depend on."""
+    key = [replay_sha256(replay["test"]), verifier_sha256(), sorted(evaluator.shapes.items()), *map(str, settings)]
+    parts = (Evaluator, generate, score_record, summarize, precheck)
+    path = directory / f"report_{sha256(json.dumps(key) + ''.join(inspect.getsource(p) for p in parts))[:16]}.json"
+    if not path.is_file():
+        report = {
+            "summary": summarize(evaluator(params)),
+            "precheck": precheck(evaluator, params, sample_zero_std, replay["train"]),
+        }
+        write_atomic(path, json.dumps(report, indent=1))
+    return json.loads(path.read_text())
+
+
+# ---- 9 fairness fingerprint ---------------------------------------------------------------------------------------
+# What: proof that two runs may stand in one table; every field is computed from what was loaded or counted.
+# Used by: all trainers. Tested in: tests/test_eval.py.
+def sha256(text: str | bytes) -> str:
+    """Hex digest of a text."""
+    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
+
+
+def weights_sha256(params) -> str:
+    """Digest of names, shapes, dtypes and bytes of a parameter tree."""
+    digest = hashlib.sha256()
+    for name, leaf in leaf_names(params).items():
+        array = np.asarray(leaf)
+        digest.update(f"{name} {array.shape} {array.dtype}\n".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def replay_sha256(quads: list[Quadruple]) -> str:
+    """Digest of loaded quadruples, in order."""
+    return sha256("\n".join(json.dumps(dataclasses.asdict(q), sort_keys=True) for q in quads))
+
+
+def templates_sha256() -> str:
+    """Digest of both prompt templates."""
+    return sha256(ATTEMPT_TEMPLATE + "\0" + REVISE_TEMPLATE)
+
+
+def verifier_sha256() -> str:
+    """Digest of the verifier's own source text: changing a rule changes every fingerprint."""
+    parts = (to_fraction, numbers_in, final_answers, score_math, evaluate_arithmetic, Step, split_steps, equation_holds,
+             first_wrong_step, process_score)  # fmt: skip
+    patterns = (NUMBER, ANNOTATION, _PLAIN_EQUATION, *(p for p, _ in _LATEX))
+    return sha256("".join(inspect.getsource(f) for f in parts) + "".join(p.pattern for p in patterns))
+
+
+def fingerprint(**fields: Any) -> dict[str, Any]:
+    """The fields and their digest; raises ValueError on a field that is None, for a null field proves nothing."""
+    empty = [name for name, value in fields.items() if value is None]
+    if empty:
+        raise ValueError(f"fingerprint fields without a value: {', '.join(empty)}")
+    return {**fields, "digest": sha256(json.dumps(fields, sort_keys=True))}
+
+
+# ---- 10 run plumbing ----------------------------------------------------------------------------------------------
+# What: command line, run directory, W&B, metrics.jsonl, Orbax checkpoints, SIGTERM, summary and plot. Used by: all
+# trainers. Tested in: tests/test_scripts.py.
+NOT_IN_RUN_NAME = ("task", "seed", "out_dir", "resume", "wandb", "mesh", "save_every")  # they do not change the result
+
+
+def cli(main, args_type):
+    """Parse the command line and run `main`; bad input prints one line and exits with code 2."""
+    args = tyro.cli(args_type)
+    try:
+        return main(args)
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+def open_out_dir(out_dir: str) -> None:
+    """Make sure `out_dir` can be written; compiled programs are kept there, so that the next run starts at once."""
+    directory = pathlib.Path(out_dir).absolute()
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / f".{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise InputError(f"--out_dir {out_dir}: cannot write there ({e.strerror}); choose another") from None
+    jax.config.update("jax_compilation_cache_dir", str(directory / "xla_cache"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def check_counts(**at_least_one: int) -> None:
+    """InputError unless every named flag is at least 1."""
+    for flag, value in at_least_one.items():
+        if value < 1:
+            raise InputError(f"--{flag} {value}: must be at least 1")
+
+
+_TRACES: Counter[str] = Counter()
+
+
+def count_trace(name: str) -> None:
+    """Called inside a jitted function: counts how often it is traced, which should be once per shape."""
+    _TRACES[name] += 1
+
+
+def reset_traces() -> None:
+    """Start counting anew."""
+    _TRACES.clear()
+
+
+def traces() -> dict[str, int]:
+    """{function name: traces since the last reset}."""
+    return dict(_TRACES)
+
+
+def pick_dtype(name: str):
+    """Compute dtype of `--dtype`: auto is bfloat16 on accelerators and float32 on CPU."""
+    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}.get(
+        name, jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    )
+
+
+def fixed_shapes(tokenizer: Tokenizer, replay: dict[str, list[Quadruple]], max_prompt: int, max_new: int) -> dict[str, int]:
+    """The padded lengths of a run: P_attempt and P_revise prompts, T completions, T_replay replay answers (y0, y1)."""
+    quads = [q for split in replay.values() for q in split]
+    ids = [f"{q.meta['task_id']}" for q in quads]
+    texts = [t for q in quads for t in (q.y0, q.y1)]
+    longest = max(len(e.ids) for e in tokenizer.inner.encode_batch(texts, add_special_tokens=False)) + 1
+    return {
+        "P_attempt": prompt_shape(tokenizer, [attempt_prompt(q.x) for q in quads], ids, max_prompt),
+        "P_revise": prompt_shape(tokenizer, [revise_prompt(q.x, q.y0, q.f) for q in quads], ids, max_prompt),
+        "T": max_new,
+        "T_replay": round_up(longest, 16),
+    }
+
+
+def data_indices(n: int, batch: int, seed: int, step: int) -> np.ndarray:
+    """Row numbers of one step: a fresh permutation of all n every epoch, a function of (seed, step) alone."""
+    at = np.arange(step * batch, (step + 1) * batch)
+    orders = {e: np.random.default_rng((seed, STREAM_DATA, int(e))).permutation(n) for e in np.unique(at // n)}
+    return np.array([orders[i // n][i % n] for i in at])
+
+
+def reduce(sums: dict[str, tuple]) -> dict[str, float]:
+    """Metrics leave jitted code as (sum, count) and are divided once, here: {"a": (6., 3.)} -> {"a": 2.}."""
+    return {name: float(total) / max(float(count), 1e-9) for name, (total, count) in sums.items()}
+
+
+def wandb_mode(flag: str) -> str:
+    """`auto`: WANDB_MODE if it is set, else online where a key is known, else offline. Never asks a question."""
+    if flag != "auto":
+        return flag
+    netrc = pathlib.Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    known = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "api.wandb.ai" in netrc.read_text())
+    return os.environ.get("WANDB_MODE") or ("online" if known else "offline")
+
+
+class Run:
+    """One run's directory and everything written to it: metrics.jsonl, W&B files, checkpoints/, result.json, curves.png."""
+
+    def __init__(self, args, method: str):
+        import orbax.checkpoint as ocp
+
+        settings = {k: v for k, v in sorted(dataclasses.asdict(args).items()) if k not in NOT_IN_RUN_NAME}
+        self.name = f"{method}__{args.task}__s{args.seed}__{sha256(json.dumps(settings))[:8]}"
+        self.dir = pathlib.Path(args.out_dir).absolute() / self.name
+        self.args, self.method, self.stopped_by = args, method, None
+        if self.dir.exists() and not args.resume:
+            what = "has finished" if (self.dir / "result.json").is_file() else "has not finished"
+            raise InputError(f"{self.dir} is there already and {what}: add --resume, or choose another --out_dir")
+        (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        self._ocp = ocp
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self.checkpoints = ocp.CheckpointManager(self.dir / "checkpoints", options=options)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        self.wandb = None
+
+    def _on_signal(self, number, _frame) -> None:
+        self.stopped_by = number  # a flag only: the loop saves at the end of its step
+
+    @property
+    def finished(self) -> bool:
+        return (self.dir / "result.json").is_file()
+
+    def result(self) -> dict[str, Any]:
+        """What a finished run wrote."""
+        return json.loads((self.dir / "result.json").read_text())
+
+    def seconds(self) -> float:
+        """Wall time since the process started, imports included."""
+        return time.time() - PROCESS_START
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Open W&B (offline where nobody is logged in); the run id lives in the run directory, so a resumed run goes on."""
+        import wandb
+
+        mode, id_file = wandb_mode(self.args.wandb), self.dir / "wandb_id"
+        if not id_file.is_file():
+            write_atomic(id_file, f"{self.name[:100]}__{os.urandom(3).hex()}".replace("/", "-"))
+        wandb_settings = wandb.Settings(silent=True, console="off", init_timeout=60)
+        common = dict(project="cts", name=self.name, id=id_file.read_text(), resume="allow", dir=str(self.dir), config=config,
+                      job_type=self.method, group=os.environ.get("WANDB_RUN_GROUP"), settings=wandb_settings)  # fmt: skip
+        try:
+            self.wandb = wandb.init(mode=mode, **common)
+        except wandb.errors.Error as e:
+            print(f"W&B {mode} failed ({type(e).__name__}); logging offline into {self.dir}")
+            self.wandb = wandb.init(mode="offline", **common)
+        self.wandb.define_metric("*", step_metric="step")
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """One line of metrics.jsonl and one W&B call for one step."""
+        row = {"step": step, **metrics}
+        with open(self.dir / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+        self.wandb.log(row)
+
+    def log_samples(self, rows: list[tuple[str, str, float]], step: int) -> None:
+        """A small W&B table of (prompt, completion, reward)."""
+        import wandb
+
+        table = wandb.Table(columns=["step", "prompt", "completion", "reward"])
+        for prompt, completion, reward in rows:
+            table.add_data(step, prompt[:2000], completion[:2000], float(reward))
+        self.wandb.log({"samples": table, "step": step})
+
+    def save(self, step: int, state, identity: dict[str, Any]) -> None:
+        """Checkpoint after `step` finished steps: parameters, optimizer and the run's identity. Data order and PRNG are
+        functions of (seed, step)."""
+        if step not in self.checkpoints.all_steps():
+            as_args = self._ocp.args
+            self.checkpoints.save(
+                step, args=as_args.Composite(state=as_args.StandardSave(state), identity=as_args.JsonSave(identity))
+            )
+
+    def restore(self, state, identity: dict[str, Any]):
+        """(state, finished steps) of the newest readable checkpoint, or (state, 0); later metrics lines are dropped.
+
+        InputError if the checkpoint was made under another identity: it names the fields that changed.
+        """
+        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+        as_args = self._ocp.args
+        for step in sorted(self.checkpoints.all_steps(), reverse=True):
+            try:
+                saved = self.checkpoints.restore(
+                    step, args=as_args.Composite(state=as_args.StandardRestore(abstract), identity=as_args.JsonRestore())
+                )
+            except (OSError, ValueError, KeyError) as e:
+                print(f"checkpoint {step} in {self.dir} is damaged ({type(e).__name__}); trying the one before it")
+                continue
+            changed = [k for k in identity if k != "digest" and saved["identity"].get(k) != identity[k]]
+            if changed:
+                raise InputError(f"--resume: {self.dir} was started with another {', '.join(changed)}; choose another --out_dir")
+            self._truncate_metrics(step)
+            return saved["state"], step
+        self._truncate_metrics(0)
+        return state, 0
+
+    def _truncate_metrics(self, step: int) -> None:
+        path = self.dir / "metrics.jsonl"
+        if path.is_file():
+            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            write_atomic(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] < step))
+
+    def stop_if_asked(self, step: int, state, identity: dict[str, Any]) -> None:
+        """After SIGTERM or SIGUSR1: save, mark the W&B run preempting, exit with 128 + signal so that schedulers requeue."""
+        if self.stopped_by is not None:
+            self.save(step, state, identity)
+            self.wandb.mark_preempting()
+            self.wandb.finish(exit_code=128 + self.stopped_by)
+            print(f"stopped by signal {self.stopped_by} after step {step}; continue with --resume")
+            sys.exit(128 + self.stopped_by)
+
+    def check_finite(self, metrics: dict[str, float], step: int, ids: list[str]) -> None:
+        """Stop on a NaN or infinite loss or gradient, naming the step, the batch and the last good checkpoint."""
+        if not (math.isfinite(metrics["losses/loss"]) and math.isfinite(metrics["losses/grad_norm"])):
+            self.wandb.finish(exit_code=1)
+            good = max(self.checkpoints.all_steps(), default=None)
+            raise FloatingPointError(
+                f"loss or gradient is not finite at step {step} (batch {', '.join(ids)}); last good checkpoint: {good} in {self.dir}"
+            )
+
+    def finish(self, result: dict[str, Any], base: dict[str, Any], final: dict[str, Any]) -> None:
+        """Write result.json (last, atomically) and curves.png, log both to W&B, print the summary."""
+        import wandb
+
+        plot_curves(self.dir, base, final)
+        write_atomic(self.dir / "result.json", json.dumps(result, indent=1))
+        self.wandb.summary.update({f"eval/{k}": v for k, v in final.items() if isinstance(v, float)})
+        self.wandb.summary["fingerprint"] = result["fingerprint"]["digest"]
+        self.wandb.log({"curves": wandb.Image(str(self.dir / "curves.png"))})
+        artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "-", self.name)[:120], type="result")
+        artifact.add_file(str(self.dir / "result.json"))
+        self.wandb.log_artifact(artifact)
+        self.wandb.finish()
+        print_summary(self.name, self.dir, result, base, final)
+
+
+def read_metrics(directory: pathlib.Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def plot_curves(directory: pathlib.Path, base: dict[str, Any], final: dict[str, Any]) -> None:
+    """curves.png: reward over steps, and revised accuracy by horizon before and after training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [r for r in read_metrics(directory) if "charts/accuracy" in r]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    left.plot([r["step"] for r in rows], [r["charts/accuracy"] for r in rows], lw=1)
+    left.set(xlabel="step", ylabel="accuracy of sampled revisions", ylim=(0, 1), title="training")
+    horizons = list(final["by_horizon"])
+    for summary, label in ((base, "base"), (final, "trained")):
+        right.plot(horizons, [summary["by_horizon"][h]["accuracy_revised"] for h in horizons], marker="o", label=label)
+    right.set(xlabel="horizon (steps of the reference)", ylabel="revised accuracy", ylim=(0, 1), title="test split, greedy")
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(directory / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+def print_precheck(check: dict[str, float]) -> None:
+    """The base model's pre-check, and in plain words whether the critique helps it."""
+    gain = check["accuracy_with_f"] - check["accuracy_without_f"]
+    print(
+        f"Pre-check of the base on {check['n']} training problems: y0 right {check['accuracy_y0']:.1%}; revised with f"
+        f" {check['accuracy_with_f']:.1%}, without f {check['accuracy_without_f']:.1%}; answer leaked by f"
+        f" {check['leak_rate']:.1%}; groups without variance {check['zero_std_frac']:.1%}."
+    )
+    if gain >= 0.03:
+        print(f"The critique carries signal: {100 * gain:+.1f} points for this base.")
+    else:
+        print(f"WARNING: the critique carries no usable signal for this base ({100 * gain:+.1f} points; 3 are wanted):"
+              " there is little to transport, whatever the method.")  # fmt: skip
+
+
+def print_summary(name: str, directory: pathlib.Path, result: dict, base: dict[str, Any], final: dict[str, Any]) -> None:
+    """The table a run ends with."""
+    percent = lambda v: "     -" if v is None else f"{100 * v:5.1f}%"
+    print(f"\n{name}: {final['n']} test problems, greedy, last checkpoint")
+    print(f"  {'':28}{'base':>8}{'trained':>10}{'change':>9}")
+    rows = (("revised accuracy", "accuracy_revised"), ("first-attempt accuracy", "accuracy"), ("delta_critique", "delta_critique"),
+            ("wrong -> right", "wrong_to_right"), ("right -> wrong", "right_to_wrong"), ("well-formed answers", "format_frac"))  # fmt: skip
+    for label, key in rows:
+        change = "" if base[key] is None or final[key] is None else f"{100 * (final[key] - base[key]):+.1f}"
+        print(f"  {label:28}{percent(base[key]):>8}{percent(final[key]):>10}{change:>9}")
+    for h in final["by_horizon"]:
+        before, after = base["by_horizon"][h]["accuracy_revised"], final["by_horizon"][h]["accuracy_revised"]
+        print(f"    horizon {h!s:18}{percent(before):>10}{percent(after):>10}{100 * (after - before):>+9.1f}")
+    if final["credit_auc"] is not None:
+        print(f"  credit localization: AUC {final['credit_auc']:.3f} (0.5 = chance), mean gap {final['credit_gap']:+.3f} nats")
+    t = result["timings"]
+    print(f"  time: {t['total']:.0f} s in all; a step {t['step']:.2f} s (rollout {t['rollout']:.2f}, score {t['score']:.2f}, update {t['update']:.2f})")
+    print(f"  fingerprint {result['fingerprint']['digest'][:16]}; result.json, metrics.jsonl, curves.png in {directory}")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on, and the commit if this is a git checkout."""
+    import platform
+    import subprocess
+    from importlib.metadata import version
+
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ott-jax", "tokenizers", "numpy")
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False)
+    return {"python": platform.python_version(), "device": jax.devices()[0].device_kind, "commit": git.stdout.strip() or "none",
+            **{n: version(n) for n in names}}  # fmt: skip

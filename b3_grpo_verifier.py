@@ -1,0 +1,360 @@
+"""B3: GRPO with a verifier reward. Reward = outcome + process_coef * process; the strong baseline.
+
+    A       = r - mean(r over the group)                                    group-centred advantage (Dr. GRPO)
+    L       = -sum min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) / budget  + kl_coef * kl
+    r       = outcome in {0, 1}  +  process_coef * (share of steps that hold up to the first that does not)
+
+Prompts are replay's (x, y0, f): revise the flawed attempt y0 under the critique f. One optimizer step per batch of
+`prompts` x `group` completions, so the ratio is that of trainer to sampler and the clip guards only numerics.
+
+Papers: GRPO https://arxiv.org/abs/2402.03300 (process credit: its section 4.1.3), Dr. GRPO https://arxiv.org/abs/2503.20783,
+DAPO https://arxiv.org/abs/2503.14476, prefix-form process reward https://arxiv.org/abs/2504.15275.
+
+    python b3_grpo_verifier.py --task fixtures_math --seed 0        (about 4 minutes on 2 CPU cores, 2 more the first time)
+"""
+
+import dataclasses
+import functools
+import os
+import statistics
+import time
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from tqdm import tqdm
+
+import cts_common as cts
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    # ---- run ----
+    task: str = "fixtures_math"
+    """task to train on: fixtures_math (generated, needs nothing) or gsm8k"""
+    data_dir: str | None = None
+    """folder with the task's source files (gsm8k: train.jsonl, test.jsonl); none = the hub"""
+    replay: str | None = None
+    """folder with {train,val,test}.jsonl quadruples; none = data/replay/<task>, made if it is not there"""
+    model: str = "nano"
+    """model to start from: nano, a 1M-parameter LM whose base is trained once per task and cached"""
+    seed: int = 0
+    """seed of data order and sampling (the base has its own, fixed)"""
+    out_dir: str = "runs"
+    """folder for the run's directory, the cached bases and compiled programs"""
+    resume: bool = False
+    """continue this very command's run from its last checkpoint"""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """W&B mode; auto = online where you are logged in, else offline"""
+    # ---- shared by all methods ----
+    steps: int = 80
+    """optimizer steps"""
+    prompts: int = 16
+    """prompts per step"""
+    group: int = 8
+    """completions per prompt"""
+    max_prompt_tokens: int = 1024
+    """longest prompt allowed, in tokens; a longer one is an error"""
+    max_new_tokens: int = 0
+    """longest completion, in tokens; 0 = the task's (fixtures_math 112, gsm8k 320)"""
+    temperature: float = 1.0
+    """sampling temperature; the same in sampling and in training"""
+    learning_rate: float = 1e-3
+    """peak AdamW learning rate, decayed linearly to 0 over the run (fits nano; checkpoints of 0.5B and up want 1e-6)"""
+    micro_batch: int = 0
+    """prompts per micro-batch; 0 = all at once"""
+    mesh: str = "auto"
+    """device mesh DATA,MODEL, e.g. 4,2; auto = all devices on data"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """compute dtype; auto = bfloat16 on accelerators, float32 on CPU; weights and reductions are float32 always"""
+    eval_every: int = 0
+    """steps between evaluations on the validation split; 0 = only the final one, on test"""
+    save_every: int = 40
+    """steps between checkpoints; 0 = only the last"""
+    # ---- GRPO ----
+    adv_norm: Literal["center", "std"] = "center"
+    """center = reward minus group mean (Dr. GRPO); std = also divided by the group's standard deviation (GRPO)"""
+    clip_low: float = 0.2
+    """lower clip of the ratio, 1 - clip_low (PPO, GRPO)"""
+    clip_high: float = 0.28
+    """upper clip of the ratio, 1 + clip_high (DAPO's clip-higher)"""
+    kl_coef: float = 0.0
+    """weight of the k3 KL to the frozen base; 0 = off, no reference forward (DAPO, Dr. GRPO)"""
+    loss_norm: Literal["constant", "token"] = "constant"
+    """divide the summed loss by the constant token budget (Dr. GRPO) or by the batch's tokens (DAPO)"""
+    truncated: Literal["mask", "keep"] = "mask"
+    """completions cut at max_new_tokens: leave them out of loss and baseline (DAPO) or keep them with their reward"""
+    # VERIFIER: what B3 adds to outcome-only GRPO.
+    process_coef: float = 0.5
+    """weight of the process reward; 0 = outcome only"""
+    process_credit: Literal["rolled_up", "per_step"] = "rolled_up"
+    """rolled_up = one scalar per completion; per_step = step-level advantages (DeepSeekMath 4.1.3)"""
+
+
+# ---- method pieces ------------------------------------------------------------------------------------------------
+def group_advantages(reward_BG: np.ndarray, valid_BG: np.ndarray, norm: str) -> np.ndarray:
+    """Advantages within each group, over its valid completions; invalid ones get 0.
+
+    Rewards [1, 0, 0, 1] with all valid: center -> [.5, -.5, -.5, .5], std -> [1, -1, -1, 1].
+    Rewards [1, 0, 9] with the last one invalid: center -> [.5, -.5, 0].
+    """
+    n_B1 = np.maximum(valid_BG.sum(1, keepdims=True), 1)
+    centred_BG = (reward_BG - (reward_BG * valid_BG).sum(1, keepdims=True) / n_B1) * valid_BG
+    if norm == "std":
+        centred_BG = centred_BG / (np.sqrt((centred_BG**2).sum(1, keepdims=True) / n_B1) + 1e-6)
+    return centred_BG.astype(np.float32)
+
+
+# VERIFIER: step-level credit.
+def step_advantages(step_reward_BGT: np.ndarray, step_end_BGT: np.ndarray, norm: str) -> np.ndarray:
+    """DeepSeekMath eq. in 4.1.3: centre (or normalise) all step rewards of a group, then each token sums those of the
+    steps that end at or after it.
+
+    One group of two completions with step rewards [1, 0] at tokens 1 and 3, and [1] at token 0, T=4: mean 2/3, so
+    centred [1/3, -2/3] and [1/3]; advantages [-1/3, -1/3, -2/3, -2/3] and [1/3, 0, 0, 0].
+    """
+    n_B11 = np.maximum(step_end_BGT.sum((1, 2), keepdims=True), 1)
+    centred_BGT = (step_reward_BGT - (step_reward_BGT * step_end_BGT).sum((1, 2), keepdims=True) / n_B11) * step_end_BGT
+    if norm == "std":
+        centred_BGT = centred_BGT / (np.sqrt((centred_BGT**2).sum((1, 2), keepdims=True) / n_B11) + 1e-6)
+    return centred_BGT[..., ::-1].cumsum(-1)[..., ::-1].astype(np.float32)
+
+
+# ---- loss ---------------------------------------------------------------------------------------------------------
+def grpo_loss(logp_MT, old_logp_MT, adv_MT, mask_MT, clip_low: float, clip_high: float, denom):
+    """Clipped policy-gradient loss, summed over tokens and divided by `denom`; also its metrics as (sum, count)."""
+    log_ratio_MT = (logp_MT - old_logp_MT) * mask_MT
+    ratio_MT = jnp.exp(log_ratio_MT)
+    clipped_MT = jnp.clip(ratio_MT, 1 - clip_low, 1 + clip_high)
+    pg_loss_MT = -jnp.minimum(ratio_MT * adv_MT, clipped_MT * adv_MT)
+    loss = (pg_loss_MT * mask_MT).sum() / denom
+    n_tokens = mask_MT.sum()
+    metrics = {
+        "losses/clipfrac": (((ratio_MT * adv_MT > clipped_MT * adv_MT) * mask_MT).sum(), n_tokens),
+        "losses/ratio_dev": (jnp.abs(ratio_MT - 1).sum(), n_tokens),
+        "rollout/sampler_kl": ((ratio_MT - 1 - log_ratio_MT).sum(), n_tokens),
+    }
+    return loss, metrics
+
+
+def k3_kl(logp_MT, ref_logp_MT, mask_MT, denom):
+    """Schulman's k3 estimate of KL(pi || base) (http://joschu.net/blog/kl-approx.html), summed and divided by denom."""
+    diff_MT = (ref_logp_MT - logp_MT) * mask_MT
+    return ((jnp.exp(diff_MT) - 1 - diff_MT) * mask_MT).sum() / denom
+
+
+def main(args: Args) -> dict:
+    # ---- checks, data, model --------------------------------------------------------------------------------------
+    method = os.path.basename(__file__)[: -len(".py")]
+    cts.check_counts(steps=args.steps, prompts=args.prompts, group=args.group, max_prompt_tokens=args.max_prompt_tokens)
+    cts.open_out_dir(args.out_dir)
+    mesh, dtype = cts.make_mesh(args.mesh, args.prompts, args.micro_batch), cts.pick_dtype(args.dtype)
+    replay = cts.load_replay(args.task, args.replay, args.data_dir)
+    cfg, base_params, tokenizer, base_dir = cts.load_base(args.model, args.task, replay, args.out_dir)
+    shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, args.max_new_tokens or cts.TASKS[args.task].max_new_tokens)
+    B, G, T = args.prompts, args.group, shapes["T"]
+    M = B * G
+    run = cts.Run(args, method)
+    if run.finished:
+        print(f"{run.name} has finished already: {run.dir / 'result.json'}")
+        return run.result()
+
+    # ---- parameters, optimizer, shardings -------------------------------------------------------------------------
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: cts.Decoder(cfg, nnx.Rngs(0))))
+    root = jax.random.key(args.seed)
+    rollout_key = jax.random.fold_in(root, cts.STREAM_ROLLOUT)
+    base_params = jax.device_put(base_params, cts.shard_rule(mesh, base_params))
+    params = {"policy": jax.tree.map(jnp.copy, base_params)}  # a copy: the step donates its parameters
+    # one optimizer per subtree, so that nothing but the policy's gradient enters the policy's clipping
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(optax.linear_schedule(args.learning_rate, 0.0, args.steps), b2=0.99, weight_decay=0.0),
+    )
+    opt_state = {name: tx.init(subtree) for name, subtree in params.items()}
+    state_sharding = cts.shard_rule(mesh, (params, opt_state))
+    params, opt_state = jax.device_put((params, opt_state), state_sharding)
+    by_row, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+
+    # ---- jitted functions -----------------------------------------------------------------------------------------
+    @jax.jit
+    def rollout(policy, prompt_BP, prompt_len_B, key):
+        cts.count_trace("rollout")
+        policy = jax.lax.with_sharding_constraint(policy, cts.shard_rule(mesh, policy, at_rest=False))
+        model = nnx.merge(graphdef, policy)
+        return cts.generate(model, prompt_BP, prompt_len_B, key, G, T, args.temperature, tokenizer.eos_id, tokenizer.pad_id, dtype=dtype)
+
+    def loss_fn(params, batch, denom, base_params):
+        model = nnx.merge(graphdef, params["policy"])
+        tokens_MT, old_logp_MT, adv_MT, mask_MT = (batch[k].reshape(-1, T) for k in ("tokens", "old_logp", "adv", "mask"))
+        last_B = cts.last_tokens(batch["prompt"], batch["prompt_len"])
+        prefix, prompt_hidden_BPD = model.prefill(batch["prompt"], batch["prompt_len"], dtype)
+        hidden_MTD = model(last_B, tokens_MT, prefix, dtype)
+        logp_MT, entropy_MT = cts.token_logp(hidden_MTD, tokens_MT, model.head_VD(), args.temperature)
+        loss, metrics = grpo_loss(logp_MT, old_logp_MT, adv_MT, mask_MT, args.clip_low, args.clip_high, denom)
+        share = len(last_B) / B  # of the batch: these losses are sums over micro-batches already divided by denom
+        metrics["losses/policy_loss"] = (loss, share)
+        metrics["losses/entropy"] = ((entropy_MT * mask_MT).sum(), mask_MT.sum())
+        if args.kl_coef:
+            base = nnx.merge(graphdef, base_params)
+            base_prefix, _ = base.prefill(batch["prompt"], batch["prompt_len"], dtype)
+            base_hidden_MTD = base(last_B, tokens_MT, base_prefix, dtype)
+            base_logp_MT, _ = cts.token_logp(base_hidden_MTD, tokens_MT, base.head_VD(), args.temperature)
+            kl = k3_kl(logp_MT, base_logp_MT, mask_MT, denom)
+            loss = loss + args.kl_coef * kl
+            metrics["losses/kl"] = (kl, share)
+        metrics["losses/loss"] = (loss, share)
+        return loss, metrics
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*state_sharding, replicated))
+    def train_step(params, opt_state, batch, denom, base_params):
+        cts.count_trace("train_step")
+        n_micro = B // (args.micro_batch or B)
+        micro = jax.tree.map(lambda a: a.reshape(B // n_micro, n_micro, *a.shape[1:]).swapaxes(0, 1), batch)
+        grad_fn = lambda one: jax.grad(loss_fn, has_aux=True)(params, one, denom, base_params)
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(grad_fn, jax.tree.map(lambda a: a[0], micro)))
+        (grads, metrics), _ = jax.lax.scan(lambda total, one: (jax.tree.map(jnp.add, total, grad_fn(one)), None), zeros, micro)
+        metrics["losses/grad_norm"] = (optax.tree.norm(grads["policy"]), 1.0)
+        for name in params:
+            updates, opt_state[name] = tx.update(grads[name], opt_state[name], params[name])
+            params[name] = optax.apply_updates(params[name], updates)
+        return params, opt_state, metrics
+
+    # ---- base: what there is to improve ---------------------------------------------------------------------------
+    evaluator = cts.Evaluator(graphdef, tokenizer, replay["test"], shapes, mesh, dtype)
+
+    def sampled_zero_std(quads: list[cts.Quadruple]) -> float:
+        std_n = []
+        for i in range(0, len(quads) - B + 1, B):
+            batch = cts.pack_prompts(tokenizer, [cts.revise_prompt(q.x, q.y0, q.f) for q in quads[i : i + B]], shapes["P_revise"])
+            out = rollout(base_params, *jax.device_put(tuple(batch.values()), by_row), jax.random.fold_in(root, cts.STREAM_EVAL))
+            texts = cts.decode_rows(tokenizer, out["tokens_MT"], out["len_M"])
+            std_n += list(cts.outcome_scores(texts, quads[i : i + B]).std(1))
+        return float(np.mean(np.array(std_n) == 0))
+
+    base = cts.base_report(base_dir, evaluator, base_params, sampled_zero_std, replay, (G, args.temperature, args.seed, str(dtype)))
+    cts.print_precheck(base["precheck"])
+    base_attempt_logp, _ = evaluator.attempt_logp(base_params)
+    cts.reset_traces()
+
+    # ---- loop -----------------------------------------------------------------------------------------------------
+    identity = cts.fingerprint(
+        base_weights=cts.weights_sha256(base_params), tokenizer=tokenizer.sha256(), templates=cts.templates_sha256(),
+        train_replay=cts.replay_sha256(replay["train"]), test_replay=cts.replay_sha256(replay["test"]),
+        verifier=cts.verifier_sha256(), temperature=args.temperature, dtype=jnp.dtype(dtype).name, revision_budget=1, shapes=shapes,
+    )  # fmt: skip
+    run.start({**dataclasses.asdict(args), "identity": identity})
+    (params, opt_state), first_step = run.restore((params, opt_state), identity)
+    times, completions = {"rollout": [], "score": [], "update": [], "step": []}, 0
+    progress = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, desc=method, unit="step")
+    for step in progress:
+        clock = [time.perf_counter()]
+        quads = [replay["train"][i] for i in cts.data_indices(len(replay["train"]), B, args.seed, step)]
+        batch = cts.pack_prompts(tokenizer, [cts.revise_prompt(q.x, q.y0, q.f) for q in quads], shapes["P_revise"])
+        batch = {"prompt": batch["prompt_BP"], "prompt_len": batch["prompt_len_B"]}
+
+        # ---- rollout ----
+        device_batch = jax.device_put(batch, by_row)
+        out = rollout(params["policy"], device_batch["prompt"], device_batch["prompt_len"], jax.random.fold_in(rollout_key, step))
+        out = jax.device_get(out)
+        clock.append(time.perf_counter())
+
+        # ---- score ----
+        texts = cts.decode_rows(tokenizer, out["tokens_MT"], out["len_M"])
+        outcome_BG = cts.outcome_scores(texts, quads)
+        truncated_BG = out["truncated_M"].reshape(B, G)
+        reward_BG = outcome_BG
+        # VERIFIER: the process reward joins the outcome.
+        process_BG = cts.process_scores(texts, quads)
+        if args.process_credit == "rolled_up":
+            reward_BG = reward_BG + args.process_coef * process_BG
+
+        # ---- advantages ----
+        valid_BG = 1.0 - truncated_BG if args.truncated == "mask" else np.ones((B, G))
+        adv_BG = group_advantages(reward_BG, valid_BG, args.adv_norm)
+        mask_BGT = np.asarray(cts.length_mask(out["len_M"], T)).reshape(B, G, T) * valid_BG[..., None]
+        adv_BGT = np.repeat(adv_BG[..., None], T, axis=-1)
+        # VERIFIER: or each step's own reward goes to the tokens before its end.
+        if args.process_credit == "per_step":
+            step_reward_BGT, step_end_BGT = cts.step_rewards(tokenizer, out["tokens_MT"], out["len_M"], texts, quads)
+            step_adv_BGT = step_advantages(step_reward_BGT * valid_BG[..., None], step_end_BGT * valid_BG[..., None], args.adv_norm)
+            adv_BGT = adv_BGT + args.process_coef * step_adv_BGT
+        batch["tokens"] = out["tokens_MT"].reshape(B, G, T)
+        batch["old_logp"] = out["logp_MT"].reshape(B, G, T)
+        batch["adv"] = adv_BGT.astype(np.float32)
+        batch["mask"] = mask_BGT.astype(np.float32)
+        denom = np.float32(M * T if args.loss_norm == "constant" else max(mask_BGT.sum(), 1.0))
+        clock.append(time.perf_counter())
+
+        # ---- update ----
+        params, opt_state, sums = train_step(params, opt_state, jax.device_put(batch, by_row), denom, base_params)
+        metrics = cts.reduce(jax.device_get(sums))
+        clock.append(time.perf_counter())
+
+        # ---- log, save ----
+        for name, a, b in (("rollout", 0, 1), ("score", 1, 2), ("update", 2, 3), ("step", 0, 3)):
+            times[name].append(clock[b] - clock[a])
+        completions += M
+        metrics["charts/reward"] = float(reward_BG.mean())
+        metrics["charts/accuracy"] = float(outcome_BG.mean())
+        metrics["charts/learning_rate"] = args.learning_rate * (1 - step / args.steps)
+        metrics["charts/tokens"] = (step + 1) * B * (shapes["P_revise"] + G * T)
+        metrics["charts/SPS"] = M / times["step"][-1]
+        metrics["rollout/len_mean"] = float(out["len_M"].mean())
+        metrics["rollout/truncated_frac"] = float(truncated_BG.mean())
+        metrics["rollout/zero_std_frac"] = float((reward_BG.std(1) == 0).mean())
+        metrics["rollout/format_frac"] = float(np.mean([cts.format_valid(t) for t in texts]))
+        # VERIFIER: how far the steps hold, whether or not the answer is right.
+        metrics["rollout/process_mean"] = float(process_BG.mean())
+        for name in ("rollout", "score", "update"):
+            metrics[f"time/{name}"] = times[name][-1]
+        if step == first_step:
+            metrics["time/compile"] = times["step"][0]  # the first step, compilation included
+        run.check_finite(metrics, step, [q.meta["task_id"] for q in quads])
+        if args.eval_every and (step + 1) % args.eval_every == 0:
+            validation = cts.Evaluator(graphdef, tokenizer, replay["val"], shapes, mesh, dtype)
+            summary = cts.summarize(validation(params["policy"]))
+            metrics |= {f"eval/{k}": summary[k] for k in ("accuracy", "accuracy_revised", "delta_critique")}
+        run.log(metrics, step)
+        progress.set_postfix(reward=f"{metrics['charts/reward']:.3f}", accuracy=f"{metrics['charts/accuracy']:.3f}")
+        if step % max(1, args.steps // 4) == 0:
+            run.log_samples([(cts.revise_prompt(q.x, q.y0, q.f), texts[i * G], reward_BG[i, 0]) for i, q in enumerate(quads)], step)
+        if args.save_every and (step + 1) % args.save_every == 0:
+            run.save(step + 1, (params, opt_state), identity)
+        run.stop_if_asked(step + 1, (params, opt_state), identity)
+
+    # ---- final evaluation, result ---------------------------------------------------------------------------------
+    run.save(args.steps, (params, opt_state), identity)
+    records = evaluator(params["policy"], base_attempt_logp)
+    final = cts.summarize(records)
+    counted = {
+        "optimizer_steps": args.steps,
+        "training_tokens": args.steps * B * (shapes["P_revise"] + G * T),
+        "rollout_budget": [args.steps, B, G, T],
+        "test_compute_budget": len(records) * 2 * T,
+    }
+    steady = {name: statistics.median(t[1:] or t or [0.0]) for name, t in times.items()}
+    result = {
+        "schema_version": cts.SCHEMA_VERSION,
+        "method": method,
+        "args": dataclasses.asdict(args),
+        "fingerprint": cts.fingerprint(**{k: v for k, v in identity.items() if k != "digest"}, **counted),
+        "replay": {split: cts.replay_report(quads) for split, quads in replay.items()},
+        "precheck": base["precheck"],
+        "base": base["summary"],
+        "summary": final,
+        "records": records,
+        "traces": cts.traces(),
+        "timings": {**steady, "first_step": (times["step"] or [0.0])[0], "total": run.seconds()},
+        "versions": cts.versions(),
+    }
+    run.finish(result, base["summary"], final)
+    return result
+
+
+if __name__ == "__main__":
+    cts.cli(main, Args)

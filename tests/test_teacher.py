@@ -1,0 +1,346 @@
+"""teacher.py: what the perturb teacher writes, against attempts worked out by hand and by properties of many."""
+
+import json
+import random
+from fractions import Fraction
+
+import pytest
+
+import cts_common as cts
+import teacher
+
+SHOP = cts.Problem(
+    "own/shop",
+    "A shop sells 30 lamps at $40 each. It then pays $350 for rent and gives 1/5 of what is left to 5 clerks. "
+    "The rest is shared by 4 owners. How much does each owner get?",
+    "The shop takes in 30 x $40 = $<<30*40=1200>>1,200.\n"
+    "After the rent $1,200 - $350 = $<<1200-350=850>>850 is left.\n"
+    "The clerks get $850 / 5 = $<<850/5=170>>170.\n"
+    "So $850 - $170 = $<<850-170=680>>680 remains for the owners.\n"
+    "Each owner gets $680 / 4 = $<<680/4=170>>170.\n"
+    "#### 170",
+    "170",
+    None,
+)
+PENS = cts.Problem(
+    "own/pens",
+    "Tom has 48 red pens. He has half as many blue pens and gives away 15 pens. How many pens does he keep?",
+    "Tom has 48/2 = <<48/2=24>>24 blue pens.\n"
+    "He has 48+24 = <<48+24=72>>72 pens in all.\n"
+    "He keeps 72-15 = <<72-15=57>>57 pens.\n"
+    "#### 57",
+    "57",
+    None,
+)
+
+
+def problem_of(x: str, *lines: str) -> cts.Problem:
+    return cts.Problem("own/x", x, "\n".join(lines), lines[-1].removeprefix("#### "), None)
+
+
+def own_problems() -> list[cts.Problem]:
+    """Forty problems in GSM8K's format with what fixtures_math lacks: arithmetic spelled out in the text, $, commas, x,
+    units between operands, decimals, lines without annotation, sums of three."""
+    rng, problems = random.Random(5), []
+    for i in range(40):
+        a, b, c, d = rng.sample(range(13, 29), 4)
+        kind = i % 4
+        if kind == 0:
+            x = f"Ann sells {a} cakes at ${b}00 each and pays ${c}0 for flour and ${d} for sugar. What does she keep?"
+            t, k = a * b * 100, c * 10 + d
+            lines = [
+                f"She takes in {a} x ${b}00 = $<<{a}*{b}00={t}>>{t:,}.",
+                f"She pays ${c}0 + ${d} = $<<{c}0+{d}={k}>>{k}.",
+                f"She keeps ${t:,} - ${k} = $<<{t}-{k}={t - k}>>{t - k:,}.",
+            ]
+            answer = t - k
+        elif kind == 1:
+            x = f"A bus drives {a} miles an hour for {b} hours, then {c} miles. A train drives {d} miles. How far?"
+            t = a * b
+            lines = [
+                f"The bus first drives {a} miles/hour * {b} hours = <<{a}*{b}={t}>>{t} miles.",
+                f"The bus drives {t} miles + {c} miles = {t + c} miles.",
+                f"Together they drive {t + c} miles + {d} miles = <<{t + c}+{d}={t + c + d}>>{t + c + d} miles.",
+            ]
+            answer = t + c + d
+        elif kind == 2:
+            x = f"A pear costs ${a}.50 and a melon ${b}. Eve buys {c} of each and pays with ${d}00. What is her change?"
+            each, t = Fraction(2 * a + 1, 2) + b, (Fraction(2 * a + 1, 2) + b) * c
+            left = cts.show(d * 100 - t)
+            each, t = cts.show(each), cts.show(t)
+            lines = [
+                f"A pear and a melon cost ${a}.50 + ${b} = $<<{a}.5+{b}={each}>>{each}.",
+                f"So she pays {c} * ${each} = $<<{c}*{each}={t}>>{t}.",
+                f"Her change is ${d}00 - ${t} = $<<{d}00-{t}={left}>>{left}.",
+            ]
+            answer = left
+        else:
+            x = f"Max has {a} coins. Sue has {b} more than Max. Ben has {c} more than Sue. How many have they in all?"
+            s = a + b
+            t = s + c
+            lines = [
+                f"Sue has {a} + {b} = <<{a}+{b}={s}>>{s} coins.",
+                f"Ben has {s} + {c} = <<{s}+{c}={t}>>{t} coins.",
+                f"They have {a} + {s} + {t} = <<{a}+{s}+{t}={a + s + t}>>{a + s + t} coins.",
+            ]
+            answer = a + s + t
+        problems.append(cts.Problem(f"own/{i}", x, "\n".join([*lines, f"#### {answer}"]), str(answer), None))
+    return problems
+
+
+PROBLEMS = cts.fixtures_math(size=300) + own_problems()
+
+
+@pytest.fixture(scope="module")
+def quads() -> list[cts.Quadruple]:
+    return [teacher.perturb(problem) for problem in PROBLEMS]
+
+
+def test_every_problem_yields_a_verified_quadruple(quads):
+    assert all(isinstance(q, cts.Quadruple) for q in quads)
+    for q, problem in zip(quads, PROBLEMS):
+        assert (q.x, q.y1, q.meta["answer"]) == (problem.x, problem.reference, problem.answer)
+        assert cts.score_math(q.y0, problem.answer) == 0 and cts.score_math(q.y1, problem.answer) == 1
+        assert q.meta["verified"] and not q.meta["y0_correct"] and q.meta["y1_correct"]
+        cts.parse_quadruple(json.dumps({"x": q.x, "y0": q.y0, "f": q.f, "y1": q.y1, "meta": q.meta}), "here")
+
+
+def test_span_and_critique_name_the_step_the_checker_calls_wrong(quads):
+    for q in quads:
+        wrong = cts.first_wrong_step(q.y0, q.y1)
+        step = cts.split_steps(q.y0)[wrong]
+        assert q.meta["error_span"] == [step.start, step.end]
+        assert q.f.startswith(f"The {cts.ORDINALS[wrong]} step is wrong: ")
+
+
+def test_only_a_wrong_result_breaks_the_arithmetic_and_only_in_its_own_step(quads):
+    """All the other steps, later ones above all, are recomputed: their annotations and their texts hold."""
+    for q in quads:
+        wrong = cts.first_wrong_step(q.y0, q.y1)
+        for i, line in enumerate(q.y0.split("\n")):
+            slip = i == wrong and q.meta["error_tags"] == ["local_arithmetic"]
+            annotations = cts.ANNOTATION.findall(line)
+            for expr, value in annotations:
+                assert cts.equation_holds(expr, Fraction(value)) != slip, q.y0
+                if "= " in line:  # the text shows the result of its annotation once more
+                    assert line.replace(",", "").split(">>")[1].startswith(value)
+            assert all(teacher.text_agrees(line)) or slip, q.y0
+
+
+def test_the_final_line_states_the_last_result(quads):
+    for q in quads:
+        *lines, final = q.y0.split("\n")
+        if lines and "####" not in q.y0[slice(*q.meta["error_span"])]:
+            assert Fraction(cts.ANNOTATION.findall(lines[-1])[-1][1]) == cts.final_answers(final)[0], q.y0
+
+
+def test_no_critique_gives_the_answer_or_the_right_value_away(quads):
+    for q in quads:
+        assert Fraction(q.meta["answer"]) not in cts.numbers_in(q.f)
+    assert cts.replay_report(quads)["leak_rate"] == 0
+
+
+def test_a_flaw_that_would_name_the_right_value_is_told_without_numbers():
+    """Step 2 is 6 and its stale operand would be 6; naming the operands of a wrong result is fine."""
+    gifts = problem_of(
+        "18 yards of ribbon, 6 gifts, 2 yards each. Joe adds 5 yards to the rest. How much now?",
+        "The gifts use 6 x 2 = <<6*2=12>>12 yards.",
+        "So 18 - 12 = <<18-12=6>>6 yards are over.",
+        "Now it is 6 + 5 = <<6+5=11>>11 yards.",
+        "#### 11",
+    )
+    critiques = {f for _, _, _, f in teacher.attempts(gifts, 0)}
+    assert "The second step is wrong: it uses an old value." in critiques
+    assert "The second step is wrong: it uses an old value, 6." not in critiques
+    assert "The first step is wrong: the result of 6*2 is wrong." in critiques
+
+
+def test_kinds_are_mixed(quads):
+    tags = cts.replay_report(quads)["tags"]
+    assert set(tags) == set(teacher.TAG_OF_KIND.values())
+    assert min(tags.values()) > 0.1 * len(quads), tags
+
+
+def test_deterministic_in_seed_and_problem(quads):
+    again = [teacher.perturb(problem) for problem in reversed(PROBLEMS[-60:])]
+    assert again == quads[:-61:-1]
+    assert [teacher.perturb(problem, seed=1) for problem in PROBLEMS[-60:]] != quads[-60:]
+
+
+# ---- one worked example for each kind -------------------------------------------------------------------------------
+def lines_of_y0(problem: cts.Problem, kind: str, step: int, choice: tuple) -> tuple[list[str], int, str]:
+    assert choice in teacher.choices(problem, kind, step, random.Random(0))
+    y0, flagged, flaw = teacher.corrupt(problem, kind, step, choice)
+    return y0.split("\n"), flagged, flaw[0]
+
+
+def test_wrong_result():
+    lines, flagged, flaw = lines_of_y0(PENS, "wrong_result", 0, (Fraction(26),))
+    assert lines == [
+        "Tom has 48/2 = <<48/2=26>>26 blue pens.",
+        "He has 48+26 = <<48+26=74>>74 pens in all.",
+        "He keeps 74-15 = <<74-15=59>>59 pens.",
+        "#### 59",
+    ]
+    assert (flagged, flaw) == (0, "the result of 48/2 is wrong")
+
+
+def test_wrong_operator():
+    lines, flagged, flaw = lines_of_y0(SHOP, "wrong_operator", 1, (0, "+"))
+    assert lines == [
+        "The shop takes in 30 x $40 = $<<30*40=1200>>1,200.",
+        "After the rent $1,200 + $350 = $<<1200+350=1550>>1550 is left.",
+        "The clerks get $1550 / 5 = $<<1550/5=310>>310.",
+        "So $1550 - $310 = $<<1550-310=1240>>1240 remains for the owners.",
+        "Each owner gets $1240 / 4 = $<<1240/4=310>>310.",
+        "#### 310",
+    ]
+    assert (flagged, flaw) == (1, "it adds where it should subtract")
+
+
+def test_dropped_step():
+    lines, flagged, flaw = lines_of_y0(PENS, "dropped_step", 1, (Fraction(24),))
+    assert lines == ["Tom has 48/2 = <<48/2=24>>24 blue pens.", "He keeps 24-15 = <<24-15=9>>9 pens.", "#### 9"]
+    assert (flagged, flaw) == (1, "a step before it is missing")
+
+
+def test_stale_value():
+    lines, flagged, flaw = lines_of_y0(PENS, "stale_value", 2, (Fraction(72), Fraction(48)))
+    assert lines == [
+        "Tom has 48/2 = <<48/2=24>>24 blue pens.",
+        "He has 48+24 = <<48+24=72>>72 pens in all.",
+        "He keeps 48-15 = <<48-15=33>>33 pens.",
+        "#### 33",
+    ]
+    assert (flagged, flaw) == (2, "it uses an old value, 48")
+
+
+def test_wrong_quantity():
+    lines, flagged, flaw = lines_of_y0(SHOP, "wrong_quantity", 0, (Fraction(40), Fraction(350)))
+    assert lines == [
+        "The shop takes in 30 x $350 = $<<30*350=10500>>10,500.",
+        "After the rent $10,500 - $350 = $<<10500-350=10150>>10150 is left.",
+        "The clerks get $10150 / 5 = $<<10150/5=2030>>2030.",
+        "So $10150 - $2030 = $<<10150-2030=8120>>8120 remains for the owners.",
+        "Each owner gets $8120 / 4 = $<<8120/4=2030>>2030.",
+        "#### 2030",
+    ]
+    assert (flagged, flaw) == (0, "it uses 350, which is another quantity")
+
+
+# ---- what must not be written ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("why", "problem"),
+    [
+        (
+            "the 10 of the second step may be the 10 that x gives",
+            problem_of("6 and 4 cats and 10 dogs. All?", "Cats: <<6+4=10>>10.", "All: <<10+10=20>>20.", "#### 20"),
+        ),
+        (
+            "the word two stands for the changed 2",
+            problem_of("9 eggs, 7 break, 5 more. Now?", "Left: <<9-7=2>>2.", "The two and 5: <<2+5=7>>7.", "#### 7"),
+        ),
+        (
+            "the 2nd cannot become 4nd",
+            problem_of("9 eggs, 6 break, 5 more?", "Left: <<9-6=3>>3.", "With the 3rd: <<3+5=8>>8.", "#### 8"),
+        ),
+        (
+            "30% and 0.3 are one quantity",
+            problem_of("0.5 less 0.2 of 90?", "It is <<0.5-0.2=0.3>>0.3.", "30% of 90 is <<0.3*90=27>>27.", "#### 27"),
+        ),
+        (
+            "13 thirds are no number of pens",
+            problem_of("8 and 4 pens, 3 boys. Each?", "All: <<8+4=12>>12.", "Each: <<12/3=4>>4.", "#### 4"),
+        ),
+    ],
+)
+def test_unfit(why, problem):
+    value = teacher.numerals(cts.ANNOTATION.findall(problem.reference)[0][1])[0]
+    changed = value + (Fraction(1, 10) if value < 1 else 1)
+    with pytest.raises(teacher.UnfitError):
+        teacher.corrupt(problem, "wrong_result", 0, (changed,))
+
+
+def test_a_step_that_names_its_operation_keeps_its_operator():
+    problem = problem_of("6 and 4 cats. All?", "The sum is <<6+4=10>>10.", "With 5 more: <<10+5=15>>15.", "#### 15")
+    with pytest.raises(teacher.UnfitError):
+        teacher.corrupt(problem, "wrong_operator", 0, (0, "-"))
+    plain = problem_of("6 and 4 cats. All?", "Cats: <<6+4=10>>10.", "With 5 dogs: <<10+5=15>>15.", "#### 15")
+    assert teacher.corrupt(plain, "wrong_operator", 0, (0, "-"), strict=False)[0].startswith("Cats: <<6-4=2>>2.\n")
+
+
+def test_edit_distance_equals_a_naive_dynamic_program():
+    def naive(a: list[str], b: list[str]) -> int:
+        d = [[i + j if i * j == 0 else 0 for j in range(len(b) + 1)] for i in range(len(a) + 1)]
+        for i in range(1, len(a) + 1):
+            for j in range(1, len(b) + 1):
+                d[i][j] = min(d[i - 1][j] + 1, d[i][j - 1] + 1, d[i - 1][j - 1] + (a[i - 1] != b[j - 1]))
+        return d[-1][-1]
+
+    rng = random.Random(1)
+    for _ in range(200):
+        a, b = ([rng.choice("uvwxyz") for _ in range(rng.randrange(9))] for _ in range(2))
+        assert teacher.edit_distance(" ".join(a), " ".join(b)) == naive(a, b), (a, b)
+
+
+# ---- the script -----------------------------------------------------------------------------------------------------
+def run(out, **args) -> dict:
+    return teacher.main(teacher.Args(out=str(out), **args))
+
+
+@pytest.fixture
+def small_task(monkeypatch):
+    """fixtures_math with 120 problems, so that a whole run takes a moment."""
+    task = cts.TASKS["fixtures_math"]
+    small = cts.dataclasses.replace(task, load=lambda data_dir: PROBLEMS[:120])
+    monkeypatch.setitem(cts.TASKS, "fixtures_math", small)
+
+
+def test_main_writes_what_the_loader_reads_and_limit_changes_no_quadruple(tmp_path, small_task, capsys):
+    report = run(tmp_path / "all")
+    replay = cts.load_replay("fixtures_math", str(tmp_path / "all"), None)
+    assert report["kept"] == report["problems"] == 120 == sum(map(len, replay.values()))
+    assert json.loads((tmp_path / "all" / "report.json").read_text())["replay"]["leak_rate"] == 0
+    assert "120 of 120 problems kept (100.0%)" in capsys.readouterr().out
+    run(tmp_path / "few", limit=3)
+    few = cts.load_replay("fixtures_math", str(tmp_path / "few"), None)
+    assert {split: quads[:3] for split, quads in replay.items()} == few
+    run(tmp_path / "again")
+    for name in ("train.jsonl", "val.jsonl", "test.jsonl", "report.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "all" / name).read_bytes()
+
+
+def test_rejections_are_counted_and_unverified_ones_kept_on_request(tmp_path, monkeypatch):
+    wrong = problem_of("3 and 5 pens, 4 more. All?", "All: <<3+5=8>>8.", "Now: <<8+4=12>>12.", "#### 12")
+    wrong = cts.dataclasses.replace(wrong, answer="13")
+    silent = problem_of("What is 5 less 1?", "It is four.", "#### 4")
+    task = cts.dataclasses.replace(cts.TASKS["fixtures_math"], load=lambda data_dir: [wrong, silent])
+    monkeypatch.setitem(cts.TASKS, "fixtures_math", task)
+    assert run(tmp_path)["rejected"] == {"no arithmetic step": 1, "reference not verified": 1}
+    report = run(tmp_path, keep_unverified="yes")
+    assert (report["kept"], report["unverified"], report["rejected"]) == (1, 1, {"no arithmetic step": 1})
+    lines = "".join((tmp_path / f"{split}.jsonl").read_text() for split in ("train", "val", "test")).splitlines()
+    meta = cts.parse_quadruple(lines[0], "here").meta
+    assert not meta["verified"] and not meta["y1_correct"]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"task": "nope"}, "--task nope"),
+        ({"limit": -1}, "--limit -1"),
+        ({"task": "gsm8k", "data_dir": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, args, message):
+    with pytest.raises(cts.InputError, match=message) as error:
+        run(tmp_path, **args)
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_out_that_is_a_file(tmp_path, small_task):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(cts.InputError, match="--out"):
+        run(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
