@@ -255,7 +255,6 @@ def main(args: Args) -> dict:
         clock = [time.perf_counter()]
         quads = [replay["train"][i] for i in cts.data_indices(len(replay["train"]), B, args.seed, step)]
         batch = cts.pack_prompts(tokenizer, [cts.revise_prompt(q.x, q.y0, q.f) for q in quads], shapes["P_revise"])
-        batch = {"prompt": batch["prompt_BP"], "prompt_len": batch["prompt_len_B"]}
 
         # ---- rollout ----
         device_batch = jax.device_put(batch, by_row)

@@ -43,7 +43,7 @@ from tqdm import tqdm
 # What: names that stand in more than one place. Used by: all sections and scripts.
 SCHEMA_VERSION = 1
 PROCESS_START = time.time()
-STREAM_INIT, STREAM_DATA, STREAM_ROLLOUT, STREAM_EVAL, STREAM_BASE = range(5)  # PRNG streams: fold_in(root, STREAM)
+STREAM_INIT, STREAM_DATA, STREAM_ROLLOUT, STREAM_EVAL, STREAM_BASE, STREAM_CONTROL = range(6)  # PRNG streams: fold_in(root, STREAM)
 SPLITS = ("train", "val", "test", "transfer")
 ERROR_TAGS = ("local_arithmetic", "missing_case", "invalid_assumption", "wrong_decomposition", "tool_misuse",
               "state_tracking", "style_only")  # fmt: skip
@@ -179,22 +179,23 @@ def check_leakage(replay: dict[str, list[Quadruple]]) -> None:
                 )
 
 
-NAMES = (("Tom", "He"), ("Amy", "She"), ("Ben", "He"), ("Sue", "She"), ("Max", "He"), ("Eva", "She"), ("Sam", "He"), ("Ann", "She"))
+NAMES = ("Tom", "Amy", "Ben", "Sue", "Max", "Eva", "Sam", "Ann")
 GOODS = ("pens", "books", "coins", "cards", "nuts", "toys")
+MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
 
 def fixtures_math(seed: int = 0, size: int = 6000) -> list[Problem]:
-    """Generated word problems in GSM8K's own format (`<<6+5=11>>11`, `#### 11`), horizons 2 to 8, numbers below 100.
+    """Generated word problems in GSM8K's own format (`<<16+5=21>>21`, `#### 21`), horizons 2 to 8, numbers below 100.
 
-    Two templates: one person whose stock changes event by event, and a row of people each compared with the one before,
+    Two templates: one person whose stock changes month by month, and a row of people each compared with the one before,
     whose last step adds two of them up. `size` problems, no text twice; deterministic in `seed`.
     """
     rng = np.random.default_rng((seed, 71))
     problems: dict[str, Problem] = {}
     while len(problems) < size:
-        horizon = int(rng.integers(2, 9))
+        horizon = int(rng.choice(np.arange(2, 9), p=np.arange(7, 0, -1) / 28))  # short ones more often: cheaper to learn
         try:
-            x, lines, value = (_events if rng.random() < 0.5 else _comparisons)(rng, horizon)
+            x, lines, value = (_months if rng.random() < 0.5 else _comparisons)(rng, horizon)
         except StopIteration:
             continue
         if normalize_x(x) not in problems:
@@ -222,22 +223,23 @@ def _change(rng, value: int, results: set[int], givens: set[int]) -> tuple[str, 
     raise StopIteration
 
 
-def _events(rng, horizon: int) -> tuple[str, list[str], int]:
-    (name, he), goods = NAMES[rng.integers(len(NAMES))], GOODS[rng.integers(len(GOODS))]
-    value = int(rng.integers(10, 20))
+def _months(rng, horizon: int) -> tuple[str, list[str], int]:
+    name, goods = NAMES[rng.integers(len(NAMES))], GOODS[rng.integers(len(GOODS))]
+    value, first = int(rng.integers(10, 20)), int(rng.integers(12))
     sentences, lines, results, givens = [f"{name} has {value} {goods}."], [], {value}, set()
-    for _ in range(horizon):
+    for i in range(horizon):
         op, n, new = _change(rng, value, results, givens)
-        verb = {"+": ("buys {}.", "finds {}."), "-": ("loses {}.", "sells {}."), "*": ("then has {} times as many.",) * 2,
-                "/": ("then keeps one of {} equal parts.",) * 2}[op][rng.integers(2)]  # fmt: skip
-        sentences.append(f"{he} {verb.format(n)}")
-        lines.append(f"{name} has <<{value}{op}{n}={new}>>{new} {goods}.")
+        event = {"+": ("are bought", "are found"), "-": ("are lost", "are sold"), "*": ("times as many are there",) * 2,
+                 "/": ("equal parts are made and one is kept",) * 2}[op][rng.integers(2)]  # fmt: skip
+        month = MONTHS[(first + i) % 12]
+        sentences.append(f"In {month} {n} {event}.")
+        lines.append(f"In {month}: <<{value}{op}{n}={new}>>{new} {goods}.")
         value = new
     return " ".join([*sentences, f"How many {goods} does {name} have now?"]), lines, value
 
 
 def _comparisons(rng, horizon: int) -> tuple[str, list[str], int]:
-    people = [NAMES[i][0] for i in rng.permutation(len(NAMES))[:horizon]]
+    people = [NAMES[i] for i in rng.permutation(len(NAMES))[:horizon]]
     goods, value = GOODS[rng.integers(len(GOODS))], int(rng.integers(10, 20))
     sentences, lines, stock = [f"{people[0]} has {value} {goods}."], [], [value]
     results, givens = {value}, set()
@@ -245,12 +247,12 @@ def _comparisons(rng, horizon: int) -> tuple[str, list[str], int]:
         op, n, new = _change(rng, value, results, givens)
         how = {"+": "{} more than", "-": "{} fewer than", "*": "{} times as many as", "/": "one part in {} of"}[op]
         sentences.append(f"{name} has {how.format(n)} {before}.")
-        lines.append(f"{name} has <<{value}{op}{n}={new}>>{new} {goods}.")
+        lines.append(f"So {name} has <<{value}{op}{n}={new}>>{new} {goods}.")
         stock.append(new)
         value = new
     i = int(rng.integers(horizon - 1))
     total = stock[i] + value
-    lines.append(f"They have <<{stock[i]}+{value}={total}>>{total} {goods}.")
+    lines.append(f"Together: <<{stock[i]}+{value}={total}>>{total} {goods}.")
     return " ".join([*sentences, f"How many {goods} do {people[i]} and {people[-1]} have?"]), lines, total
 
 
@@ -309,7 +311,7 @@ class Task:
 
 
 TASKS = {
-    "fixtures_math": Task("math", lambda data_dir: fixtures_math(), 112, 512, 400, 336),
+    "fixtures_math": Task("math", lambda data_dir: fixtures_math(), 112, 576, 400, 288),
     "gsm8k": Task("math", gsm8k, 320, 2048, 150, 1024),
 }
 
@@ -355,7 +357,7 @@ ATTEMPT_TEMPLATE = "Problem:\n{x}\nSolve it step by step. End with #### and the 
 REVISE_TEMPLATE = (
     "Problem:\n{x}\nAttempt:\n{y0}\nCritique:\n{f}\nRevise the attempt. End with #### and the answer.\nSolution:\n"
 )
-_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def attempt_prompt(x: str) -> str:
@@ -453,9 +455,12 @@ def prompt_shape(tokenizer: Tokenizer, prompts: list[str], ids: list[str], limit
 
 
 def pack_prompts(tokenizer: Tokenizer, prompts: list[str], P_: int) -> dict[str, np.ndarray]:
-    """Prompts as {"prompt_BP" (right-padded), "prompt_len_B"}; none may be longer than P_."""
-    tokens_BP, len_B = right_pad([tokenizer.encode(p) for p in prompts], P_, tokenizer.pad_id)
-    return {"prompt_BP": tokens_BP, "prompt_len_B": len_B}
+    """Prompts as {"prompt" [B, P] (right-padded), "prompt_len" [B]}; none may be longer than P_."""
+    ids = [tokenizer.encode(p) for p in prompts]
+    if max(map(len, ids)) > P_:
+        raise InputError(f"a prompt of {max(map(len, ids))} tokens does not fit the run's {P_}")
+    tokens_BP, len_B = right_pad(ids, P_, tokenizer.pad_id)
+    return {"prompt": tokens_BP, "prompt_len": len_B}
 
 
 def pack_answers(tokenizer: Tokenizer, texts: list[str], T: int) -> tuple[np.ndarray, np.ndarray]:
@@ -690,10 +695,25 @@ ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "
 def write_critique(step: int, flaw: str) -> str:
     """The critique sentence of the rule-based teachers: names the step and the flaw.
 
-    >>> write_critique(1, "the result of 4+3 is wrong")
-    'The second step is wrong: the result of 4+3 is wrong.'
+    >>> write_critique(1, "it should be 4+3")
+    'The second step is wrong: it should be 4+3.'
     """
     return f"The {ORDINALS[step] if step < len(ORDINALS) else f'{step + 1}th'} step is wrong: {flaw}."
+
+
+def check_critique(y0: str, reference: str) -> tuple[str, list[int] | None]:
+    """(critique, error_span) of any attempt by the step checker; span None where no rule finds a wrong step.
+
+    >>> check_critique("So <<2+3=6>>6.\\n#### 6", "So <<2+3=5>>5.\\n#### 5")
+    ('The first step is wrong: 2+3 is not 6.', [0, 14])
+    """
+    wrong, answer = first_wrong_step(y0, reference), final_answers(reference)[-1]
+    if wrong is None:
+        return "No step is found wrong.", None
+    step = split_steps(y0)[wrong]
+    slips = [f"{e} is not {show(v)}" for e, v in step.equations if not step.is_final and not equation_holds(e, v)]
+    f = write_critique(wrong, slips[0] if slips else "it leaves the way to the answer")
+    return (write_critique(wrong, "its result is off") if answer in numbers_in(f) else f), [step.start, step.end]
 
 
 # ---- 4 decoder ----------------------------------------------------------------------------------------------------
@@ -1030,18 +1050,16 @@ BASE_ROWS, BASE_LR, BASE_PROMPT_WEIGHT, BASE_SEED = 8, 1e-2, 0.1, 0
 
 
 def base_documents(tokenizer: Tokenizer, quads: list[Quadruple], epoch: int) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, completion ids) of one pass over the train split: each problem as a revision, every second one also as
-    a first attempt. Every fifth revision comes without its critique, so that leaving it out is not a new format. The
-    first pass goes roughly from short to long (copying is learnt several times faster on short documents), later ones
-    are shuffled.
+    """(prompt ids, completion ids) of one pass over the train split: each problem once as a first attempt and once as a
+    revision. Every fourth revision comes without its critique, so that leaving it out is not a new format. The first
+    pass goes roughly from short to long (copying is learnt several times faster on short documents), later ones are
+    shuffled.
     """
     documents = []
     for i, q in enumerate(quads):
         answer = [*tokenizer.encode(q.y1), tokenizer.eos_id]
-        f = "" if (i + epoch) % 5 == 0 else q.f
-        documents.append((tokenizer.encode(revise_prompt(q.x, q.y0, f)), answer))
-        if (i + epoch) % 2 == 0:
-            documents.append((tokenizer.encode(attempt_prompt(q.x)), answer))
+        f = "" if (i + epoch) % 4 == 0 else q.f
+        documents += [(tokenizer.encode(p), answer) for p in (attempt_prompt(q.x), revise_prompt(q.x, q.y0, f))]
     noise = np.random.default_rng((BASE_SEED, STREAM_BASE, epoch)).standard_normal(len(documents))
     lengths = np.array([len(p) + len(a) for p, a in documents])
     return [documents[i] for i in np.argsort(noise if epoch else lengths + 60 * noise, kind="stable")]
@@ -1185,8 +1203,8 @@ EDIT_BUCKETS = (2, 5, 10)  # edit distance: 1-2, 3-5, 6-10, 11+
 def detector_auc(score_T: np.ndarray, label_T: np.ndarray) -> float | None:
     """Probability that a labelled position scores above an unlabelled one, ties counting half; None without both kinds.
 
-    >>> detector_auc(np.array([3.0, 1.0, 2.0, 1.0]), np.array([1, 0, 1, 1]))
-    0.8333333333333334
+    >>> detector_auc(np.array([3.0, 1.0, 1.0]), np.array([1, 0, 1]))
+    0.75
     """
     hit, miss = score_T[label_T > 0], score_T[label_T == 0]
     if not len(hit) or not len(miss):
@@ -1229,7 +1247,7 @@ class Evaluator:
         """Greedy completions: {"text", "tokens", "truncated"} per prompt."""
         batch, done = pack_prompts(self.tokenizer, prompts, width), []
         with tqdm(total=len(prompts), desc=desc, unit="problem", leave=False) as bar:
-            for n, arrays in self._batches([batch["prompt_BP"], batch["prompt_len_B"]]):
+            for n, arrays in self._batches([batch["prompt"], batch["prompt_len"]]):
                 out = jax.device_get(self._greedy(params, *arrays))
                 texts = decode_rows(self.tokenizer, out["tokens_MT"][:n], out["len_M"][:n])
                 done += [{"text": t, "tokens": int(k), "truncated": bool(c)}
@@ -1243,7 +1261,7 @@ class Evaluator:
         prompts = pack_prompts(self.tokenizer, [attempt_prompt(q.x) for q in self.quads], self.shapes["P_attempt"])
         tokens_BT, len_B = right_pad(ids, self.shapes["T_replay"], self.tokenizer.pad_id)
         rows = []
-        for n, arrays in self._batches([prompts["prompt_BP"], prompts["prompt_len_B"], tokens_BT]):
+        for n, arrays in self._batches([prompts["prompt"], prompts["prompt_len"], tokens_BT]):
             rows += list(np.asarray(self._logp(params, *arrays))[:n])
         return [row[:k] for row, k in zip(rows, len_B)], [t[:k] for t, k in zip(ids, len_B)]
 
@@ -1500,12 +1518,13 @@ def pick_dtype(name: str):
 def fixed_shapes(tokenizer: Tokenizer, replay: dict[str, list[Quadruple]], max_prompt: int, max_new: int) -> dict[str, int]:
     """The padded lengths of a run: P_attempt and P_revise prompts, T completions, T_replay replay answers (y0, y1)."""
     quads = [q for split in replay.values() for q in split]
-    ids = [f"{q.meta['task_id']}" for q in quads]
+    ids = [q.meta["task_id"] for q in quads]
     texts = [t for q in quads for t in (q.y0, q.y1)]
     longest = max(len(e.ids) for e in tokenizer.inner.encode_batch(texts, add_special_tokens=False)) + 1
+    longest_f = max(quads, key=lambda q: len(tokenizer.encode(q.f))).f  # with room for any critique: control arms swap them
     return {
         "P_attempt": prompt_shape(tokenizer, [attempt_prompt(q.x) for q in quads], ids, max_prompt),
-        "P_revise": prompt_shape(tokenizer, [revise_prompt(q.x, q.y0, q.f) for q in quads], ids, max_prompt),
+        "P_revise": prompt_shape(tokenizer, [revise_prompt(q.x, q.y0, longest_f) for q in quads], ids, max_prompt),
         "T": max_new,
         "T_replay": round_up(longest, 16),
     }

@@ -319,20 +319,16 @@ def choices(problem: cts.Problem, kind: str, step: int, rng: random.Random) -> l
 def describe(kind: str, choice: tuple, before: str, after: str) -> tuple[str, str]:
     """The flaw in words, and without numbers for where those would give the answer or the right value away.
 
-    `before` and `after` are the corrupted step's expression in the reference and in y0.
+    `before` and `after` are the corrupted step's expression in the reference and in y0. The critique may say what should
+    have been computed, never its value.
     """
+    if not operators(before):
+        return ("its result is wrong",) * 2
     if kind == "wrong_result":
-        return f"the result of {after} is wrong" if operators(after) else "its result is wrong", "its result is wrong"
-    if kind == "wrong_operator":
-        verbs = {"+": "add", "-": "subtract", "*": "multiply", "/": "divide"}
-        old = operators(before)[choice[0]].group()
-        does = {"*": "multiplies"}.get(choice[1], verbs[choice[1]] + "s")
-        return (f"it {does} where it should {verbs[SAME.get(old, old)]}",) * 2
-    if kind == "dropped_step":
-        return ("a step before it is missing",) * 2
-    if kind == "stale_value":
-        return f"it uses an old value, {cts.show(choice[1])}", "it uses an old value"
-    return f"it uses {cts.show(choice[1])}, which is another quantity", "it uses another quantity"
+        return f"{after} is not {cts.show(choice[0])}", "its result is wrong"
+    plain = {"wrong_operator": "it uses the wrong operation", "dropped_step": "a step before it is missing",
+             "stale_value": "it uses an old value", "wrong_quantity": "it uses another quantity"}[kind]  # fmt: skip
+    return f"it should be {before}" if kind != "dropped_step" else f"the step {before} before it is missing", plain
 
 
 def corrupt(problem: cts.Problem, kind: str, step: int, choice: tuple, strict: bool = True) -> tuple[str, int, tuple]:
