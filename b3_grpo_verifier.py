@@ -7,17 +7,16 @@
 Prompts are replay's (x, y0, f): revise the flawed attempt y0 under the critique f. One optimizer step per batch of
 `prompts` x `group` completions, so the ratio is that of trainer to sampler and the clip guards only numerics.
 
-Papers: GRPO https://arxiv.org/abs/2402.03300 (process credit: its section 4.1.3), Dr. GRPO https://arxiv.org/abs/2503.20783,
-DAPO https://arxiv.org/abs/2503.14476, prefix-form process reward https://arxiv.org/abs/2504.15275.
+Papers: GRPO https://arxiv.org/abs/2402.03300 (process credit: its section 4.1.3), Dr. GRPO
+https://arxiv.org/abs/2503.20783, DAPO https://arxiv.org/abs/2503.14476, prefix-form process reward
+https://arxiv.org/abs/2504.15275.
 
-    python b3_grpo_verifier.py --task fixtures_math --seed 0        (about 4 minutes on 2 CPU cores, 2 more the first time)
+    python b3_grpo_verifier.py --task fixtures_math --seed 0        (4 minutes on 2 CPU cores, 6 the first time)
 """
 
 import dataclasses
 import functools
 import os
-import statistics
-import time
 from typing import Literal
 
 import jax
@@ -65,7 +64,7 @@ class Args:
     temperature: float = 1.0
     """sampling temperature; the same in sampling and in training"""
     learning_rate: float = 1e-3
-    """peak AdamW learning rate, decayed linearly to 0 over the run (fits nano; checkpoints of 0.5B and up want 1e-6)"""
+    """peak AdamW learning rate, decayed linearly to 0 over the run"""
     micro_batch: int = 0
     """prompts per micro-batch; 0 = all at once"""
     mesh: str = "auto"
@@ -156,7 +155,8 @@ def main(args: Args) -> dict:
     mesh, dtype = cts.make_mesh(args.mesh, args.prompts, args.micro_batch), cts.pick_dtype(args.dtype)
     replay = cts.load_replay(args.task, args.replay, args.data_dir)
     cfg, base_params, tokenizer, base_dir = cts.load_base(args.model, args.task, replay, args.out_dir)
-    shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, args.max_new_tokens or cts.TASKS[args.task].max_new_tokens)
+    max_new = args.max_new_tokens or cts.TASKS[args.task].max_new_tokens
+    shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new)
     B, G, T = args.prompts, args.group, shapes["T"]
     M = B * G
     run = cts.Run(args, method)
@@ -186,24 +186,27 @@ def main(args: Args) -> dict:
         cts.count_trace("rollout")
         policy = jax.lax.with_sharding_constraint(policy, cts.shard_rule(mesh, policy, at_rest=False))
         model = nnx.merge(graphdef, policy)
-        return cts.generate(model, prompt_BP, prompt_len_B, key, G, T, args.temperature, tokenizer.eos_id, tokenizer.pad_id, dtype=dtype)
+        ids = (tokenizer.eos_id, tokenizer.pad_id)
+        return cts.generate(model, prompt_BP, prompt_len_B, key, G, T, args.temperature, *ids, dtype=dtype)
+
+    def forward(policy, batch):
+        """((log-probs, entropies) of the completions, states on the way); the prompt is computed once per group."""
+        model, last_B = nnx.merge(graphdef, policy), cts.last_tokens(batch["prompt"], batch["prompt_len"])
+        prefix, prompt_hidden_BPD = model.prefill(batch["prompt"], batch["prompt_len"], dtype)
+        tokens_MT = batch["tokens"].reshape(-1, T)
+        hidden_MTD = model(last_B, tokens_MT, prefix, dtype)
+        out = cts.token_logp(hidden_MTD, tokens_MT, model.head_VD(), args.temperature)
+        return out, (model, last_B, prefix, prompt_hidden_BPD)
 
     def loss_fn(params, batch, denom, base_params):
-        model = nnx.merge(graphdef, params["policy"])
-        tokens_MT, old_logp_MT, adv_MT, mask_MT = (batch[k].reshape(-1, T) for k in ("tokens", "old_logp", "adv", "mask"))
-        last_B = cts.last_tokens(batch["prompt"], batch["prompt_len"])
-        prefix, prompt_hidden_BPD = model.prefill(batch["prompt"], batch["prompt_len"], dtype)
-        hidden_MTD = model(last_B, tokens_MT, prefix, dtype)
-        logp_MT, entropy_MT = cts.token_logp(hidden_MTD, tokens_MT, model.head_VD(), args.temperature)
+        (logp_MT, entropy_MT), states = forward(params["policy"], batch)
+        old_logp_MT, adv_MT, mask_MT = (batch[name].reshape(-1, T) for name in ("old_logp", "adv", "mask"))
         loss, metrics = grpo_loss(logp_MT, old_logp_MT, adv_MT, mask_MT, args.clip_low, args.clip_high, denom)
-        share = len(last_B) / B  # of the batch: these losses are sums over micro-batches already divided by denom
+        share = len(batch["prompt"]) / B  # of the batch: summed over micro-batches, losses stay losses
         metrics["losses/policy_loss"] = (loss, share)
         metrics["losses/entropy"] = ((entropy_MT * mask_MT).sum(), mask_MT.sum())
         if args.kl_coef:
-            base = nnx.merge(graphdef, base_params)
-            base_prefix, _ = base.prefill(batch["prompt"], batch["prompt_len"], dtype)
-            base_hidden_MTD = base(last_B, tokens_MT, base_prefix, dtype)
-            base_logp_MT, _ = cts.token_logp(base_hidden_MTD, tokens_MT, base.head_VD(), args.temperature)
+            (base_logp_MT, _), _ = forward(base_params, batch)
             kl = k3_kl(logp_MT, base_logp_MT, mask_MT, denom)
             loss = loss + args.kl_coef * kl
             metrics["losses/kl"] = (kl, share)
@@ -216,8 +219,10 @@ def main(args: Args) -> dict:
         n_micro = B // (args.micro_batch or B)
         micro = jax.tree.map(lambda a: a.reshape(B // n_micro, n_micro, *a.shape[1:]).swapaxes(0, 1), batch)
         grad_fn = lambda one: jax.grad(loss_fn, has_aux=True)(params, one, denom, base_params)
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(grad_fn, jax.tree.map(lambda a: a[0], micro)))
-        (grads, metrics), _ = jax.lax.scan(lambda total, one: (jax.tree.map(jnp.add, total, grad_fn(one)), None), zeros, micro)
+        shape = jax.eval_shape(grad_fn, jax.tree.map(lambda a: a[0], micro))
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shape)
+        add = lambda total, one: (jax.tree.map(jnp.add, total, grad_fn(one)), None)
+        (grads, metrics), _ = jax.lax.scan(add, zeros, micro)
         metrics["losses/grad_norm"] = (optax.tree.norm(grads["policy"]), 1.0)
         for name in params:
             updates, opt_state[name] = tx.update(grads[name], opt_state[name], params[name])
@@ -226,41 +231,32 @@ def main(args: Args) -> dict:
 
     # ---- base: what there is to improve ---------------------------------------------------------------------------
     evaluator = cts.Evaluator(graphdef, tokenizer, replay["test"], shapes, mesh, dtype)
+    validation = cts.Evaluator(graphdef, tokenizer, replay["val"], shapes, mesh, dtype)
 
-    def sampled_zero_std(quads: list[cts.Quadruple]) -> float:
-        std_n = []
-        for i in range(0, len(quads) - B + 1, B):
-            batch = cts.pack_prompts(tokenizer, [cts.revise_prompt(q.x, q.y0, q.f) for q in quads[i : i + B]], shapes["P_revise"])
-            out = rollout(base_params, *jax.device_put(tuple(batch.values()), by_row), jax.random.fold_in(root, cts.STREAM_EVAL))
-            texts = cts.decode_rows(tokenizer, out["tokens_MT"], out["len_M"])
-            std_n += list(cts.outcome_scores(texts, quads[i : i + B]).std(1))
-        return float(np.mean(np.array(std_n) == 0))
-
-    base = cts.base_report(base_dir, evaluator, base_params, sampled_zero_std, replay, (G, args.temperature, args.seed, str(dtype)))
+    eval_key = jax.random.fold_in(root, cts.STREAM_EVAL)
+    sample = lambda batch: rollout(base_params, batch["prompt"], batch["prompt_len"], eval_key)
+    settings = (B, G, args.temperature, args.seed, str(dtype))
+    base = cts.base_report(base_dir, evaluator, base_params, sample, replay["train"], settings)
     cts.print_precheck(base["precheck"])
     base_attempt_logp, _ = evaluator.attempt_logp(base_params)
     cts.reset_traces()
 
     # ---- loop -----------------------------------------------------------------------------------------------------
-    identity = cts.fingerprint(
-        base_weights=cts.weights_sha256(base_params), tokenizer=tokenizer.sha256(), templates=cts.templates_sha256(),
-        train_replay=cts.replay_sha256(replay["train"]), test_replay=cts.replay_sha256(replay["test"]),
-        verifier=cts.verifier_sha256(), temperature=args.temperature, dtype=jnp.dtype(dtype).name, revision_budget=1, shapes=shapes,
-    )  # fmt: skip
+    identity = cts.run_identity(base_params, tokenizer, replay, shapes, args.steps, args.temperature, dtype)
     run.start({**dataclasses.asdict(args), "identity": identity})
     (params, opt_state), first_step = run.restore((params, opt_state), identity)
-    times, completions = {"rollout": [], "score": [], "update": [], "step": []}, 0
+    clock = cts.StepClock()
     progress = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, desc=method, unit="step")
     for step in progress:
-        clock = [time.perf_counter()]
+        clock.start()
         quads = [replay["train"][i] for i in cts.data_indices(len(replay["train"]), B, args.seed, step)]
-        batch = cts.pack_prompts(tokenizer, [cts.revise_prompt(q.x, q.y0, q.f) for q in quads], shapes["P_revise"])
+        batch = cts.pack_revise(tokenizer, quads, shapes)
 
         # ---- rollout ----
         device_batch = jax.device_put(batch, by_row)
-        out = rollout(params["policy"], device_batch["prompt"], device_batch["prompt_len"], jax.random.fold_in(rollout_key, step))
-        out = jax.device_get(out)
-        clock.append(time.perf_counter())
+        step_key = jax.random.fold_in(rollout_key, step)
+        out = jax.device_get(rollout(params["policy"], device_batch["prompt"], device_batch["prompt_len"], step_key))
+        clock.mark("rollout")
 
         # ---- score ----
         texts = cts.decode_rows(tokenizer, out["tokens_MT"], out["len_M"])
@@ -280,48 +276,36 @@ def main(args: Args) -> dict:
         # VERIFIER: or each step's own reward goes to the tokens before its end.
         if args.process_credit == "per_step":
             step_reward_BGT, step_end_BGT = cts.step_rewards(tokenizer, out["tokens_MT"], out["len_M"], texts, quads)
-            step_adv_BGT = step_advantages(step_reward_BGT * valid_BG[..., None], step_end_BGT * valid_BG[..., None], args.adv_norm)
-            adv_BGT = adv_BGT + args.process_coef * step_adv_BGT
+            step_end_BGT = step_end_BGT * valid_BG[..., None]
+            adv_BGT = adv_BGT + args.process_coef * step_advantages(step_reward_BGT, step_end_BGT, args.adv_norm)
         batch["tokens"] = out["tokens_MT"].reshape(B, G, T)
         batch["old_logp"] = out["logp_MT"].reshape(B, G, T)
         batch["adv"] = adv_BGT.astype(np.float32)
         batch["mask"] = mask_BGT.astype(np.float32)
         denom = np.float32(M * T if args.loss_norm == "constant" else max(mask_BGT.sum(), 1.0))
-        clock.append(time.perf_counter())
+        clock.mark("score")
 
         # ---- update ----
         params, opt_state, sums = train_step(params, opt_state, jax.device_put(batch, by_row), denom, base_params)
         metrics = cts.reduce(jax.device_get(sums))
-        clock.append(time.perf_counter())
+        clock.mark("update")
 
         # ---- log, save ----
-        for name, a, b in (("rollout", 0, 1), ("score", 1, 2), ("update", 2, 3), ("step", 0, 3)):
-            times[name].append(clock[b] - clock[a])
-        completions += M
         metrics["charts/reward"] = float(reward_BG.mean())
         metrics["charts/accuracy"] = float(outcome_BG.mean())
         metrics["charts/learning_rate"] = args.learning_rate * (1 - step / args.steps)
         metrics["charts/tokens"] = (step + 1) * B * (shapes["P_revise"] + G * T)
-        metrics["charts/SPS"] = M / times["step"][-1]
-        metrics["rollout/len_mean"] = float(out["len_M"].mean())
-        metrics["rollout/truncated_frac"] = float(truncated_BG.mean())
-        metrics["rollout/zero_std_frac"] = float((reward_BG.std(1) == 0).mean())
-        metrics["rollout/format_frac"] = float(np.mean([cts.format_valid(t) for t in texts]))
+        metrics |= clock.metrics(M) | cts.rollout_metrics(out, texts, reward_BG)
         # VERIFIER: how far the steps hold, whether or not the answer is right.
         metrics["rollout/process_mean"] = float(process_BG.mean())
-        for name in ("rollout", "score", "update"):
-            metrics[f"time/{name}"] = times[name][-1]
-        if step == first_step:
-            metrics["time/compile"] = times["step"][0]  # the first step, compilation included
         run.check_finite(metrics, step, [q.meta["task_id"] for q in quads])
         if args.eval_every and (step + 1) % args.eval_every == 0:
-            validation = cts.Evaluator(graphdef, tokenizer, replay["val"], shapes, mesh, dtype)
             summary = cts.summarize(validation(params["policy"]))
             metrics |= {f"eval/{k}": summary[k] for k in ("accuracy", "accuracy_revised", "delta_critique")}
         run.log(metrics, step)
-        progress.set_postfix(reward=f"{metrics['charts/reward']:.3f}", accuracy=f"{metrics['charts/accuracy']:.3f}")
+        progress.set_postfix({k: f"{metrics[f'charts/{k}']:.3f}" for k in ("reward", "accuracy")})
         if step % max(1, args.steps // 4) == 0:
-            run.log_samples([(cts.revise_prompt(q.x, q.y0, q.f), texts[i * G], reward_BG[i, 0]) for i, q in enumerate(quads)], step)
+            run.log_samples(quads, texts[::G], reward_BG[:, 0], step)
         if args.save_every and (step + 1) % args.save_every == 0:
             run.save(step + 1, (params, opt_state), identity)
         run.stop_if_asked(step + 1, (params, opt_state), identity)
@@ -330,27 +314,9 @@ def main(args: Args) -> dict:
     run.save(args.steps, (params, opt_state), identity)
     records = evaluator(params["policy"], base_attempt_logp)
     final = cts.summarize(records)
-    counted = {
-        "optimizer_steps": args.steps,
-        "training_tokens": args.steps * B * (shapes["P_revise"] + G * T),
-        "rollout_budget": [args.steps, B, G, T],
-        "test_compute_budget": len(records) * 2 * T,
-    }
-    steady = {name: statistics.median(t[1:] or t or [0.0]) for name, t in times.items()}
-    result = {
-        "schema_version": cts.SCHEMA_VERSION,
-        "method": method,
-        "args": dataclasses.asdict(args),
-        "fingerprint": cts.fingerprint(**{k: v for k, v in identity.items() if k != "digest"}, **counted),
-        "replay": {split: cts.replay_report(quads) for split, quads in replay.items()},
-        "precheck": base["precheck"],
-        "base": base["summary"],
-        "summary": final,
-        "records": records,
-        "traces": cts.traces(),
-        "timings": {**steady, "first_step": (times["step"] or [0.0])[0], "total": run.seconds()},
-        "versions": cts.versions(),
-    }
+    done = first_step + clock.steps
+    counted = cts.count_budgets(done, B, G, shapes, len(records))
+    result = cts.make_result(args, method, identity, counted, replay, base, records, final, clock.summary(run))
     run.finish(result, base["summary"], final)
     return result
 

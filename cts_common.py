@@ -1,7 +1,7 @@
 """Everything the method scripts share, and nothing of any method.
 
 Sections: 0 constants - 1 data - 2 tokenizer and packing - 3 verifier - 4 decoder - 5 mesh - 6 log-probs and sampling -
-7 the nano base - 8 evaluation - 9 fairness fingerprint - 10 run plumbing (W&B, metrics, checkpoints, summary).
+7 distances of padded trajectories - 8 the nano base - 9 evaluation - 10 fairness fingerprint - 11 run plumbing.
 
 Axis letters, used as suffixes wherever axes matter: B prompts, G completions per prompt, M = B*G rows, P prompt length,
 T completion time, S key time, V vocabulary, D model, N heads, K key/value heads, H head dim, F feed-forward, L layers,
@@ -43,7 +43,9 @@ from tqdm import tqdm
 # What: names that stand in more than one place. Used by: all sections and scripts.
 SCHEMA_VERSION = 1
 PROCESS_START = time.time()
-STREAM_INIT, STREAM_DATA, STREAM_ROLLOUT, STREAM_EVAL, STREAM_BASE, STREAM_CONTROL = range(6)  # PRNG streams: fold_in(root, STREAM)
+STREAM_INIT, STREAM_DATA, STREAM_ROLLOUT, STREAM_EVAL, STREAM_BASE, STREAM_CONTROL = range(
+    6
+)  # PRNG streams: fold_in(root, STREAM)
 SPLITS = ("train", "val", "test", "transfer")
 ERROR_TAGS = ("local_arithmetic", "missing_case", "invalid_assumption", "wrong_decomposition", "tool_misuse",
               "state_tracking", "style_only")  # fmt: skip
@@ -105,12 +107,16 @@ def parse_quadruple(line: str, where: str) -> Quadruple:
     need(isinstance(meta, dict), "meta", "must be an object")
     for key, kind in META_TYPES.items():
         bool_as_int = kind is int and isinstance(meta.get(key), bool)
-        need(key in meta and isinstance(meta[key], kind) and not bool_as_int, f"meta.{key}", f"is missing or not {kind}")
+        need(
+            key in meta and isinstance(meta[key], kind) and not bool_as_int, f"meta.{key}", f"is missing or not {kind}"
+        )
     need(meta["domain"] in ("math", "code"), "meta.domain", "must be math or code")
     need(meta["split"] in SPLITS, "meta.split", f"must be one of {', '.join(SPLITS)}")
     need(set(meta["error_tags"]) <= set(ERROR_TAGS), "meta.error_tags", f"must be among {', '.join(ERROR_TAGS)}")
     span = meta["error_span"]
-    in_y0 = span is None or (len(span) == 2 and all(type(i) is int for i in span) and 0 <= span[0] < span[1] <= len(row["y0"]))
+    in_y0 = span is None or (
+        len(span) == 2 and all(type(i) is int for i in span) and 0 <= span[0] < span[1] <= len(row["y0"])
+    )
     need(in_y0, "meta.error_span", "must be null or [start, end] inside y0")
     if meta["domain"] == "math":
         need(isinstance(meta.get("answer"), str), "meta.answer", "must be a string (math)")
@@ -193,7 +199,9 @@ def fixtures_math(seed: int = 0, size: int = 6000) -> list[Problem]:
     rng = np.random.default_rng((seed, 71))
     problems: dict[str, Problem] = {}
     while len(problems) < size:
-        horizon = int(rng.choice(np.arange(2, 9), p=np.arange(7, 0, -1) / 28))  # short ones more often: cheaper to learn
+        horizon = int(
+            rng.choice(np.arange(2, 9), p=np.arange(7, 0, -1) / 28)
+        )  # short ones more often: cheaper to learn
         try:
             x, lines, value = (_months if rng.random() < 0.5 else _comparisons)(rng, horizon)
         except StopIteration:
@@ -229,11 +237,11 @@ def _months(rng, horizon: int) -> tuple[str, list[str], int]:
     sentences, lines, results, givens = [f"{name} has {value} {goods}."], [], {value}, set()
     for i in range(horizon):
         op, n, new = _change(rng, value, results, givens)
-        event = {"+": ("are bought", "are found"), "-": ("are lost", "are sold"), "*": ("times as many are there",) * 2,
-                 "/": ("equal parts are made and one is kept",) * 2}[op][rng.integers(2)]  # fmt: skip
+        event = {"+": ("are bought", "are found"), "-": ("are lost", "are sold"), "*": ("times as many",) * 2,
+                 "/": ("equal parts, one kept",) * 2}[op][rng.integers(2)]  # fmt: skip
         month = MONTHS[(first + i) % 12]
         sentences.append(f"In {month} {n} {event}.")
-        lines.append(f"In {month}: <<{value}{op}{n}={new}>>{new} {goods}.")
+        lines.append(f"In {month} {n} {event}: <<{value}{op}{n}={new}>>{new}.")
         value = new
     return " ".join([*sentences, f"How many {goods} does {name} have now?"]), lines, value
 
@@ -245,14 +253,14 @@ def _comparisons(rng, horizon: int) -> tuple[str, list[str], int]:
     results, givens = {value}, set()
     for before, name in itertools.pairwise(people):
         op, n, new = _change(rng, value, results, givens)
-        how = {"+": "{} more than", "-": "{} fewer than", "*": "{} times as many as", "/": "one part in {} of"}[op]
-        sentences.append(f"{name} has {how.format(n)} {before}.")
-        lines.append(f"So {name} has <<{value}{op}{n}={new}>>{new} {goods}.")
+        how = {"+": f"{n} more than", "-": f"{n} fewer than", "*": f"{n} times", "/": f"1 part in {n} of"}[op]
+        sentences.append(f"{name} has {how} {before}.")
+        lines.append(f"So {name} has {how} {before}: <<{value}{op}{n}={new}>>{new}.")
         stock.append(new)
         value = new
     i = int(rng.integers(horizon - 1))
     total = stock[i] + value
-    lines.append(f"Together: <<{stock[i]}+{value}={total}>>{total} {goods}.")
+    lines.append(f"So {people[i]} and {people[-1]} have <<{stock[i]}+{value}={total}>>{total}.")
     return " ".join([*sentences, f"How many {goods} do {people[i]} and {people[-1]} have?"]), lines, total
 
 
@@ -275,7 +283,11 @@ def gsm8k(data_dir: str | None) -> list[Problem]:
             answer = final_answers(row["answer"])
             if len(answer) != 1:
                 raise InputError(f"gsm8k {split} row {i + 1}: field 'answer' has no single number after ####")
-            problems.append(Problem(f"gsm8k/{split}/{i:05d}", row["question"].strip(), row["answer"].strip(), show(answer[0]), split))
+            problems.append(
+                Problem(
+                    f"gsm8k/{split}/{i:05d}", row["question"].strip(), row["answer"].strip(), show(answer[0]), split
+                )
+            )
     return problems
 
 
@@ -311,7 +323,7 @@ class Task:
 
 
 TASKS = {
-    "fixtures_math": Task("math", lambda data_dir: fixtures_math(), 112, 576, 400, 288),
+    "fixtures_math": Task("math", lambda data_dir: fixtures_math(), 144, 512, 450, 288),
     "gsm8k": Task("math", gsm8k, 320, 2048, 150, 1024),
 }
 
@@ -329,11 +341,15 @@ def load_replay(task: str, replay_dir: str | None, data_dir: str | None) -> dict
     directory = pathlib.Path(replay_dir or f"data/replay/{task}")
     missing = [s for s in ("train", "val", "test") if not (directory / f"{s}.jsonl").is_file()]
     if missing and replay_dir:
-        raise InputError(f"--replay {replay_dir}: {missing[0]}.jsonl is missing; make it with: python teacher.py --task {task} --out {replay_dir}")
+        raise InputError(
+            f"--replay {replay_dir}: {missing[0]}.jsonl is missing; make it with: python teacher.py --task {task} --out {replay_dir}"
+        )
     if missing:
         import teacher
 
-        print(f"No replay for {task} yet: making it with the keyless perturb teacher (other teachers: python teacher.py --help).")
+        print(
+            f"No replay for {task} yet: making it with the keyless perturb teacher (other teachers: python teacher.py --help)."
+        )
         teacher.main(teacher.Args(task=task, data_dir=data_dir, out=str(directory)))
     replay = {split: read_replay(directory / f"{split}.jsonl") for split in ("train", "val", "test")}
     check_leakage(replay)
@@ -463,6 +479,11 @@ def pack_prompts(tokenizer: Tokenizer, prompts: list[str], P_: int) -> dict[str,
     return {"prompt": tokens_BP, "prompt_len": len_B}
 
 
+def pack_revise(tokenizer: Tokenizer, quads: list[Quadruple], shapes: dict[str, int]) -> dict[str, np.ndarray]:
+    """The revise prompts of some quadruples, packed."""
+    return pack_prompts(tokenizer, [revise_prompt(q.x, q.y0, q.f) for q in quads], shapes["P_revise"])
+
+
 def pack_answers(tokenizer: Tokenizer, texts: list[str], T: int) -> tuple[np.ndarray, np.ndarray]:
     """Reference completions with their end-of-sequence token: (tokens_MT, len_M), cut at T."""
     return right_pad([[*tokenizer.encode(t), tokenizer.eos_id] for t in texts], T, tokenizer.pad_id)
@@ -564,7 +585,9 @@ def evaluate_arithmetic(expr: str) -> Fraction | None:
             return None
         number, percent, op = m.groups()
         value = to_fraction(number) if number else None
-        tokens.append(value / 100 if percent else value if number else {"x": "*", "\u00d7": "*", "\u00f7": "/"}.get(op, op))
+        tokens.append(
+            value / 100 if percent else value if number else {"x": "*", "\u00d7": "*", "\u00f7": "/"}.get(op, op)
+        )
         at = m.end()
 
     def atom(i: int, depth: int) -> tuple[Fraction, int]:
@@ -716,6 +739,26 @@ def check_critique(y0: str, reference: str) -> tuple[str, list[int] | None]:
     return (write_critique(wrong, "its result is off") if answer in numbers_in(f) else f), [step.start, step.end]
 
 
+def redact(f: str) -> str:
+    """A critique without its numbers and without the step it names (a control: what is left cannot localize).
+
+    >>> redact("The second step is wrong: it should be 4+3.")
+    'The _ step is wrong: it should be _+_.'
+    """
+    return re.sub(rf"\d+(?:[.,]\d+)*(?:th)?|\b(?:{'|'.join(ORDINALS)})\b", "_", f)
+
+
+def with_attempt(q: Quadruple, y0: str, fits) -> Quadruple:
+    """The quadruple with another attempt in place of its y0, criticised by the step checker. An attempt that makes the
+    revise prompt too long (`fits(prompt)` says) loses its end."""
+    f, span = check_critique(y0, q.y1)
+    while not fits(revise_prompt(q.x, y0, f)):
+        y0 = y0[: int(0.9 * len(y0))]
+        f, span = check_critique(y0, q.y1)
+    right = score_math(y0, q.meta["answer"]) == 1.0
+    return dataclasses.replace(q, y0=y0, f=f, meta={**q.meta, "error_span": span, "y0_correct": right})
+
+
 # ---- 4 decoder ----------------------------------------------------------------------------------------------------
 # What: one decoder-only transformer for the nano-LM and for Llama/Qwen-shaped checkpoints. Used by: all trainers.
 # Tested in: tests/test_model.py (against a naive NumPy decoder).
@@ -811,7 +854,9 @@ def attend(q_MTNH, k_MKSH, v_MKSH, mask, prefix=None):
         top_BKGRT = top.reshape(B, G, *top.shape[1:]).swapaxes(1, 2)
         shared = jnp.exp(shared - top_BKGRT[..., None])
         total = total + to_rows(shared.sum(-1))
-        out_p = jnp.einsum("BKGRTP,BKPH->BKGRTH", shared.astype(v_BKPH.dtype), v_BKPH, preferred_element_type=jnp.float32)
+        out_p = jnp.einsum(
+            "BKGRTP,BKPH->BKGRTH", shared.astype(v_BKPH.dtype), v_BKPH, preferred_element_type=jnp.float32
+        )
         out = out + to_rows(out_p)
     out = (out / total[..., None]).astype(q_MTNH.dtype)
     return out.transpose(0, 3, 1, 2, 4).reshape(M, T, N, H)
@@ -822,7 +867,9 @@ class Blocks(nnx.Module):
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
         L, D, N, K, H, F = cfg.n_layers, cfg.d_model, cfg.n_heads, cfg.n_kv_heads, cfg.head_dim, cfg.d_ff
-        normal = lambda *shape, std=cfg.d_model**-0.5: nnx.Param(jax.random.normal(rngs.params(), (L, *shape), jnp.float32) * std)
+        normal = lambda *shape, std=cfg.d_model**-0.5: nnx.Param(
+            jax.random.normal(rngs.params(), (L, *shape), jnp.float32) * std
+        )
         ones = lambda *shape: nnx.Param(jnp.ones((L, *shape), jnp.float32))
         self.attn_norm, self.mlp_norm = ones(D), ones(D)
         self.q, self.k, self.v = normal(D, N, H), normal(D, K, H), normal(D, K, H)
@@ -974,8 +1021,12 @@ def shard_rule(mesh: jax.sharding.Mesh, tree, at_rest: bool = True):
 
     def one(path, leaf):
         keys = [getattr(p, "key", getattr(p, "name", None)) for p in path]
-        axes = next((_RULES[k] for k in reversed(keys) if k in _RULES and len(_RULES[k]) == leaf.ndim), (None,) * leaf.ndim)
-        keep = [a if a and (at_rest or a != "data") and n % mesh.shape[a] == 0 else None for a, n in zip(axes, leaf.shape)]
+        axes = next(
+            (_RULES[k] for k in reversed(keys) if k in _RULES and len(_RULES[k]) == leaf.ndim), (None,) * leaf.ndim
+        )
+        keep = [
+            a if a and (at_rest or a != "data") and n % mesh.shape[a] == 0 else None for a, n in zip(axes, leaf.shape)
+        ]
         return NamedSharding(mesh, P(*keep))
 
     return jax.tree_util.tree_map_with_path(one, tree)
@@ -1043,7 +1094,74 @@ def generate(model: Decoder, prompt_BP, len_B, key, group: int, T: int, temperat
     return {"tokens_MT": tokens_MT, "logp_MT": logp_MT, "len_M": len_M, "truncated_M": 1.0 - done_M}
 
 
-# ---- 7 the nano base ----------------------------------------------------------------------------------------------
+# ---- 7 distances of padded trajectories ---------------------------------------------------------------------------
+# What: one point per reasoning step, and three distances between two such sequences of different length under masks.
+# Used by: b5. Tested in: tests/test_methods.py.
+def pool_steps(hidden_BTD, step_BJT):
+    """Mean hidden state of each step's tokens [B, J, D] in float32; steps without tokens give 0.
+
+    hidden [[1], [3], [5]] with step tokens [[1, 1, 0], [0, 0, 1], [0, 0, 0]] gives [[2], [5], [0]].
+    """
+    total_BJD = jnp.einsum("BJT,BTD->BJD", step_BJT, hidden_BTD.astype(jnp.float32))
+    return total_BJD / jnp.maximum(step_BJT.sum(-1), 1.0)[..., None]
+
+
+def sinkhorn_distance(a_JR, b_KR, mask_J, mask_K, epsilon: float = 0.05, tau: float = 1.0):
+    """Debiased Sinkhorn divergence of two masked point sets (uniform weights on real points, 0 on padding), and whether it
+    converged. Fixed float epsilon: a data-dependent one would let the padding change the result. b is a constant.
+    """
+    from ott.geometry import pointcloud
+    from ott.tools.sinkhorn_divergence import sinkhorn_divergence
+
+    some = (mask_J.sum() > 0) & (mask_K.sum() > 0)
+    w_J, w_K = jnp.where(some, mask_J, 1.0), jnp.where(some, mask_K, 1.0)
+    value, out = sinkhorn_divergence(
+        pointcloud.PointCloud, a_JR, b_KR, a=w_J / w_J.sum(), b=w_K / w_K.sum(), epsilon=epsilon, static_b=True,
+        solve_kwargs={"threshold": 1e-3, "max_iterations": 200, "tau_a": tau, "tau_b": tau},
+    )  # fmt: skip
+    return jnp.where(some, value, 0.0), out.converged[0].astype(jnp.float32)
+
+
+def soft_dtw(cost_JK, n, m, gamma: float):
+    """Soft-DTW (https://arxiv.org/abs/1703.01541) of the leading n x m block of a cost matrix, by anti-diagonals.
+
+    BIG is finite on purpose: with BIG / gamma beyond 1e11 the value stays right and the gradient becomes NaN.
+    """
+    J, K = cost_JK.shape
+    BIG = 1e6
+    k_D = jnp.arange(J + K - 1)[:, None] - jnp.arange(J)[None, :]  # column of cell (diagonal d, row j)
+    skewed_DJ = jnp.where((k_D >= 0) & (k_D < K), jnp.take_along_axis(cost_JK.T, jnp.clip(k_D, 0, K - 1), 0), BIG)
+
+    def diagonal(carry, cost_J):
+        before_J, last_J, d = carry  # the two previous anti-diagonals, by row
+        shift = lambda a, fill: jnp.concatenate([jnp.full(1, fill), a[:-1]])
+        corner_J = shift(before_J, BIG).at[0].set(jnp.where(d == 0, 0.0, BIG))
+        options = jnp.stack([last_J, shift(last_J, BIG), corner_J])
+        new_J = jnp.minimum(cost_J - gamma * jax.nn.logsumexp(-options / gamma, axis=0), BIG)
+        return (last_J, new_J, d + 1), new_J
+
+    start = (jnp.full(J, BIG), jnp.full(J, BIG), 0)
+    _, table_DJ = jax.lax.scan(diagonal, start, skewed_DJ)
+    return table_DJ[n + m - 2, n - 1]
+
+
+def soft_dtw_distance(a_JR, b_KR, mask_J, mask_K, gamma: float = 0.1):
+    """Debiased soft-DTW divergence of two masked point sequences, per step of the longest possible path."""
+    n, m = mask_J.sum().astype(int), mask_K.sum().astype(int)
+    cost = lambda a, b: ((a[:, None] - b[None]) ** 2).sum(-1)
+    some, n, m = (n > 0) & (m > 0), jnp.maximum(n, 1), jnp.maximum(m, 1)
+    self_a, self_b = soft_dtw(cost(a_JR, a_JR), n, n, gamma), soft_dtw(cost(b_KR, b_KR), m, m, gamma)
+    value = soft_dtw(cost(a_JR, b_KR), n, m, gamma) - 0.5 * (self_a + self_b)
+    return jnp.where(some, value / (n + m), 0.0), jnp.float32(1.0)
+
+
+def l2_distance(a_JR, b_KR, mask_J, mask_K):
+    """Mean squared distance of the steps that both have, index by index."""
+    both_J = mask_J * mask_K
+    return (((a_JR - b_KR) ** 2).sum(-1) * both_J).sum() / jnp.maximum(both_J.sum(), 1.0), jnp.float32(1.0)
+
+
+# ---- 8 the nano base ----------------------------------------------------------------------------------------------
 # What: the checkpoint all methods start from, trained once per task and cached. Used by: all trainers.
 # Tested in: tests/test_scripts.py.
 BASE_ROWS, BASE_LR, BASE_PROMPT_WEIGHT, BASE_SEED = 8, 1e-2, 0.1, 0
@@ -1149,7 +1267,17 @@ def load_base(name: str, task_name: str, replay: dict[str, list[Quadruple]], out
     if name != "nano":
         raise InputError(f"--model {name}: unknown; the model that is built in is nano")
     task = TASKS[task_name]
-    sources = (ModelConfig, Blocks, Decoder, attend, token_logp, base_documents, pack_documents, base_optimizer, train_base)
+    sources = (
+        ModelConfig,
+        Blocks,
+        Decoder,
+        attend,
+        token_logp,
+        base_documents,
+        pack_documents,
+        base_optimizer,
+        train_base,
+    )
     key = [dataclasses.astuple(task)[2:], replay_sha256(replay["train"]), templates_sha256(), jax.__version__]
     constants = [BASE_ROWS, BASE_LR, BASE_PROMPT_WEIGHT, BASE_SEED, _SPLIT]
     key = sha256(json.dumps([*key, *constants, *(inspect.getsource(f) for f in (*sources, train_tokenizer))]))
@@ -1189,11 +1317,13 @@ def load_weights(path: pathlib.Path, abstract):
     import safetensors.numpy
 
     arrays = safetensors.numpy.load_file(path)
-    names = iter([next(n for n, leaf in leaf_names(abstract).items() if leaf is want) for want in jax.tree.leaves(abstract)])
+    names = iter(
+        [next(n for n, leaf in leaf_names(abstract).items() if leaf is want) for want in jax.tree.leaves(abstract)]
+    )
     return jax.tree.map(lambda leaf: jnp.asarray(arrays[next(names)]), abstract)
 
 
-# ---- 8 evaluation -------------------------------------------------------------------------------------------------
+# ---- 9 evaluation -------------------------------------------------------------------------------------------------
 # What: the same measurement for every method: first attempt, revision, credit localization. Used by: all trainers.
 # Tested in: tests/test_scripts.py, tests/test_eval.py.
 EVAL_ROWS = 256  # rows decoded at once
@@ -1219,7 +1349,11 @@ class Evaluator:
     def __init__(self, graphdef, tokenizer: Tokenizer, quads: list[Quadruple], shapes: dict[str, int], mesh, dtype):
         # short and long together would decode to the longest: rows that end together share a batch
         self.quads = sorted(quads, key=lambda q: (len(q.y1), q.meta["task_id"]))
-        self.tokenizer, self.shapes, self.rows = tokenizer, shapes, round_up(min(EVAL_ROWS, len(quads)), mesh.shape["data"])
+        self.tokenizer, self.shapes, self.rows = (
+            tokenizer,
+            shapes,
+            round_up(min(EVAL_ROWS, len(quads)), mesh.shape["data"]),
+        )
         self.data = NamedSharding(mesh, P("data"))
         eos, pad, T = tokenizer.eos_id, tokenizer.pad_id, shapes["T"]
 
@@ -1243,10 +1377,10 @@ class Evaluator:
             padded = np.r_[index, np.zeros(self.rows - len(index), int)]
             yield len(index), [jax.device_put(a[padded], self.data) for a in arrays]
 
-    def complete(self, params, prompts: list[str], width: int, desc: str) -> list[dict[str, Any]]:
-        """Greedy completions: {"text", "tokens", "truncated"} per prompt."""
+    def complete(self, params, prompts: list[str], width: int, desc: str = "") -> list[dict[str, Any]]:
+        """Greedy completions: {"text", "tokens", "truncated"} per prompt; a progress bar if it gets a name."""
         batch, done = pack_prompts(self.tokenizer, prompts, width), []
-        with tqdm(total=len(prompts), desc=desc, unit="problem", leave=False) as bar:
+        with tqdm(total=len(prompts), desc=desc, unit="problem", leave=False, disable=not desc) as bar:
             for n, arrays in self._batches([batch["prompt"], batch["prompt_len"]]):
                 out = jax.device_get(self._greedy(params, *arrays))
                 texts = decode_rows(self.tokenizer, out["tokens_MT"][:n], out["len_M"][:n])
@@ -1267,7 +1401,9 @@ class Evaluator:
 
     def __call__(self, params, base_logp: list[np.ndarray] | None = None) -> list[dict[str, Any]]:
         """One record per quadruple. With the base's `attempt_logp` also how training moved each flawed attempt."""
-        attempts = self.complete(params, [attempt_prompt(q.x) for q in self.quads], self.shapes["P_attempt"], "attempts")
+        attempts = self.complete(
+            params, [attempt_prompt(q.x) for q in self.quads], self.shapes["P_attempt"], "attempts"
+        )
         prompts = [revise_prompt(q.x, q.y0, q.f) for q in self.quads]
         revisions = self.complete(params, prompts, self.shapes["P_revise"], "revisions")
         records = [score_record(*row) for row in zip(self.quads, attempts, revisions)]
@@ -1276,6 +1412,44 @@ class Evaluator:
             for record, q, a, b, tokens in zip(records, self.quads, now, base_logp, ids):
                 record.update(credit_record(self.tokenizer, q, a - b, tokens))
         return records
+
+
+def pack_steps(tokenizer: Tokenizer, texts: list[str], T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Reference texts as (tokens [B, T], lengths [B], step tokens [B, J, T]): which tokens belong to which step."""
+    tokens_BT, len_B = pack_answers(tokenizer, texts, T)
+    step_BJT = np.zeros((len(texts), MAX_STEPS, T), np.float32)
+    for step_JT, ids, n, text in zip(step_BJT, tokens_BT.tolist(), len_B, texts):
+        spans = [(s.start, s.end) for s in split_steps(text)[:MAX_STEPS]]
+        step_JT[: len(spans), :n] = tokenizer.overlap(ids[:n], text, spans)
+    return tokens_BT, len_B, step_BJT
+
+
+def pack_trajectories(tokenizer: Tokenizer, quads: list[Quadruple], shapes: dict[str, int], revise) -> dict[str, np.ndarray]:
+    """y0 and y1 as completions of the attempt prompt, with what locates steps and critique in them.
+
+    y0, y1 [B, T]; y0_steps, y1_steps [B, J, T] and their masks [B, J]; overlap [B, J]: y0's steps under `error_span`;
+    f_tokens [B, 1, P]: f's tokens in the packed revise prompts `revise`; decode_weight [B, T] on y1 and wrong_weight [B] on
+    wrong y0, each adding up to 1.
+    """
+    B, T = len(quads), shapes["T_replay"]
+    prompts = pack_prompts(tokenizer, [attempt_prompt(q.x) for q in quads], shapes["P_attempt"])
+    out = {"x_prompt": prompts["prompt"], "x_prompt_len": prompts["prompt_len"]}
+    out["y0"], _, out["y0_steps"] = pack_steps(tokenizer, [q.y0 for q in quads], T)
+    out["y1"], len_B, out["y1_steps"] = pack_steps(tokenizer, [q.y1 for q in quads], T)
+    out["overlap"] = np.zeros((B, MAX_STEPS), np.float32)
+    out["f_tokens"] = np.zeros((B, 1, shapes["P_revise"]), np.float32)
+    for b, q in enumerate(quads):
+        start, end = q.meta["error_span"] or (0, 0)
+        steps = split_steps(q.y0)[: MAX_STEPS]
+        out["overlap"][b, : len(steps)] = [s.start < end and s.end > start for s in steps]
+        text, n = revise_prompt(q.x, q.y0, q.f), revise["prompt_len"][b]
+        at = revise_prompt(q.x, q.y0, "\0").index("\0")  # where f begins in the prompt
+        out["f_tokens"][b, 0, :n] = tokenizer.overlap(revise["prompt"][b, :n].tolist(), text, [(at, at + len(q.f))])[0]
+    out |= {f"{k}_mask": (out[f"{k}_steps"].sum(-1) > 0).astype(np.float32) for k in ("y0", "y1")}
+    decode_BT = np.asarray(length_mask(len_B, T))
+    wrong_B = np.array([not q.meta["y0_correct"] for q in quads], np.float32)
+    out |= {"decode_weight": decode_BT / decode_BT.sum(), "wrong_weight": wrong_B / max(wrong_B.sum(), 1.0)}
+    return out
 
 
 def decode_rows(tokenizer: Tokenizer, tokens_MT, len_M) -> list[str]:
@@ -1322,7 +1496,9 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
         return {"n": len(rows), "accuracy": mean(r["attempt"] for r in rows), "accuracy_revised": mean(r["revised"] for r in rows),
                 "delta_critique": mean(r["revised"] - r["y0"] for r in rows)}  # fmt: skip
 
-    bucket = lambda r: next((f"<={edge}" for edge in EDIT_BUCKETS if r["edit_distance"] <= edge), f">{EDIT_BUCKETS[-1]}")
+    bucket = lambda r: next(
+        (f"<={edge}" for edge in EDIT_BUCKETS if r["edit_distance"] <= edge), f">{EDIT_BUCKETS[-1]}"
+    )
     keys = lambda key: sorted({key(r) for r in records}, key=lambda k: (k if isinstance(k, int) else -1, str(k)))
     group = lambda key: {str(k): rates([r for r in records if key(r) == k]) for k in keys(key)}
     tags = sorted({tag for r in records for tag in r["error_tags"]})
@@ -1374,16 +1550,22 @@ def step_rewards(tokenizer: Tokenizer, tokens_MT, len_M, texts: list[str], quads
 PRECHECK_N = 256
 
 
-def precheck(evaluator: Evaluator, params, sample_zero_std, replay_train: list[Quadruple]) -> dict[str, float]:
+def precheck(evaluator: Evaluator, params, sample, prompts: int, replay_train: list[Quadruple]) -> dict[str, float]:
     """Can a critique help this base model at all? Measured on fixed training problems before any training.
 
     Accuracy of y0, of the greedy revision with f and with f left out, the leak rate of f, and the share of groups whose
-    sampled completions all score the same (they give no gradient): `sample_zero_std(quads) -> float`.
+    sampled completions all score the same (they give no gradient); `sample(batch)` draws the groups of `prompts` prompts.
     """
     index = np.random.default_rng((BASE_SEED, STREAM_EVAL)).permutation(len(replay_train))[:PRECHECK_N]
     quads = sorted((replay_train[i] for i in index), key=lambda q: len(q.y1))
     width = evaluator.shapes["P_revise"]
     score = lambda done: mean(score_math(c["text"], q.meta["answer"]) for c, q in zip(done, quads))
+    std_n = []
+    for i in range(0, len(quads) - prompts + 1, prompts):
+        some = quads[i : i + prompts]
+        batch = pack_prompts(evaluator.tokenizer, [revise_prompt(q.x, q.y0, q.f) for q in some], width)
+        out = jax.device_get(sample({k: jax.device_put(v, evaluator.data) for k, v in batch.items()}))
+        std_n += list(outcome_scores(decode_rows(evaluator.tokenizer, out["tokens_MT"], out["len_M"]), some).std(1))
     with_f = evaluator.complete(params, [revise_prompt(q.x, q.y0, q.f) for q in quads], width, "with f")
     without = evaluator.complete(params, [revise_prompt(q.x, q.y0, "") for q in quads], width, "without f")
     return {
@@ -1392,25 +1574,25 @@ def precheck(evaluator: Evaluator, params, sample_zero_std, replay_train: list[Q
         "accuracy_with_f": score(with_f),
         "accuracy_without_f": score(without),
         "leak_rate": replay_report(quads)["leak_rate"],
-        "zero_std_frac": sample_zero_std(quads),
+        "zero_std_frac": mean(float(std == 0) for std in std_n),
     }
 
 
-def base_report(directory: pathlib.Path, evaluator: Evaluator, params, sample_zero_std, replay, settings: tuple) -> dict[str, Any]:
+def base_report(directory: pathlib.Path, evaluator: Evaluator, params, sample, train, settings: tuple) -> dict[str, Any]:
     """{"summary", "precheck"} of the base, cached beside it under a key of everything the numbers depend on."""
-    key = [replay_sha256(replay["test"]), verifier_sha256(), sorted(evaluator.shapes.items()), *map(str, settings)]
+    key = [replay_sha256(evaluator.quads), verifier_sha256(), sorted(evaluator.shapes.items()), *map(str, settings)]
     parts = (Evaluator, generate, score_record, summarize, precheck)
     path = directory / f"report_{sha256(json.dumps(key) + ''.join(inspect.getsource(p) for p in parts))[:16]}.json"
     if not path.is_file():
         report = {
             "summary": summarize(evaluator(params)),
-            "precheck": precheck(evaluator, params, sample_zero_std, replay["train"]),
+            "precheck": precheck(evaluator, params, sample, settings[0], train),
         }
         write_atomic(path, json.dumps(report, indent=1))
     return json.loads(path.read_text())
 
 
-# ---- 9 fairness fingerprint ---------------------------------------------------------------------------------------
+# ---- 10 fairness fingerprint ---------------------------------------------------------------------------------------
 # What: proof that two runs may stand in one table; every field is computed from what was loaded or counted.
 # Used by: all trainers. Tested in: tests/test_eval.py.
 def sha256(text: str | bytes) -> str:
@@ -1453,7 +1635,22 @@ def fingerprint(**fields: Any) -> dict[str, Any]:
     return {**fields, "digest": sha256(json.dumps(fields, sort_keys=True))}
 
 
-# ---- 10 run plumbing ----------------------------------------------------------------------------------------------
+def run_identity(base_params, tokenizer, replay, shapes, steps: int, temperature: float, dtype) -> dict[str, Any]:
+    """The part of the fingerprint that is known before the first step; a checkpoint is resumed only under the same."""
+    return fingerprint(
+        base_weights=weights_sha256(base_params),
+        tokenizer=tokenizer.sha256(),
+        templates=templates_sha256(),
+        train_replay=replay_sha256(replay["train"]),
+        test_replay=replay_sha256(replay["test"]),
+        verifier=verifier_sha256(),
+        decode={"temperature": temperature, "dtype": jnp.dtype(dtype).name, "evaluation": "greedy", **shapes},
+        revision_budget=1,
+        planned_steps=steps,
+    )
+
+
+# ---- 11 run plumbing ----------------------------------------------------------------------------------------------
 # What: command line, run directory, W&B, metrics.jsonl, Orbax checkpoints, SIGTERM, summary and plot. Used by: all
 # trainers. Tested in: tests/test_scripts.py.
 NOT_IN_RUN_NAME = ("task", "seed", "out_dir", "resume", "wandb", "mesh", "save_every")  # they do not change the result
@@ -1515,13 +1712,17 @@ def pick_dtype(name: str):
     )
 
 
-def fixed_shapes(tokenizer: Tokenizer, replay: dict[str, list[Quadruple]], max_prompt: int, max_new: int) -> dict[str, int]:
+def fixed_shapes(
+    tokenizer: Tokenizer, replay: dict[str, list[Quadruple]], max_prompt: int, max_new: int
+) -> dict[str, int]:
     """The padded lengths of a run: P_attempt and P_revise prompts, T completions, T_replay replay answers (y0, y1)."""
     quads = [q for split in replay.values() for q in split]
     ids = [q.meta["task_id"] for q in quads]
     texts = [t for q in quads for t in (q.y0, q.y1)]
     longest = max(len(e.ids) for e in tokenizer.inner.encode_batch(texts, add_special_tokens=False)) + 1
-    longest_f = max(quads, key=lambda q: len(tokenizer.encode(q.f))).f  # with room for any critique: control arms swap them
+    longest_f = max(
+        quads, key=lambda q: len(tokenizer.encode(q.f))
+    ).f  # with room for any critique: control arms swap them
     return {
         "P_attempt": prompt_shape(tokenizer, [attempt_prompt(q.x) for q in quads], ids, max_prompt),
         "P_revise": prompt_shape(tokenizer, [revise_prompt(q.x, q.y0, longest_f) for q in quads], ids, max_prompt),
@@ -1611,13 +1812,13 @@ class Run:
             f.write(json.dumps(row) + "\n")
         self.wandb.log(row)
 
-    def log_samples(self, rows: list[tuple[str, str, float]], step: int) -> None:
-        """A small W&B table of (prompt, completion, reward)."""
+    def log_samples(self, quads: list[Quadruple], texts: list[str], rewards, step: int) -> None:
+        """A small W&B table: the first completion of every prompt and its reward."""
         import wandb
 
         table = wandb.Table(columns=["step", "prompt", "completion", "reward"])
-        for prompt, completion, reward in rows:
-            table.add_data(step, prompt[:2000], completion[:2000], float(reward))
+        for q, text, reward in zip(quads, texts, rewards):
+            table.add_data(step, revise_prompt(q.x, q.y0, q.f)[:2000], text[:2000], float(reward))
         self.wandb.log({"samples": table, "step": step})
 
     def save(self, step: int, state, identity: dict[str, Any]) -> None:
@@ -1639,14 +1840,17 @@ class Run:
         for step in sorted(self.checkpoints.all_steps(), reverse=True):
             try:
                 saved = self.checkpoints.restore(
-                    step, args=as_args.Composite(state=as_args.StandardRestore(abstract), identity=as_args.JsonRestore())
+                    step,
+                    args=as_args.Composite(state=as_args.StandardRestore(abstract), identity=as_args.JsonRestore()),
                 )
             except (OSError, ValueError, KeyError) as e:
                 print(f"checkpoint {step} in {self.dir} is damaged ({type(e).__name__}); trying the one before it")
                 continue
             changed = [k for k in identity if k != "digest" and saved["identity"].get(k) != identity[k]]
             if changed:
-                raise InputError(f"--resume: {self.dir} was started with another {', '.join(changed)}; choose another --out_dir")
+                raise InputError(
+                    f"--resume: {self.dir} was started with another {', '.join(changed)}; choose another --out_dir"
+                )
             self._truncate_metrics(step)
             return saved["state"], step
         self._truncate_metrics(0)
@@ -1692,6 +1896,50 @@ class Run:
         print_summary(self.name, self.dir, result, base, final)
 
 
+class StepClock:
+    """Wall time of the parts of a step; the first step holds the compilation and stays out of rates and medians."""
+
+    def __init__(self):
+        self.times: dict[str, list[float]] = {"rollout": [], "score": [], "update": [], "step": []}
+
+    @property
+    def steps(self) -> int:
+        return len(self.times["step"])
+
+    def start(self) -> None:
+        self.began = self.last = time.perf_counter()
+
+    def mark(self, name: str) -> None:
+        """End of the part `name`; `update` ends the step."""
+        now = time.perf_counter()
+        self.times[name].append(now - self.last)
+        self.last = now
+        if name == "update":
+            self.times["step"].append(now - self.began)
+
+    def metrics(self, completions: int) -> dict[str, float]:
+        """time/* and charts/SPS (completions a second) of the last step; on the first, time/compile instead of a rate."""
+        parts = {f"time/{name}": t[-1] for name, t in self.times.items()}
+        first = {"time/compile": self.times["step"][0]} if self.steps == 1 else {}
+        rate = {"charts/SPS": completions / self.times["step"][-1]} if self.steps > 1 else {}
+        return {**parts, **first, **rate}
+
+    def summary(self, run: Run) -> dict[str, float]:
+        """Medians over the steps after the first, the first, and the whole run, in seconds."""
+        steady = {name: float(np.median(t[1:] or t or [0.0])) for name, t in self.times.items()}
+        return {**steady, "first_step": (self.times["step"] or [0.0])[0], "total": run.seconds()}
+
+
+def rollout_metrics(out: dict[str, np.ndarray], texts: list[str], reward_BG: np.ndarray) -> dict[str, float]:
+    """rollout/*: completion length, share cut off, share of groups without variance, share with one final answer."""
+    return {
+        "rollout/len_mean": float(out["len_M"].mean()),
+        "rollout/truncated_frac": float(out["truncated_M"].mean()),
+        "rollout/zero_std_frac": float((reward_BG.std(1) == 0).mean()),
+        "rollout/format_frac": float(np.mean([format_valid(t) for t in texts])),
+    }
+
+
 def read_metrics(directory: pathlib.Path) -> list[dict[str, float]]:
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
@@ -1711,7 +1959,9 @@ def plot_curves(directory: pathlib.Path, base: dict[str, Any], final: dict[str, 
     horizons = list(final["by_horizon"])
     for summary, label in ((base, "base"), (final, "trained")):
         right.plot(horizons, [summary["by_horizon"][h]["accuracy_revised"] for h in horizons], marker="o", label=label)
-    right.set(xlabel="horizon (steps of the reference)", ylabel="revised accuracy", ylim=(0, 1), title="test split, greedy")
+    right.set(
+        xlabel="horizon (steps of the reference)", ylabel="revised accuracy", ylim=(0, 1), title="test split, greedy"
+    )
     right.legend()
     figure.tight_layout()
     figure.savefig(directory / "curves.png", dpi=110)
@@ -1733,7 +1983,9 @@ def print_precheck(check: dict[str, float]) -> None:
               " there is little to transport, whatever the method.")  # fmt: skip
 
 
-def print_summary(name: str, directory: pathlib.Path, result: dict, base: dict[str, Any], final: dict[str, Any]) -> None:
+def print_summary(
+    name: str, directory: pathlib.Path, result: dict, base: dict[str, Any], final: dict[str, Any]
+) -> None:
     """The table a run ends with."""
     percent = lambda v: "     -" if v is None else f"{100 * v:5.1f}%"
     print(f"\n{name}: {final['n']} test problems, greedy, last checkpoint")
@@ -1747,10 +1999,46 @@ def print_summary(name: str, directory: pathlib.Path, result: dict, base: dict[s
         before, after = base["by_horizon"][h]["accuracy_revised"], final["by_horizon"][h]["accuracy_revised"]
         print(f"    horizon {h!s:18}{percent(before):>10}{percent(after):>10}{100 * (after - before):>+9.1f}")
     if final["credit_auc"] is not None:
-        print(f"  credit localization: AUC {final['credit_auc']:.3f} (0.5 = chance), mean gap {final['credit_gap']:+.3f} nats")
+        print(
+            f"  credit localization: AUC {final['credit_auc']:.3f} (0.5 = chance), mean gap {final['credit_gap']:+.3f} nats"
+        )
     t = result["timings"]
-    print(f"  time: {t['total']:.0f} s in all; a step {t['step']:.2f} s (rollout {t['rollout']:.2f}, score {t['score']:.2f}, update {t['update']:.2f})")
-    print(f"  fingerprint {result['fingerprint']['digest'][:16]}; result.json, metrics.jsonl, curves.png in {directory}")
+    print(
+        f"  time: {t['total']:.0f} s in all; a step {t['step']:.2f} s (rollout {t['rollout']:.2f}, score {t['score']:.2f}, update {t['update']:.2f})"
+    )
+    print(
+        f"  fingerprint {result['fingerprint']['digest'][:16]}; result.json, metrics.jsonl, curves.png in {directory}"
+    )
+
+
+def count_budgets(steps: int, B: int, G: int, shapes: dict[str, int], n_test: int) -> dict[str, Any]:
+    """The budgets that `steps` finished steps and one evaluation have spent; tokens are those of the fixed shapes."""
+    T = shapes["T"]
+    return {
+        "optimizer_steps": steps,
+        "training_tokens": steps * B * (shapes["P_revise"] + G * T),
+        "rollout_budget": [steps, B, G, T],
+        "test_compute_budget": n_test * 2 * T,
+    }
+
+
+def make_result(args, method: str, identity, counted, replay, base, records, final, timings) -> dict[str, Any]:
+    """The content of result.json; `counted` are the budgets as they were spent, which complete the fingerprint."""
+    fields = {k: v for k, v in identity.items() if k not in ("digest", "planned_steps")}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "method": method,
+        "args": dataclasses.asdict(args),
+        "fingerprint": fingerprint(**fields, **counted),
+        "replay": {split: replay_report(quads) for split, quads in replay.items()},
+        "precheck": base["precheck"],
+        "base": base["summary"],
+        "summary": final,
+        "records": records,
+        "traces": traces(),
+        "timings": timings,
+        "versions": versions(),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -1760,6 +2048,8 @@ def versions() -> dict[str, str]:
     from importlib.metadata import version
 
     names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ott-jax", "tokenizers", "numpy")
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False)
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False
+    )
     return {"python": platform.python_version(), "device": jax.devices()[0].device_kind, "commit": git.stdout.strip() or "none",
             **{n: version(n) for n in names}}  # fmt: skip

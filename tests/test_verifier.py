@@ -1,0 +1,368 @@
+"""The math verifier against values worked out by hand."""
+
+from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
+
+import pytest
+
+import cts_common as cts
+
+REFERENCE = (
+    "Tom has 48/2 = <<48/2=24>>24 blue pens.\n"
+    "He has <<48+24=72>>72 pens in all.\n"
+    "He keeps <<72-15=57>>57 pens.\n"
+    "#### 57"
+)
+FIRST, SECOND, THIRD, FINAL = REFERENCE.split("\n")
+
+# completion, strict, lenient, format-valid; the reference answer is 1000
+TABLE = [
+    ("#### 1000", 1, 1, True),
+    ("#### 1,000", 1, 1, True),
+    ("#### $1000", 1, 1, True),
+    ("#### 1000.", 1, 1, True),
+    ("#### 1000.00", 1, 1, True),
+    ("#### **1000**", 1, 1, True),
+    ("####1000", 1, 1, True),
+    ("\\boxed{1000}", 1, 1, True),
+    ("#### 1000 dollars", 1, 1, True),
+    ("so 1000", 0, 1, False),
+    ("so 1000 (step 3)", 0, 0, False),
+    ("#### 10", 0, 0, True),
+    ("#### 100000", 0, 0, True),
+    ("#### -1000", 0, 0, True),
+    ("#### 7\n#### 1000", 0, 0, False),
+    ("She sells 500 twice, which makes 1000, and then she", 0, 1, False),  # truncated before the marker
+]
+
+
+@pytest.mark.parametrize(("completion", "strict", "lenient", "valid"), TABLE)
+def test_grader_table(completion, strict, lenient, valid):
+    """The grader self-test table."""
+    assert cts.score_math(completion, "1000") == strict
+    assert cts.score_math(completion, "1000", lenient=True) == lenient
+    assert cts.format_valid(completion) is valid
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "score"),
+    [
+        ("#### 1,234", "1234", 1),
+        ("#### 1234", "1,234", 1),
+        ("#### $18.00", "18", 1),
+        ("#### 18.", "18", 1),
+        ("#### 18.01", "18", 0),
+        ("#### -3", "-3", 1),
+        ("#### \u22123", "-3", 1),
+        ("#### -$3", "-3", 1),
+        ("#### -3", "3", 0),
+        ("#### -0", "0", 1),
+        ("#### 1/2", "0.5", 1),
+        ("#### .5", "1/2", 1),
+        ("#### 0.5", "0.50", 1),
+        ("#### 1/3", "0.33", 0),
+        ("#### 50%", "0.5", 0),
+        ("#### 18 eggs a day", "18", 1),
+        ("#### 18km", "18", 1),
+        ("#### __18__ eggs", "18", 0),  # glued to letters or underscores: not a number
+        ("**#### 18**", "18", 1),
+        ("\\boxed{18}", "18", 1),
+        ("\\boxed{}", "18", 0),
+        ("\\boxed{\\frac{1}{2}}", "0.5", 1),
+        ("\\boxed{-\\dfrac{1}{2}}", "-0.5", 1),
+        ("\\boxed{\\$1{,}234\\text{ dollars}}", "1234", 1),
+        ("<answer>18</answer>", "18", 1),
+        ("<answer>\n$18\n</answer>", "18", 1),
+        ("<answer>17</answer>", "18", 0),
+        ("<answer>18", "18", 0),
+        ("\\boxed{18}\n#### 19", "18", 0),
+        ("\\boxed{18}\n#### 19", "19", 0),
+        ("#### 18 or 19", "18", 0),
+        ("#### 18\n\\boxed{18.0} <answer>$18</answer>", "18", 1),
+        ("", "18", 0),
+        ("####", "18", 0),
+        ("#### \n18", "18", 0),
+        ("##### 18", "18", 0),
+        ("### 18", "18", 0),
+        ("#### eighteen", "18", 0),
+        ("#### CO2", "2", 0),
+        ("#### 5/0", "5", 0),
+        ("#### 0/0", "0", 0),
+        ("#### 99**98**97", "99", 0),
+        ("#### __import__('os').getpid()", "1", 0),
+        ("#### " + "9" * 30, "9" * 30, 1),
+        ("#### " + "9" * 31, "9" * 31 + "0", 0),
+        ("#### " + "1" * 10_000, "1", 0),
+        ("#### 1" + ",111" * 3_000, "1", 0),
+    ],
+)
+def test_score_math(completion, answer, score):
+    """Ways to write a final answer that count, and ways that do not."""
+    gold = answer if len(answer) <= 30 else "1"
+    assert cts.score_math(completion, gold) == score
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [("#### 1.5e3", "1"), ("#### 1,000e3", "1"), ("#### 2^10", "10"), ("#### 10^3", "3"), ("#### 1/2^3", "1")],
+)
+def test_a_piece_of_a_number_is_not_the_answer(completion, answer):
+    """Powers and exponents are not read; then no part of them may be read either."""
+    assert cts.score_math(completion, answer) == 0
+    assert cts.score_math(completion, answer, lenient=True) == 0
+
+
+@pytest.mark.parametrize("answer", ["", "many", "1 or 2"])
+def test_score_math_refuses_a_bad_reference(answer):
+    """A reference answer that is not one number is an error, not a score of 0."""
+    with pytest.raises(cts.InputError, match="not a single number"):
+        cts.score_math("#### 1", answer)
+
+
+def test_works_in_a_thread():
+    """No signals and no state: other threads get the same scores."""
+    with ThreadPoolExecutor(4) as pool:
+        scores = list(pool.map(lambda row: cts.score_math(row[0], "1000"), TABLE * 20))
+    assert scores == [row[1] for row in TABLE] * 20
+
+
+@pytest.mark.parametrize(
+    ("expr", "value"),
+    [
+        ("2+3", 5),
+        ("2-3", -1),
+        ("2+3*4", 14),
+        ("(2+3)*4", 20),
+        ("20-5-3", 12),
+        ("24/4/2", 3),
+        ("10/4", Fraction(5, 2)),
+        ("-2*-3", 6),
+        ("--3", 3),
+        ("2 x 3 \u00d7 4 \u00f7 8", 3),
+        ("\u22124+1", -3),
+        ("$1,200-$350", 850),
+        (".5*4", 2),
+        ("0.1+0.2", Fraction(3, 10)),
+        ("50%*8", 4),
+        ("200*(100-15)%", None),
+        ("1/0", None),
+        ("1/(2-2)", None),
+        ("", None),
+        ("+", None),
+        ("2+", None),
+        ("2 3", None),
+        ("(2+3", None),
+        ("2+3)", None),
+        ("()", None),
+        ("2(3)", None),
+        ("9**9", None),
+        ("9^9", None),
+        ("1e9", None),
+        ("abs(1)", None),
+        ("(" * 30 + "1" + ")" * 30, None),
+        ("-" * 150 + "1", 1),
+        ("1+" * 150 + "1", None),  # longer than 200 characters
+    ],
+)
+def test_evaluate_arithmetic(expr, value):
+    """Values by hand; None for everything that is not plain arithmetic."""
+    assert cts.evaluate_arithmetic(expr) == value
+
+
+def test_split_steps():
+    """Non-empty lines with their spans; annotations are preferred to plain equations; the final line has its number."""
+    y = "He has 48 / 2 = 24 pens.\n\n  \n5 x 3 = 15, then 1+1 = <<15+1=16>>16.\nNothing here.\n\\boxed{16}"
+    steps = cts.split_steps(y)
+    assert [y[s.start : s.end] for s in steps] == [line for line in y.split("\n") if line.strip()]
+    assert [s.equations for s in steps] == [(("48 / 2", 24),), (("15+1", 16),), (), (("", 16),)]
+    assert [s.is_final for s in steps] == [False, False, False, True]
+    assert cts.split_steps("") == [] == cts.split_steps(" \n\n ")
+
+
+@pytest.mark.parametrize(
+    ("line", "equations"),
+    [
+        ("5 x 3 = 15 and 15 + 1 = 16.", [("5 x 3", 15), ("15 + 1", 16)]),
+        ("$1,200 - $350 = $850", [("$1,200 - $350", 850)]),
+        ("1 / 3 = 2/6", [("1 / 3", Fraction(1, 3))]),
+        ("The total is 24.", []),
+        ("2 + 3 = 5 + 1 = 6", []),  # a chain is no equation of its left end
+        ("x = 5", []),
+        ("2 + 3 = 5%", []),
+        ("<<2+3=5>>5 and <<5*2=10>>10", [("2+3", 5), ("5*2", 10)]),
+        ("<<2+3=five>>", []),
+    ],
+)
+def test_equations_of_a_line(line, equations):
+    """Which equations a line is read to state."""
+    (step,) = cts.split_steps(line)
+    assert list(step.equations) == equations
+
+
+@pytest.mark.parametrize(
+    ("expr", "value", "holds"),
+    [
+        ("2+3", "5", True),
+        ("2+3", "6", False),
+        ("10/3", "3.33", True),
+        ("10/3", "3.3", True),
+        ("2/3", "0.67", True),
+        ("2/3", "0.66", True),
+        ("10/3", "3", False),
+        ("7/2", "4", False),
+        ("10/3", "3.4", False),
+        ("10/3", "3.36", False),
+        ("-10/3", "-3.33", True),
+        ("-10/3", "3.33", False),
+        ("2/6", "1/3", True),
+        ("2/6", "1/4", False),
+        ("1.5*3", "4.5", True),
+        ("1.5*3", "4.6", False),
+        ("0.125*3", "0.38", True),
+        ("0.125*3", "0.36", False),
+    ],
+)
+def test_equation_holds(expr, value, holds):
+    """Exact, or rounded or cut at the last decimal stated; whole numbers are never rounded."""
+    assert cts.equation_holds(expr, cts.numbers_in(value)[0]) is holds
+
+
+def test_rounding_knows_trailing_zeros():
+    """2.60 states hundredths, so it is not 2.55 rounded."""
+    reference = "It costs <<1.25+1.30=2.55>>2.55.\n#### 2.55"
+    assert cts.first_wrong_step("It costs <<1.25+1.30=2.60>>2.60.\n#### 2.60", reference) == 0
+
+
+ATTEMPTS = {  # kind: (attempt, first wrong step)
+    "local arithmetic": ((FIRST, "He has <<48+24=74>>74.", "He keeps <<74-15=59>>59.", "#### 59"), 1),
+    "local arithmetic, right answer": ((FIRST, "He has <<48+24=74>>74.", THIRD, FINAL), 1),
+    "plain equation": (("He has 48 / 2 = 26 blue pens.", "#### 57"), 0),
+    "missing case": ((FIRST, "He keeps <<24-15=9>>9.", "#### 9"), 1),
+    "invalid assumption": ((FIRST, SECOND, "He keeps <<72-10=62>>62.", "#### 62"), 2),
+    "wrong decomposition": (("He has <<48*2=96>>96.", "In all <<48+96=144>>144.", "<<144-15=129>>129", "#### 129"), 0),
+    "tool misuse": ((FIRST, "He has <<48-24=72>>72.", THIRD, FINAL), 1),
+    "state tracking": ((FIRST, SECOND, "He keeps <<48-15=33>>33.", "#### 33"), 2),
+    "value used twice": ((FIRST, "Again <<12+12=24>>24.", "#### 24"), 1),
+    "wrong final only": ((FIRST, SECOND, THIRD, "#### 72"), 3),
+    "two finals": ((FIRST, SECOND, THIRD, FINAL, "#### 58"), 4),
+    "two finals, the right one last": ((FIRST, SECOND, THIRD, "#### 58", FINAL), 3),
+    "two finals in one line": ((FIRST, SECOND, THIRD, "#### 58 or 57"), 3),
+    "style only": (("Half of 48: <<48/2=24>>24!", "Sum: 48 + 24 = 72", "So <<72-15=57>>57.", "#### $57.00"), None),
+    "another right path": (("<<48*3/2=72>>72 in all.", "<<70-15=55>>55.", "<<55+2=57>>57.", FINAL), None),
+    "stops early": ((FIRST, SECOND), None),
+    "the reference": ((FIRST, SECOND, THIRD, FINAL), None),
+}
+
+
+@pytest.mark.parametrize(("lines", "wrong"), ATTEMPTS.values(), ids=ATTEMPTS.keys())
+def test_first_wrong_step(lines, wrong):
+    """Each kind of error is found at its place; right work is not accused."""
+    assert cts.first_wrong_step("\n".join(lines), REFERENCE) == wrong
+
+
+@pytest.mark.parametrize(
+    ("lines", "score"),
+    [
+        ((FIRST, SECOND, THIRD, FINAL), 1),
+        ((FIRST, SECOND, THIRD, "#### 58"), 3 / 4),
+        ((FIRST, SECOND, "<<72-15=58>>58", "#### 58"), 2 / 4),
+        ((FIRST, "<<48+24=74>>74", "<<74-15=59>>59", "#### 59"), 1 / 4),
+        (("<<48/2=26>>26", SECOND, THIRD, "#### 60"), 0),  # what is right after the first slip does not count
+        ((FIRST,), 1 / 4),  # stopping early
+        ((FIRST, SECOND), 2 / 4),
+        ((FINAL,), 1 / 4),
+        ((FIRST, "<<1+1=2>>2", "<<2+2=4>>4", "<<4+4=8>>8"), 1 / 4),  # true trivia
+        (("<<1+1=2>>2",) * 8, 0),
+        ((FIRST, "<<1+1=3>>3") + ("<<1+1=2>>2",) * 8, 1 / 10),
+        ((), 0),
+    ],
+)
+def test_process_score(lines, score):
+    """The share of steps that hold before the first that does not, by hand."""
+    assert cts.process_score("\n".join(lines), REFERENCE) == pytest.approx(score)
+
+
+@pytest.mark.parametrize("filler", ["Let me think.", "I add 1 and 1.", "2 is 2"])
+def test_prose_does_not_pay(filler):
+    """Lines in which nothing can be checked earn nothing, neither alone nor before wrong work."""
+    wrong = [FIRST, "He has <<48+24=74>>74.", "#### 74"]
+    assert cts.process_score("\n".join([filler] * 4), REFERENCE) == 0
+    bare, padded = (
+        cts.process_score("\n".join(wrong), REFERENCE),
+        cts.process_score("\n".join([filler] * 20 + wrong), REFERENCE),
+    )
+    assert padded <= bare == pytest.approx(1 / 4)
+
+
+def test_hedging_in_one_line_is_not_a_held_step():
+    """What the outcome score refuses, the process score does not pay in full."""
+    hedge = "\n".join([FIRST, SECOND, THIRD, "#### 58 or 57"])
+    assert cts.score_math(hedge, "57") == 0
+    assert cts.process_score(hedge, REFERENCE) == pytest.approx(3 / 4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "critique"),
+    [
+        ("local arithmetic", "The second step is wrong: 48+24 is not 74."),
+        ("missing case", "The second step is wrong: it leaves the way to the answer."),
+        ("wrong decomposition", "The first step is wrong: it leaves the way to the answer."),
+        ("wrong final only", "The fourth step is wrong: it leaves the way to the answer."),
+    ],
+)
+def test_check_critique(kind, critique):
+    """The sentence, and the span of exactly the step it names."""
+    lines, wrong = ATTEMPTS[kind]
+    y0 = "\n".join(lines)
+    f, (start, end) = cts.check_critique(y0, REFERENCE)
+    assert f == critique
+    assert y0[start:end] == lines[wrong]
+
+
+def test_check_critique_of_right_work_and_of_leaks():
+    """Nothing wrong: no span. A critique that would state the final answer is put without numbers."""
+    assert cts.check_critique(REFERENCE, REFERENCE) == ("No step is found wrong.", None)
+    f, span = cts.check_critique("<<57+2=58>>58\n#### 58", REFERENCE)
+    assert (f, span) == ("The first step is wrong: its result is off.", [0, 13])
+
+
+def test_show_is_read_back():
+    """`show` writes what `numbers_in` reads."""
+    values = [Fraction(n, d) for n in (-7, -1, 0, 3, 100, 12345) for d in (1, 2, 3, 7, 8, 125, 4096)]
+    assert [cts.numbers_in(cts.show(v)) for v in values] == [[v] for v in values]
+
+
+HOSTILE = {
+    "digits": "1" * 10_000,
+    "digits and spaces": "1 " * 5_000,
+    "comma groups": "1" + ",111" * 2_500,
+    "comma groups, no end": "#### 1" + ",111" * 2_500 + "e5",
+    "points": "1." * 5_000,
+    "slashes": "1/" * 5_000,
+    "minus": "-" * 10_000,
+    "dollars": "$ " * 5_000,
+    "equals": "=" * 10_000,
+    "chain": "1=" * 5_000,
+    "sums": "1+" * 5_000,
+    "sums and equals": "1+1=" * 2_500,
+    "open annotations": "<<" * 5_000,
+    "half annotations": "<<1=" * 2_500,
+    "brackets": "<<" + "(" * 199 + "=1>>",
+    "markers": "####" * 2_500,
+    "spaced markers": "#### " * 2_000,
+    "marker and spaces": "#### " + " " * 10_000,
+    "boxes": "\\boxed{" * 1_500,
+    "box and spaces": "\\boxed" + " " * 10_000,
+    "fractions": "\\frac{" * 1_500,
+    "texts": "\\text{" * 1_500,
+    "answers": "<answer>" * 1_200,
+    "lines": "<<1+1=2>>\n" * 1_000,
+}
+
+
+@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_text_is_scored_in_reasonable_time(text):
+    """Ten thousand characters made to trip the patterns come back with a score (a bad pattern would take for ever)."""
+    assert cts.score_math(text, "57", lenient=True) == 0
+    assert 0 <= cts.process_score(text, REFERENCE) < 1
+    assert isinstance(cts.check_critique(text, REFERENCE)[0], str)
