@@ -150,7 +150,8 @@ def k3_kl(logp_MT, ref_logp_MT, mask_MT, denom):
 def main(args: Args) -> dict:
     # ---- checks, data, model --------------------------------------------------------------------------------------
     method = os.path.basename(__file__)[: -len(".py")]
-    cts.check_counts(steps=args.steps, prompts=args.prompts, group=args.group, max_prompt_tokens=args.max_prompt_tokens)
+    above_zero = ("steps", "prompts", "group", "max_prompt_tokens", "temperature", "learning_rate")
+    cts.check_args(args, above_zero, ("seed", "micro_batch", "max_new_tokens", "eval_every", "save_every", "kl_coef"))
     cts.open_out_dir(args.out_dir)
     mesh, dtype = cts.make_mesh(args.mesh, args.prompts, args.micro_batch), cts.pick_dtype(args.dtype)
     replay = cts.load_replay(args.task, args.replay, args.data_dir)

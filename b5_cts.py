@@ -275,7 +275,8 @@ def k3_kl(logp_MT, ref_logp_MT, mask_MT, denom):
 def main(args: Args) -> dict:
     # ---- checks, data, model --------------------------------------------------------------------------------------
     method = os.path.basename(__file__)[: -len(".py")]
-    cts.check_counts(steps=args.steps, prompts=args.prompts, group=args.group, max_prompt_tokens=args.max_prompt_tokens)
+    above_zero = ("steps", "prompts", "group", "max_prompt_tokens", "temperature", "learning_rate")
+    cts.check_args(args, above_zero, ("seed", "micro_batch", "max_new_tokens", "eval_every", "save_every", "kl_coef"))
     cts.open_out_dir(args.out_dir)
     mesh, dtype = cts.make_mesh(args.mesh, args.prompts, args.micro_batch), cts.pick_dtype(args.dtype)
     replay = cts.load_replay(args.task, args.replay, args.data_dir)
@@ -297,7 +298,7 @@ def main(args: Args) -> dict:
     params = {"policy": jax.tree.map(jnp.copy, base_params)}  # a copy: the step donates its parameters
     # CTS: the projection and the energy are trained beside the policy.
     critic_def, critic = nnx.split(Critic(cfg.d_model, nnx.Rngs(jax.random.fold_in(root, cts.STREAM_INIT))), nnx.Param)
-    params["critic"] = critic
+    params["critic"], lam_energy = critic, args.lam_energy if args.energy == "trained" else 0.0
     # one optimizer per subtree, so that nothing but the policy's gradient enters the policy's clipping
     tx = optax.chain(
         optax.clip_by_global_norm(1.0),
@@ -349,7 +350,6 @@ def main(args: Args) -> dict:
         # CTS: alignment, decoding and energy; each lam comes with the batch, one per row.
         critic = nnx.merge(critic_def, params["critic"])
         extra, extra_metrics = cts_losses(states, critic, batch, dtype, args)
-        lam_energy = args.lam_energy if args.energy == "trained" else 0.0
         lam = {"align": batch["lam_align"].mean(), "decode": args.lam_decode, "energy": lam_energy}
         for name, value in extra.items():
             loss = loss + lam[name] * value
@@ -445,9 +445,8 @@ def main(args: Args) -> dict:
         # CTS: what the alignment needs, and lam_align on its schedule.
         batch |= cts.pack_trajectories(tokenizer, quads, shapes, batch)
         batch["alpha"] = critique_weights(batch["overlap"], batch["y0_mask"])
-        progressed = step / max(1, args.steps - 1)
-        lam = args.lam_align + progressed * (args.lam_align_final - args.lam_align)
-        batch["lam_align"] = np.full(B, lam, np.float32)
+        lam_align = np.interp(step, [0, args.steps - 1], [args.lam_align, args.lam_align_final])
+        batch["lam_align"] = np.full(B, lam_align, np.float32)
         batch["noise"] = step_rng.standard_normal((B, cts.MAX_STEPS, LATENT_DIM)).astype(np.float32)
         clock.mark("score")
 

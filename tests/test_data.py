@@ -17,9 +17,10 @@ META = {
 ROW = {"x": "What is 2+3?", "y0": "2+3=6\n#### 6", "f": "2+3 is not 6.", "y1": "2+3=5\n#### 5", "meta": META}
 
 
-def line_of(meta: dict | None = None, **fields) -> str:
+def line_of(meta: dict | None = None, meta_without: str = "", **fields) -> str:
     """A good replay line with some fields changed."""
-    return json.dumps({**ROW, "meta": {**META, **(meta or {})}, **fields})
+    full = {**META, **(meta or {})}
+    return json.dumps({**ROW, "meta": {k: v for k, v in full.items() if k != meta_without}, **fields})
 
 
 def quad(i: int = 0, **fields) -> cts.Quadruple:
@@ -46,8 +47,8 @@ MALFORMED = {  # what is wrong: (line, what the message must name)
     "x a number": (line_of(x=3), "'x'"),
     "x blank": (line_of(x=" \n"), "'x'"),
     "f null": (line_of(f=None), "'f'"),
-    "meta a list": (line_of(meta=None) [: line_of().index('"meta"')] + '"meta": []}', "'meta'"),
-    **{f"no {key}": (json.dumps({**ROW, "meta": {k: v for k, v in META.items() if k != key}}), f"'meta.{key}'") for key in META},
+    "meta a list": (json.dumps({**ROW, "meta": []}), "'meta'"),
+    **{f"no {key}": (line_of(meta_without=key), f"'meta.{key}'") for key in META},
     "horizon a string": (line_of({"horizon": "2"}), "'meta.horizon'"),
     "horizon a boolean": (line_of({"horizon": True}), "'meta.horizon'"),
     "edit_distance a float": (line_of({"edit_distance": 1.0}), "'meta.edit_distance'"),
@@ -453,7 +454,7 @@ def test_pack_documents_keeps_every_token_once():
 
 def test_base_documents(tokenizer):
     """Each problem once per prompt format; one revision in four without critique, another quarter every epoch."""
-    quads = [quad(x=f"Problem {i}?" + " so" * (i % 7), f=f"critique {i}") for i in range(40)]
+    quads = [quad(x=f"Problem {i}?" + " so" * (10 * (i % 7)), f=f"critique {i}") for i in range(40)]
     left_out = []
     for epoch in range(4):
         documents = cts.base_documents(tokenizer, quads, epoch)
@@ -466,10 +467,8 @@ def test_base_documents(tokenizer):
         assert len(without_f) == 10
         left_out += without_f
         lengths = [len(p) for p, _ in documents]
-        if epoch == 0:
-            assert np.mean(lengths[:20]) < np.mean(lengths[-20:])
-        else:
-            assert lengths != sorted(lengths)
+        by_length = np.corrcoef(np.arange(80), lengths)[0, 1]
+        assert by_length > 0.5 if epoch == 0 else abs(by_length) < 0.4  # short first, then shuffled
         assert documents == cts.base_documents(tokenizer, quads, epoch)
     assert sorted(left_out) == list(range(40))
 

@@ -12,8 +12,8 @@ Y1 = "So <<2+3=5>>5.\n#### 5"
 BAD = "So <<2+3=6>>6.\n#### 6"
 META = {
     "task_id": "own/1", "domain": "math", "split": "test", "horizon": 1, "edit_distance": 2,
-    "error_tags": ["local_arithmetic"], "error_span": [0, 14], "teacher": "own", "y0_correct": False, "y1_correct": True,
-    "is_human_audited": False, "answer": "5",
+    "error_tags": ["local_arithmetic"], "error_span": [0, 14], "teacher": "own", "y0_correct": False,
+    "y1_correct": True, "is_human_audited": False, "answer": "5",
 }  # fmt: skip
 QUAD = cts.Quadruple("What is 2+3?", BAD, "The first step is wrong: 2+3 is not 6.", Y1, META)
 OTHER = cts.Quadruple(
@@ -62,9 +62,9 @@ def test_score_record():
     attempt = {"text": "#### 4", "tokens": 6, "truncated": False}
     revision = {"text": "So 5", "tokens": 9, "truncated": True}
     assert cts.score_record(QUAD, attempt, revision) == {
-        "task_id": "own/1", "horizon": 1, "edit_distance": 2, "error_tags": ["local_arithmetic"], "y0": 0.0, "attempt": 0.0,
-        "revised": 0.0, "revised_tokens": 9, "revised_truncated": True, "revised_format": False, "attempt_tokens": 6,
-        "attempt_truncated": False, "revision": "So 5",
+        "task_id": "own/1", "horizon": 1, "edit_distance": 2, "error_tags": ["local_arithmetic"], "y0": 0.0,
+        "attempt": 0.0, "revised": 0.0, "revised_tokens": 9, "revised_truncated": True, "revised_format": False,
+        "attempt_tokens": 6, "attempt_truncated": False, "revision": "So 5",
     }  # fmt: skip
     good = cts.score_record(QUAD, {**attempt, "text": Y1}, {**revision, "text": Y1})
     assert (good["y0"], good["attempt"], good["revised"], good["revised_format"]) == (0.0, 1.0, 1.0, True)
@@ -72,8 +72,8 @@ def test_score_record():
 
 # ---- summary ----
 def record(horizon, edit, tags, y0, attempt, revised, **further) -> dict:
-    base = {"horizon": horizon, "edit_distance": edit, "error_tags": tags, "y0": y0, "attempt": attempt, "revised": revised,
-            "revised_format": True, "revised_truncated": False, "revised_tokens": 10}  # fmt: skip
+    base = {"horizon": horizon, "edit_distance": edit, "error_tags": tags, "y0": y0, "attempt": attempt,
+            "revised": revised, "revised_format": True, "revised_truncated": False, "revised_tokens": 10}  # fmt: skip
     return {**base, **further}
 
 
@@ -91,9 +91,9 @@ def test_summarize_by_hand():
     s = cts.summarize(RECORDS)
     assert s["n"] == 5
     figures = {
-        "accuracy": 3 / 5, "accuracy_revised": 3 / 5, "delta_critique": 1 / 5, "accuracy_y0": 2 / 5, "wrong_to_right": 2 / 3,
-        "right_to_wrong": 1 / 2, "format_frac": 4 / 5, "truncated_frac": 1 / 5, "tokens_mean": 20.0, "credit_auc": 0.5,
-        "credit_gap": 0.5,
+        "accuracy": 3 / 5, "accuracy_revised": 3 / 5, "delta_critique": 1 / 5, "accuracy_y0": 2 / 5,
+        "wrong_to_right": 2 / 3, "right_to_wrong": 1 / 2, "format_frac": 4 / 5, "truncated_frac": 1 / 5,
+        "tokens_mean": 20.0, "credit_auc": 0.5, "credit_gap": 0.5,
     }  # fmt: skip
     assert {k: s[k] for k in figures} == pytest.approx(figures)
     rates = lambda n, accuracy, revised, delta: pytest.approx(
@@ -334,8 +334,8 @@ def test_print_summary(capsys, tmp_path):
 @pytest.mark.parametrize(("gain", "says"), [(0.1, "carries signal: +10.0"), (0.02, "WARNING"), (-0.1, "WARNING")])
 def test_print_precheck(capsys, gain, says):
     """In plain words whether the critique helps; 3 points are wanted."""
-    cts.print_precheck({"n": 8, "accuracy_y0": 0.0, "accuracy_with_f": 0.5 + gain, "accuracy_without_f": 0.5, "leak_rate": 0.25,
-                        "zero_std_frac": 0.125})  # fmt: skip
+    cts.print_precheck({"n": 8, "accuracy_y0": 0.0, "accuracy_with_f": 0.5 + gain, "accuracy_without_f": 0.5,
+                        "leak_rate": 0.25, "zero_std_frac": 0.125})  # fmt: skip
     out = capsys.readouterr().out
     assert says in out
     assert "answer leaked by f 25.0%" in out

@@ -186,7 +186,10 @@ def test_split_steps():
         ("$1,200 - $350 = $850", [("$1,200 - $350", 850)]),
         ("1 / 3 = 2/6", [("1 / 3", Fraction(1, 3))]),
         ("The total is 24.", []),
-        ("2 + 3 = 5 + 1 = 6", []),  # a chain is no equation of its left end
+        ("2 + 3 = 5 + 1 = 6", [("5 + 1", 6)]),  # of a chain, what stands before the last sign
+        ("(2 + 3) * 4 + 1 = 21", []),  # a piece of a longer expression is no equation: it would be false
+        ("5 apples * 2 + 1 = 11", []),
+        ("x + 3 * $1,200 + 1 = 3602", []),
         ("x = 5", []),
         ("2 + 3 = 5%", []),
         ("<<2+3=5>>5 and <<5*2=10>>10", [("2+3", 5), ("5*2", 10)]),
@@ -229,8 +232,9 @@ def test_equation_holds(expr, value, holds):
 
 def test_rounding_knows_trailing_zeros():
     """2.60 states hundredths, so it is not 2.55 rounded."""
+    lines = ("It costs <<1.25+1.30=2.60>>2.60.", "Less a coupon: <<2.60-0.05=2.55>>2.55.", "#### 2.55")
     reference = "It costs <<1.25+1.30=2.55>>2.55.\n#### 2.55"
-    assert cts.first_wrong_step("It costs <<1.25+1.30=2.60>>2.60.\n#### 2.60", reference) == 0
+    assert cts.first_wrong_step("\n".join(lines), reference) == 0
 
 
 ATTEMPTS = {  # kind: (attempt, first wrong step)

@@ -1,0 +1,674 @@
+"""Advantages, losses and the pieces of CTS: worked examples, numbers computed by hand, naive oracles in NumPy."""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy.optimize import linear_sum_assignment
+
+import b3_grpo_verifier as b3
+import b5_cts as b5
+import cts_common as cts
+
+# quick to compile; the programs are tiny
+FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+jit = functools.partial(jax.jit, compiler_options=FAST)
+SCRIPTS = pytest.mark.parametrize("script", [b3, b5])
+LOG = math.log
+
+
+def floats(*rows):
+    return np.array(rows, np.float32)
+
+
+# ---- advantages ---------------------------------------------------------------------------------------------------
+@SCRIPTS
+@pytest.mark.parametrize(
+    ("norm", "reward", "valid", "expected"),
+    [
+        ("center", [1, 0, 0, 1], [1, 1, 1, 1], [0.5, -0.5, -0.5, 0.5]),
+        ("std", [1, 0, 0, 1], [1, 1, 1, 1], [1, -1, -1, 1]),
+        ("center", [1, 0, 9], [1, 1, 0], [0.5, -0.5, 0]),
+        ("std", [1, 0, 9], [1, 1, 0], [1, -1, 0]),
+        ("center", [1.5, 0, 0, 0.5], [1, 1, 1, 1], [1, -0.5, -0.5, 0]),
+        ("std", [3, 0, 0], [1, 1, 1], [2**0.5, -(0.5**0.5), -(0.5**0.5)]),  # mean 1, variance (4 + 1 + 1) / 3 = 2
+        ("std", [7, 7, 7], [1, 1, 1], [0, 0, 0]),
+        ("center", [5, 3], [0, 1], [0, 0]),
+        ("center", [5, 3], [0, 0], [0, 0]),
+        ("std", [5, 3], [0, 0], [0, 0]),
+    ],
+)
+def test_group_advantages(script, norm, reward, valid, expected):
+    """Each case beside a plain group, which it must not touch."""
+    pad = len(reward)
+    out = script.group_advantages(floats(reward, [2] + [0] * (pad - 1)), floats(valid, [1] * pad), norm)
+    np.testing.assert_allclose(out[0], expected, atol=1e-5)
+    other = np.array([2 - 2 / pad] + [-2 / pad] * (pad - 1))
+    np.testing.assert_allclose(out[1], other / (other.std() if norm == "std" else 1), atol=1e-5)
+    assert out.dtype == np.float32
+
+
+@SCRIPTS
+def test_step_advantages_worked_example(script):
+    reward, end = floats([[0, 1, 0, 0], [1, 0, 0, 0]]), floats([[0, 1, 0, 1], [1, 0, 0, 0]])
+    out = script.step_advantages(reward, end, "center")
+    np.testing.assert_allclose(out[0], [[-1 / 3, -1 / 3, -2 / 3, -2 / 3], [1 / 3, 0, 0, 0]], atol=1e-6)
+    # std: variance of [1, 0, 1] is 2/9; rewards where no step ends are ignored
+    out = script.step_advantages(reward + 5 * (1 - end), end, "std")
+    np.testing.assert_allclose(out[0] * 2**0.5 / 3, [[-1 / 3, -1 / 3, -2 / 3, -2 / 3], [1 / 3, 0, 0, 0]], atol=1e-5)
+
+
+@SCRIPTS
+@pytest.mark.parametrize("norm", ["center", "std"])
+def test_step_advantages_by_loops(script, norm):
+    rng = np.random.default_rng(0)
+    end = (rng.random((3, 4, 7)) < 0.4).astype(np.float32)
+    reward = rng.random((3, 4, 7)).astype(np.float32)
+    end[1] = 0  # a group without any step
+    out = script.step_advantages(reward, end, norm)
+    assert np.isfinite(out).all() and not out[1].any()
+    for b in (0, 2):
+        rewards = reward[b][end[b] == 1]
+        scale = rewards.std() if norm == "std" else 1.0
+        for g in range(4):
+            for t in range(7):
+                later = [(reward[b, g, s] - rewards.mean()) / scale for s in range(t, 7) if end[b, g, s]]
+                assert out[b, g, t] == pytest.approx(sum(later), abs=1e-4)
+
+
+# ---- losses -------------------------------------------------------------------------------------------------------
+@SCRIPTS
+def test_grpo_loss_by_hand(script):
+    """Clip 0.2 and 0.28, denominator 10. Objective per token:
+    ratio 1.1, adv  2: inside                    2.2     gradient -ratio * adv / 10 = -0.22
+    ratio 1.5, adv  1: clipped at 1.28           1.28    0
+    ratio 0.5, adv -1: clipped at 0.8           -0.8     0
+    ratio 1.5, adv -1: the worse one counts     -1.5     0.15
+    ratio 0.5, adv  1: the worse one counts      0.5    -0.05
+    masked                                       0       0
+    Their sum is 1.68.
+    """
+    ratio, adv = [1.1, 1.5, 0.5, 1.5, 0.5, 9.0], floats([2, 1, -1, -1, 1, 100])
+    old, mask = floats([-1, -2, -0.5, -3, -1, -1]), floats([1, 1, 1, 1, 1, 0])
+    logp = old + np.log(floats(ratio))
+    loss_fn = lambda logp: script.grpo_loss(logp, old, adv, mask, 0.2, 0.28, 10.0)
+    (loss, metrics), grad = jax.value_and_grad(loss_fn, has_aux=True)(logp)
+    assert loss == pytest.approx(-0.168, abs=1e-6)
+    np.testing.assert_allclose(grad, [[-0.22, 0, 0, 0.15, -0.05, 0]], atol=1e-6)
+    values = {k: float(total / count) for k, (total, count) in metrics.items()}
+    assert values["losses/clipfrac"] == pytest.approx(2 / 5)
+    assert values["losses/ratio_dev"] == pytest.approx((0.1 + 4 * 0.5) / 5, abs=1e-6)
+    kl = sum(r - 1 - LOG(r) for r in ratio[:5]) / 5
+    assert values["rollout/sampler_kl"] == pytest.approx(kl, abs=1e-6)
+
+
+@SCRIPTS
+def test_grpo_gradient_on_policy(script):
+    """At ratio 1 it is REINFORCE: -adv / denom, for either sign."""
+    logp, adv, mask = floats([-1, -2, -3]), floats([0.5, -0.25, 7]), floats([1, 1, 0])
+    grad = jax.grad(lambda l: script.grpo_loss(l, logp, adv, mask, 0.2, 0.28, 4.0)[0])(logp)
+    np.testing.assert_allclose(grad, [[-0.125, 0.0625, 0]], atol=1e-7)
+
+
+@SCRIPTS
+def test_grpo_loss_against_loops(script):
+    rng = np.random.default_rng(1)
+    logp, old, adv = (rng.standard_normal((5, 9)).astype(np.float32) for _ in range(3))
+    mask = (rng.random((5, 9)) < 0.7).astype(np.float32)
+    total, clipped = 0.0, 0
+    for m in range(5):
+        for t in range(9):
+            if mask[m, t]:
+                ratio = math.exp(float(logp[m, t]) - float(old[m, t]))
+                inside = min(max(ratio, 0.9), 1.3)
+                total += min(ratio * adv[m, t], inside * adv[m, t])
+                clipped += inside * adv[m, t] < ratio * adv[m, t]
+    loss, metrics = script.grpo_loss(logp, old, adv, mask, 0.1, 0.3, 7.0)
+    assert loss == pytest.approx(-total / 7, rel=1e-5)
+    assert 0 < clipped == metrics["losses/clipfrac"][0] and metrics["losses/clipfrac"][1] == mask.sum()
+    # what stands under the mask never counts
+    again, _ = script.grpo_loss(
+        np.where(mask, logp, 3), np.where(mask, old, -3), np.where(mask, adv, 99), mask, 0.1, 0.3, 7.0
+    )
+    assert again == pytest.approx(float(loss), rel=1e-6)
+
+
+@SCRIPTS
+def test_k3_kl(script):
+    """pi 1/2, base 1/4: e^(-ln 2) - 1 + ln 2 = 0.19315; the masked token is ignored; never below 0."""
+    logp, ref = floats([LOG(0.5), LOG(0.5), LOG(0.5)]), floats([LOG(0.25), LOG(0.5), LOG(0.01)])
+    assert script.k3_kl(logp, ref, floats([1, 1, 0]), 2.0) == pytest.approx(0.1931472 / 2, abs=1e-6)
+    rng = np.random.default_rng(2)
+    logp, ref = -rng.exponential(size=(2, 50, 1)).astype(np.float32)
+    each = jax.vmap(lambda l, r: script.k3_kl(l, r, jnp.ones(1), 1.0))(logp, ref)
+    assert (each >= 0).all() and each.max() > 0.1
+    expected = [math.exp(r - l) - 1 - (r - l) for l, r in zip(logp[:, 0].astype(float), ref[:, 0].astype(float))]
+    np.testing.assert_allclose(each, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_k3_kl_is_unbiased():
+    """Its mean under pi is the KL divergence, summed over a whole vocabulary."""
+    p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.2, 0.6])
+    terms = [float(b3.k3_kl(np.log(floats([a])), np.log(floats([b])), floats([1]), 1.0)) for a, b in zip(p, q)]
+    assert p @ terms == pytest.approx((p * np.log(p / q)).sum(), abs=1e-6)
+
+
+# ---- CTS: steps and weights ---------------------------------------------------------------------------------------
+def test_pool_steps():
+    out = cts.pool_steps(jnp.array([[[1.0], [3.0], [5.0]]]), floats([[1, 1, 0], [0, 0, 1], [0, 0, 0]]))
+    np.testing.assert_array_equal(out, [[[2], [5], [0]]])
+    rng = np.random.default_rng(3)
+    hidden, step = rng.standard_normal((2, 6, 4)), (rng.random((2, 3, 6)) < 0.5).astype(np.float32)
+    out = cts.pool_steps(jnp.asarray(hidden, jnp.bfloat16), step)
+    assert out.dtype == jnp.float32
+    for b in range(2):
+        for j in range(3):
+            rows = hidden[b][step[b, j] == 1]
+            np.testing.assert_allclose(out[b, j], rows.mean(0) if len(rows) else np.zeros(4), atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("overlap", "mask", "expected"),
+    [
+        ([0, 1, 0, 0], [1, 1, 1, 0], [0, 2 / 3, 1 / 3, 0]),
+        ([0, 0], [1, 1], [1 / 2, 1 / 2]),
+        ([0, 1, 1, 0, 0], [1, 1, 1, 1, 1], [0, 4 / 11, 4 / 11, 2 / 11, 1 / 11]),
+        ([0, 0, 1, 0], [1, 1, 1, 0], [0, 0, 1, 0]),
+        ([0, 0, 0, 1], [1, 1, 1, 0], [1 / 3, 1 / 3, 1 / 3, 0]),  # a span on padding is none
+        ([0, 0, 0], [0, 0, 0], [0, 0, 0]),
+    ],
+)
+def test_critique_weights(overlap, mask, expected):
+    np.testing.assert_allclose(b5.critique_weights(floats(overlap), floats(mask))[0], expected, atol=1e-6)
+
+
+def test_critique_weights_invariances():
+    """Sum 1 on real steps, 0 on padding; more padding, or junk in its overlap, changes nothing."""
+    rng = np.random.default_rng(4)
+    mask = np.array([np.arange(8) < n for n in (1, 3, 5, 8)], np.float32)
+    overlap = (rng.random((4, 8)) < 0.4).astype(np.float32)
+    alpha = b5.critique_weights(overlap, mask)
+    np.testing.assert_allclose(alpha.sum(1), 1, rtol=1e-6)
+    assert not (alpha * (1 - mask)).any() and (alpha >= 0).all()
+    junk = np.where(mask == 1, overlap, 1 - overlap)
+    wide = b5.critique_weights(np.pad(junk, ((0, 0), (0, 3)), constant_values=1), np.pad(mask, ((0, 0), (0, 3))))
+    np.testing.assert_allclose(wide[:, :8], alpha, rtol=1e-6)
+    assert not wide[:, 8:].any()
+
+
+def test_with_time():
+    """Four channels of 1 scaled to length 1; three real steps at weight * [1/3, 2/3, 1]; padding changes nothing."""
+    out = np.asarray(b5.with_time(jnp.ones((4, 4)), jnp.array([1.0, 1.0, 1.0, 0.0])))
+    assert out.shape == (4, 5)
+    np.testing.assert_allclose(np.linalg.norm(out[:, :4], axis=1), 1, rtol=1e-6)
+    np.testing.assert_allclose(out[:3, 4], b5.TIME_WEIGHT * np.array([1 / 3, 2 / 3, 1]), rtol=1e-6)
+    np.testing.assert_allclose(b5.with_time(jnp.ones((3, 4)), jnp.ones(3)), out[:3], rtol=1e-6)
+    assert np.isfinite(b5.with_time(jnp.ones((2, 4)), jnp.zeros(2))).all()
+
+
+# ---- CTS: distances -----------------------------------------------------------------------------------------------
+J, R = 6, 3
+DISTANCES = {"sinkhorn": cts.sinkhorn_distance, "soft_dtw": cts.soft_dtw_distance, "l2": cts.l2_distance}
+
+
+@functools.cache
+def distance_and_gradient(name: str, **options):
+    fn = functools.partial(DISTANCES[name], **options)
+    return jit(jax.value_and_grad(lambda *a: fn(*a)[0]))
+
+
+def unit_points(seed: int, n: int = J) -> np.ndarray:
+    x = np.random.default_rng(seed).standard_normal((n, R))
+    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+
+def steps(n: int, width: int = J) -> np.ndarray:
+    return (np.arange(width) < n).astype(np.float32)
+
+
+def garbage(points: np.ndarray, n: int, seed: int) -> np.ndarray:
+    """The same points with large random numbers from row n on."""
+    out = points.copy()
+    out[n:] = 30 * np.random.default_rng((5, seed)).standard_normal(out[n:].shape)
+    return out
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_padding_does_not_change_a_distance(name):
+    """Value and gradient with garbage in the pads = those of the bare points, and no gradient on the pads."""
+    a, b, n, m = unit_points(0), unit_points(1), 4, 3
+    run = distance_and_gradient(name)
+    shared = min(n, m) if name == "l2" else None  # l2 takes arrays of one length
+    bare_value, bare_grad = run(a[: shared or n], b[: shared or m], steps(n, shared or n), steps(m, shared or m))
+    for seed in range(3):
+        value, grad = run(garbage(a, n, seed), garbage(b, m, seed + 9), steps(n), steps(m))
+        assert value == pytest.approx(float(bare_value), abs=1e-5) and value > 0.05
+        np.testing.assert_allclose(grad[: len(bare_grad)], bare_grad, atol=1e-4)
+        np.testing.assert_array_equal(grad[n:], 0)
+    assert np.abs(bare_grad).max() > 0.01
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+@pytest.mark.parametrize(("n", "m"), [(0, 0), (0, 3), (3, 0)])
+def test_empty_rows_are_zero_and_finite(name, n, m):
+    value, grad = distance_and_gradient(name)(
+        garbage(unit_points(0), n, 0), garbage(unit_points(1), m, 1), steps(n), steps(m)
+    )
+    assert value == 0
+    np.testing.assert_array_equal(grad, 0)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_self_distance_is_zero(name):
+    """Debiased: a sequence is at distance 0 from itself, where the gradient is 0 too."""
+    a = unit_points(0)
+    value, grad = distance_and_gradient(name)(garbage(a, 4, 0), garbage(a, 4, 1), steps(4), steps(4))
+    assert value == pytest.approx(0, abs=1e-3)
+    np.testing.assert_allclose(grad[:4], 0, atol=2e-3)
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_distance_is_symmetric(name):
+    run, a, b = distance_and_gradient(name), unit_points(0), unit_points(1)
+    there, back = run(a, b, steps(5), steps(3))[0], run(b, a, steps(3), steps(5))[0]
+    assert there == pytest.approx(float(back), abs=2e-3)
+
+
+def test_sinkhorn_equals_assignment_at_small_epsilon():
+    """Equal-size sets, half of the array padding: the optimal transport cost is that of the best matching."""
+    run = distance_and_gradient("sinkhorn", epsilon=0.02)
+    for seed in range(4):
+        n = 3 + seed
+        a, b = garbage(unit_points(seed), n, 0), garbage(unit_points(seed + 20), n, 1)
+        cost = ((a[:n, None] - b[None, :n]) ** 2).sum(-1)
+        best = cost[linear_sum_assignment(cost)].mean()
+        value, grad = run(a, b, steps(n), steps(n))
+        assert value == pytest.approx(best, rel=0.01)
+        # Danskin: each point is pulled straight to its partner
+        partner = b[linear_sum_assignment(cost)[1]]
+        np.testing.assert_allclose(grad[:n], 2 * (a[:n] - partner) / n, atol=0.05)
+
+
+def test_sinkhorn_gradient_equals_finite_differences():
+    run, a, b = distance_and_gradient("sinkhorn"), unit_points(0), unit_points(1)
+    along = np.random.default_rng(6).standard_normal(a.shape).astype(np.float32)
+    _, grad = run(a, b, steps(5), steps(4))
+    up, down = (run(a + h * along, b, steps(5), steps(4))[0] for h in (0.02, -0.02))
+    assert float((grad * along).sum()) == pytest.approx(float(up - down) / 0.04, rel=0.05, abs=0.01)
+
+
+def test_sinkhorn_says_whether_it_converged():
+    run = jit(lambda *a: cts.sinkhorn_distance(*a)[1])
+    assert run(unit_points(0), unit_points(1), steps(5), steps(4)) == 1
+    assert run(30 * unit_points(0), 30 * unit_points(1), steps(5), steps(4)) == 0
+
+
+def test_unbalanced_sinkhorn_forgives_an_outlier():
+    """tau below 1 lets mass stay at home: a far outlier costs less than in balanced transport."""
+    a, b = unit_points(0), unit_points(0)
+    b[0] += 2
+    balanced = distance_and_gradient("sinkhorn")(a, b, steps(6), steps(6))[0]
+    relaxed = distance_and_gradient("sinkhorn", tau=0.9)(a, b, steps(6), steps(6))[0]
+    assert 0 < relaxed < 0.8 * balanced
+
+
+def naive_soft_dtw(cost: np.ndarray, gamma: float) -> float:
+    """The textbook double loop in float64; the sums run inside the soft minimum."""
+    n, m = cost.shape
+    table = np.full((n + 1, m + 1), np.inf)
+    table[0, 0] = 0
+    for i in range(1, n + 1):
+        for j in range(1, m + 1):
+            before = [v for v in (table[i - 1, j], table[i, j - 1], table[i - 1, j - 1]) if v < np.inf]
+            low = min(before)
+            table[i, j] = cost[i - 1, j - 1] + low - gamma * LOG(sum(math.exp((low - v) / gamma) for v in before))
+    return float(table[n, m])
+
+
+@functools.cache
+def soft_dtw_rows():
+    one = jax.value_and_grad(lambda cost, n, m, gamma: cts.soft_dtw(cost, n, m, gamma))
+    return jit(jax.vmap(one, (0, 0, 0, None)))
+
+
+@pytest.mark.parametrize("gamma", [0.01, 0.1])
+def test_soft_dtw_equals_naive(gamma):
+    """All lengths 1..5 x 1..5 in one padded 6 x 7 matrix with garbage in the pads; gradient by finite differences."""
+    rng = np.random.default_rng(7)
+    sizes = np.array([(n, m) for n in range(1, 6) for m in range(1, 6)])
+    costs = rng.uniform(-100, 100, size=(25, 6, 7)).astype(np.float32)
+    for cost, (n, m) in zip(costs, sizes):
+        cost[:n, :m] = rng.uniform(0, 2, size=(n, m))
+    values, grads = soft_dtw_rows()(costs, *sizes.T, gamma)
+    assert np.isfinite(grads).all()
+    for cost, (n, m), value, grad in zip(costs, sizes, values, grads):
+        real, h = cost[:n, :m].astype(float), 1e-6
+        assert value == pytest.approx(naive_soft_dtw(real, gamma), abs=1e-4)
+        expected = np.zeros((6, 7))
+        for i, j in np.ndindex(n, m):
+            up, down = real.copy(), real.copy()
+            up[i, j], down[i, j] = up[i, j] + h, down[i, j] - h
+            expected[i, j] = (naive_soft_dtw(up, gamma) - naive_soft_dtw(down, gamma)) / (2 * h)
+        np.testing.assert_allclose(grad[:n, :m], expected[:n, :m], atol=1e-3)
+        np.testing.assert_array_equal(np.where(expected == 0, 0, grad), grad * (expected != 0))
+        assert not grad[n:].any() and not grad[:, m:].any()
+
+
+def test_soft_dtw_distance_by_naive_parts():
+    """(sdtw(a, b) - sdtw(a, a) / 2 - sdtw(b, b) / 2) / (n + m) on squared distances."""
+    a, b, n, m = unit_points(0), unit_points(1), 4, 3
+    sdtw = lambda x, y: naive_soft_dtw(((x[:, None] - y[None]) ** 2).sum(-1).astype(float), 0.1)
+    x, y = a[:n], b[:m]
+    expected = (sdtw(x, y) - 0.5 * sdtw(x, x) - 0.5 * sdtw(y, y)) / (n + m)
+    assert distance_and_gradient("soft_dtw")(a, b, steps(n), steps(m))[0] == pytest.approx(expected, abs=1e-5)
+
+
+def test_l2_distance_by_hand():
+    """Steps 0 and 1 are in both: (25 + 1) / 2."""
+    a, b = floats([0, 0], [1, 0], [9, 9]), floats([3, 4], [1, 1], [0, 0])
+    assert cts.l2_distance(a, b, floats(1, 1, 1), floats(1, 1, 0))[0] == 13
+
+
+@pytest.mark.parametrize("name", DISTANCES)
+def test_descent_on_the_distance_brings_trajectories_together(name):
+    """Thirty steps of gradient descent on a trajectory, with the time channel: it ends near the target.
+
+    For Sinkhorn in any order: the time channel weighs less than the points.
+    """
+    target, start, mask = unit_points(1, 4) * R**0.5, unit_points(0, 4) * R**0.5, jnp.ones(4)
+    loss = lambda x: DISTANCES[name](b5.with_time(x, mask), b5.with_time(target, mask), mask, mask)[0]
+    run = jit(jax.value_and_grad(loss))
+    x, first = start, run(start)[0]
+    for _ in range(30):
+        x = x - (2.5 if name == "soft_dtw" else 3.0) * run(x)[1]
+    last = run(x)[0]
+
+    def apart(x):
+        cost = ((np.asarray(x)[:, None] - target[None]) ** 2).sum(-1)
+        return cost[linear_sum_assignment(cost)].mean() if name == "sinkhorn" else np.diag(cost).mean()
+
+    assert last < 0.2 * first
+    assert apart(x) < 0.2 * apart(start)
+
+
+# ---- CTS: critic, energy edit, losses -----------------------------------------------------------------------------
+D = 5
+
+
+@functools.cache
+def critic() -> b5.Critic:
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: b5.Critic(D, nnx.Rngs(0))), nnx.Param)
+    rng = np.random.default_rng(8)
+    fill = lambda a: jnp.asarray(rng.standard_normal(a.shape) * a.shape[0] ** -0.5, jnp.float32)
+    return nnx.merge(graphdef, jax.tree.map(fill, shapes))
+
+
+def naive_energy(point: np.ndarray, f: np.ndarray) -> float:
+    c = critic()
+    w_in, bias, w_out = (np.asarray(w[...], float) for w in (c.energy_in, c.energy_bias, c.energy_out))
+    h = np.concatenate([point, f]).astype(float) @ w_in + bias
+    return float((h / (1 + np.exp(-h)) @ w_out)[0])
+
+
+def latent(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng((9, seed)).standard_normal((*shape, b5.LATENT_DIM)).astype(np.float32)
+
+
+def test_points_have_unit_rms():
+    c, hidden = critic(), np.random.default_rng(10).standard_normal((2, 3, D)).astype(np.float32)
+    for scale in (1, 100):
+        points = c.points(jnp.asarray(scale * hidden), c.project)
+        np.testing.assert_allclose((points**2).mean(-1), 1, rtol=1e-4)
+    z = hidden @ np.asarray(c.project[...])
+    np.testing.assert_allclose(points, z / np.sqrt((z**2).mean(-1, keepdims=True)), atol=1e-4)
+    assert c.points(jnp.asarray(hidden, jnp.bfloat16), c.project).dtype == jnp.float32
+    assert np.abs(points - c.points(jnp.asarray(hidden), c.project_f)).max() > 0.1
+    value, grad = jax.value_and_grad(lambda h: c.points(h, c.project).sum())(jnp.zeros((1, D)))
+    assert value == 0 and np.isfinite(grad).all()  # an empty step
+
+
+def test_energies_equal_naive():
+    traj, f = latent(0, 2, 3), latent(1, 2)
+    expected = [[naive_energy(traj[b, j], f[b]) for j in range(3)] for b in range(2)]
+    np.testing.assert_allclose(critic().energies(jnp.asarray(traj), jnp.asarray(f)), expected, atol=1e-4)
+
+
+class LinearCritic:
+    """E(r, e_f) = r . e_f, so dE/dr = e_f at every step."""
+
+    def energies(self, traj_BJR, critique_BR):
+        return jnp.einsum("BJR,BR->BJ", traj_BJR, critique_BR)
+
+
+@pytest.mark.parametrize("width", [2, 3, 8, 32])
+def test_edit_is_one_gradient_step_at_the_flagged_step(width):
+    """R - R* = eta * e_f at the flagged step however many steps follow, half and a quarter of it after, 0 before."""
+    traj, f, eta = latent(0, 2, width), latent(1, 2), 0.3
+    overlap, mask = np.zeros((2, width), np.float32), np.ones((2, width), np.float32)
+    overlap[0, 0] = overlap[1, 1] = 1
+    mask[0, -1] = 0
+    edited = b5.edit_trajectory(
+        LinearCritic(), jnp.asarray(traj), jnp.asarray(f), b5.critique_weights(overlap, mask), eta
+    )
+    moved = traj - np.asarray(edited)
+    np.testing.assert_allclose(moved[0, 0], eta * f[0], atol=1e-5)
+    np.testing.assert_allclose(moved[1, 1], eta * f[1], atol=1e-5)
+    np.testing.assert_array_equal(moved[1, 0], 0)
+    np.testing.assert_array_equal(moved[0, -1], 0)
+    for j in range(2, width):
+        np.testing.assert_allclose(moved[1, j], eta * f[1] * 0.5 ** (j - 1), atol=1e-5)
+
+
+def test_edit_follows_the_real_energy_down():
+    """Against finite differences of the naive energy; a short enough step lowers the energy of the attempt."""
+    traj, f, alpha = latent(0, 1, 4), latent(1, 1), floats([0, 0.5, 0.25, 0.25])
+    edited = np.asarray(b5.edit_trajectory(critic(), jnp.asarray(traj), jnp.asarray(f), alpha, 0.1))
+    for j, share in enumerate((0, 1, 0.5, 0.5)):
+        slope = np.zeros(b5.LATENT_DIM)
+        for r in range(b5.LATENT_DIM):
+            e = 1e-5 * np.eye(b5.LATENT_DIM)[r]
+            slope[r] = (naive_energy(traj[0, j] + e, f[0]) - naive_energy(traj[0, j] - e, f[0])) / 2e-5
+        assert np.linalg.norm(slope) > 0.05
+        np.testing.assert_allclose((traj - edited)[0, j], 0.1 * share * slope, atol=1e-4)
+    U = lambda traj: sum(a * naive_energy(p, f[0]) for a, p in zip(alpha[0], traj[0]))
+    assert U(edited) < U(traj) - 1e-3
+
+
+def test_edit_without_weights_stays():
+    traj, f = latent(0, 1, 3), latent(1, 1)
+    edited = b5.edit_trajectory(critic(), jnp.asarray(traj), jnp.asarray(f), np.zeros((1, 3), np.float32), 0.5)
+    np.testing.assert_array_equal(edited, traj)
+
+
+def test_no_gradient_flows_through_the_edit():
+    graphdef, params = nnx.split(critic(), nnx.Param)
+    edit = lambda params, *a: b5.edit_trajectory(nnx.merge(graphdef, params), *a, 0.5).sum()
+    grads = jax.grad(edit, (0, 1, 2, 3))(
+        params, jnp.asarray(latent(0, 1, 3)), jnp.asarray(latent(1, 1)), jnp.ones((1, 3)) / 3
+    )
+    assert all(not g.any() for g in jax.tree.leaves(grads))
+
+
+B, T, WIDTH = 3, 6, 5
+TINY = cts.ModelConfig(vocab_size=11, d_model=D, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=4, d_ff=6)
+NAMES = ("align", "decode", "energy")
+STEPS = ("y0_steps", "y1_steps")
+
+
+@functools.cache
+def cts_batch() -> dict[str, np.ndarray]:
+    """Three problems, the last with a right attempt; y0 has 2, 3, 1 steps of two tokens, y1 has 3, 2, 1."""
+    rng = np.random.default_rng(11)
+    tokens = lambda *shape: rng.integers(11, size=shape).astype(np.int32)
+    of_steps = lambda *n: np.stack([np.kron(np.eye(3), [1.0, 1.0]) * (np.arange(3) < k)[:, None] for k in n]).astype(
+        np.float32
+    )
+    out = {
+        "prompt": tokens(B, WIDTH), "prompt_len": np.array([5, 4, 3], np.int32), "x_prompt": tokens(B, WIDTH),
+        "x_prompt_len": np.array([2, 5, 3], np.int32), "y0": tokens(B, T), "y1": tokens(B, T),
+        "y0_steps": of_steps(2, 3, 1), "y1_steps": of_steps(3, 2, 1), "f_tokens": np.zeros((B, 1, WIDTH), np.float32),
+        "wrong_weight": np.array([0.5, 0.5, 0], np.float32), "noise": latent(3, B, 3),
+    }  # fmt: skip
+    out["f_tokens"][:, :, 1:3] = 1
+    for name in ("y0", "y1"):
+        out[f"{name}_mask"] = (out[f"{name}_steps"].sum(-1) > 0).astype(np.float32)
+    out["overlap"] = floats([0, 1, 0], [1, 0, 0], [0, 0, 0])
+    out["alpha"] = b5.critique_weights(out["overlap"], out["y0_mask"])
+    length = np.array([6, 4, 2])
+    out["decode_weight"] = (np.arange(T) < length[:, None]).astype(np.float32) / length.sum()
+    return out
+
+
+@functools.cache
+def tiny() -> cts.Decoder:
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: cts.Decoder(TINY, nnx.Rngs(0))), nnx.Param)
+    rng = np.random.default_rng(12)
+    fill = lambda path, a: jnp.asarray(0.4 * rng.standard_normal(a.shape) + ("norm" in str(path)), jnp.float32)
+    return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, shapes))
+
+
+@functools.cache
+def cts_outputs():
+    """With align=l2: ({target: {name: loss}}, their jacobian in "policy", "critic", "y0_steps", "y1_steps")."""
+    (model_def, policy), (critic_def, critic_params) = (nnx.split(m, nnx.Param) for m in (tiny(), critic()))
+
+    def losses(params, batch, target):
+        decoder, batch = nnx.merge(model_def, params["policy"]), {**batch, **{k: params[k] for k in STEPS}}
+        prefix, hidden_BPD = decoder.prefill(batch["prompt"], batch["prompt_len"])
+        states = (decoder, cts.last_tokens(batch["prompt"], batch["prompt_len"]), prefix, hidden_BPD)
+        args = b5.Args(align="l2", target=target)
+        out, _ = b5.cts_losses(states, nnx.merge(critic_def, params["critic"]), batch, jnp.float32, args)
+        return jnp.stack([out[name] for name in NAMES])
+
+    @jit
+    def everything(params, batch):
+        values = {target: losses(params, batch, target) for target in ("energy", "random", "ref_only")}
+        return values, jax.jacrev(losses)(params, batch, "energy")
+
+    values, grads = everything(
+        {"policy": policy, "critic": critic_params, **{k: jnp.asarray(cts_batch()[k]) for k in STEPS}}, cts_batch()
+    )
+    return {target: dict(zip(NAMES, np.asarray(row))) for target, row in values.items()}, grads
+
+
+def test_cts_losses_reach_what_they_should():
+    """L_align: policy and projection through y0's steps alone, not the energy. L_decode: policy. L_E: critic."""
+    groups, size = ("policy", "energy", "project_f", "project", *STEPS), {}
+    for path, g in jax.tree_util.tree_leaves_with_path(cts_outputs()[1]):
+        group = next(k for k in groups if k in jax.tree_util.keystr(path))
+        for loss, part in zip(NAMES, np.asarray(g)):
+            size[loss, group] = size.get((loss, group), 0) + float(np.abs(part).sum())
+    assert {loss: {group for group in groups if size[loss, group]} for loss in NAMES} == {
+        "align": {"policy", "project", "y0_steps"},
+        "decode": {"policy"},
+        "energy": {"energy", "project", "project_f"},
+    }
+
+
+def test_cts_losses_by_parts():
+    """The three losses again, from states of one row at a time, with loops over steps and tokens."""
+    model, c, batch = tiny(), critic(), cts_batch()
+    head, packed = np.asarray(model.embed[...], float), jit(model.packed)
+
+    def states(prompt, n, completion):
+        """Final hidden states of the plain sequence, as one packed document (what follows it is not seen)."""
+        row = np.zeros((1, WIDTH + T), int)
+        row[0, : n + T] = [*prompt[:n], *completion]
+        return np.asarray(packed(row, np.ones_like(row)), float)[0, : n + T]
+
+    def point(h, w):
+        z = h @ np.asarray(w[...], float)
+        return z / math.sqrt((z**2).mean() + 1e-6)
+
+    expected, gamma = dict.fromkeys(NAMES, 0.0), b5.ENERGY_MARGIN
+    for b in range(B):
+        n, p, x = batch["prompt_len"][b], batch["prompt"][b], batch["x_prompt_len"][b]
+        revise = states(p, n, batch["y1"][b])
+        for t in range(T):
+            logits = revise[n - 1 + t] @ head.T
+            logp = logits[batch["y1"][b, t]] - LOG(np.exp(logits).sum())
+            expected["decode"] -= logp * batch["decode_weight"][b, t]
+        f = point(revise[1:3].mean(0), c.project_f)
+        traj = {}
+        for name in ("y0", "y1"):
+            emit = states(batch["x_prompt"][b], x, batch[name][b])[x - 1 :]  # the state before a token emits it
+            count = int(batch[f"{name}_mask"][b].sum())
+            traj[name] = [point(emit[2 * j : 2 * j + 2].mean(0), c.project) for j in range(count)]
+        U_y0 = sum(a * naive_energy(r, f) for a, r in zip(batch["alpha"][b], traj["y0"]))
+        U_y1 = sum(naive_energy(r, f) for r in traj["y1"]) / len(traj["y1"])
+        expected["energy"] += max(0.0, gamma - U_y0 + U_y1) * batch["wrong_weight"][b]
+        shared = min(map(len, traj.values()))
+        time_gap = [(j + 1) / len(traj["y0"]) - (j + 1) / len(traj["y1"]) for j in range(shared)]
+        gaps = [((r - s) ** 2).mean() + (b5.TIME_WEIGHT * d) ** 2 for r, s, d in zip(traj["y0"], traj["y1"], time_gap)]
+        expected["align"] += np.mean(gaps) * batch["wrong_weight"][b]
+    values = cts_outputs()[0]["ref_only"]
+    for name in NAMES:
+        assert expected[name] > 0.05 and values[name] == pytest.approx(expected[name], rel=1e-3), name
+
+
+def test_random_target_is_as_far_as_the_edit():
+    """With align=l2 the term to R* is the mean squared length of the edit: the control arm's is the same."""
+    edit, noise, ref = (cts_outputs()[0][target]["align"] for target in ("energy", "random", "ref_only"))
+    assert edit == pytest.approx(noise, rel=1e-4)
+    assert abs(edit - 0.5 * ref) > 1e-5
+
+
+# ---- CTS: critiques of the control arms and of A6 -----------------------------------------------------------------
+def test_redact_leaves_no_number_and_no_step():
+    critiques = [
+        cts.write_critique(i, flaw) for i in range(14) for flaw in ("1,234.50 + 7/8 is not -3", "it is 5% off")
+    ]
+    for f in [*critiques, "First, 3 x 4 is 12. The second and the Third step follow.", "12"]:
+        out = cts.redact(f)
+        assert not re.search(r"\d", out)
+        assert not re.search(rf"\b({'|'.join(cts.ORDINALS)})\b", out, re.IGNORECASE), out
+        assert out != f and cts.redact(out) == out
+    assert cts.redact("The step leaves out the rent.") == "The step leaves out the rent."
+    assert len({cts.redact(cts.write_critique(i, "it is off")) for i in range(14)}) == 1  # the step is not told apart
+
+
+Y1 = "Buys <<2+3=5>>5 pens.\nGives <<5-1=4>>4 away.\n#### 4"
+WRONG = "Buys <<2+3=6>>6 pens.\nGives <<6-1=5>>5 away.\n#### 5"
+QUAD = cts.Quadruple(
+    "How many pens?", "old", "old f", Y1, {"answer": "4", "error_span": [0, 3], "y0_correct": True, "k": 1}
+)
+
+
+def test_with_attempt():
+    """Only y0, f, and what follows from them change; the span is that of the wrong line."""
+    before = dataclasses.asdict(QUAD)
+    out = cts.with_attempt(QUAD, WRONG, lambda prompt: True)
+    assert (out.x, out.y0, out.y1) == (QUAD.x, WRONG, Y1)
+    assert out.f == "The first step is wrong: 2+3 is not 6."
+    assert out.meta == {"answer": "4", "error_span": [0, WRONG.index("\n")], "y0_correct": False, "k": 1}
+    right = cts.with_attempt(QUAD, Y1, lambda prompt: True)
+    assert right.f == "No step is found wrong." and right.meta["y0_correct"] and right.meta["error_span"] is None
+    assert dataclasses.asdict(QUAD) == before
+
+
+def test_with_attempt_cuts_what_does_not_fit():
+    limit = len(cts.revise_prompt(QUAD.x, WRONG, "The first step is wrong: 2+3 is not 6.")) - 10
+    out = cts.with_attempt(QUAD, WRONG, lambda prompt: len(prompt) <= limit)
+    assert 0 < len(out.y0) < len(WRONG) and WRONG.startswith(out.y0)
+    assert len(cts.revise_prompt(out.x, out.y0, out.f)) <= limit
+    assert out.f == "The first step is wrong: 2+3 is not 6." and out.meta["error_span"] == [0, WRONG.index("\n")]
+
+
+def test_with_attempt_ends_where_nothing_fits():
+    """With no room even for an empty attempt it must not cut for ever."""
+    calls = []
+
+    def fits(prompt):
+        calls.append(prompt)
+        if len(calls) > 1000:
+            pytest.fail("cuts for ever")
+
+    with contextlib.suppress(cts.InputError):
+        cts.with_attempt(QUAD, WRONG, fits)

@@ -1,0 +1,321 @@
+"""The scripts from end to end on a tiny replay, and the rules they are written by."""
+
+import ast
+import dataclasses
+import difflib
+import importlib
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import cts_common as cts
+import teacher
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPTS = ("b3_grpo_verifier", "b5_cts")
+TINY = dict(steps=3, prompts=4, group=2, max_new_tokens=48, wandb="disabled", save_every=2)
+TINY_TASK = "base_steps=6, base_width=256"
+
+
+@pytest.fixture(scope="session")
+def space(tmp_path_factory):
+    """A folder with a tiny replay; compiled programs are shared by all runs of the session."""
+    folder = tmp_path_factory.mktemp("space")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "xla_cache")
+    teacher.main(teacher.Args(out=str(folder / "replay"), limit=24))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def tiny_base(monkeypatch):
+    """A base of a few steps: these tests are about the loop, not about learning."""
+    task = cts.TASKS["fixtures_math"]
+    monkeypatch.setitem(cts.TASKS, "fixtures_math", dataclasses.replace(task, base_steps=6, base_width=256))
+
+
+def run(space, script, out, **changes):
+    module = importlib.import_module(script)
+    return module.main(module.Args(**{**TINY, "replay": str(space / "replay"), "out_dir": str(space / out), **changes}))
+
+
+def run_dir(space, out, script):
+    (directory,) = (space / out).glob(f"{script}__*")
+    return directory
+
+
+def checkpoint(directory, step=None):
+    """{leaf name: array} of a run's parameters."""
+    manager = ocp.CheckpointManager(directory / "checkpoints")
+    step = manager.latest_step() if step is None else step
+    args = ocp.args.Composite(state=ocp.args.StandardRestore(), identity=ocp.args.JsonRestore())
+    params, opt_state = manager.restore(step, args=args)["state"]
+    return {"params": cts.leaf_names(params), "opt": cts.leaf_names(opt_state)}
+
+
+def metrics(directory):
+    """metrics.jsonl without its times."""
+    times = re.compile("time/|charts/SPS")
+    return [{k: v for k, v in row.items() if not times.match(k)} for row in cts.read_metrics(directory)]
+
+
+@pytest.fixture(scope="session")
+def runs(space):
+    """One b3, one b5 and one b5 with every lam at 0, all of the same seed."""
+    mp = pytest.MonkeyPatch()
+    mp.setitem(cts.TASKS, "fixtures_math", dataclasses.replace(cts.TASKS["fixtures_math"], base_steps=6, base_width=256))
+    results = {
+        "b3": run(space, "b3_grpo_verifier", "b3"),
+        "b5": run(space, "b5_cts", "b5"),
+        "a1": run(space, "b5_cts", "a1", lam_align=0.0, lam_decode=0.0, lam_energy=0.0),
+    }
+    mp.undo()
+    return results
+
+
+# ---- the rules of the family ----------------------------------------------------------------------------------------
+def body(script):
+    text = (ROOT / f"{script}.py").read_text()
+    return text.splitlines()[ast.parse(text).body[0].end_lineno :]
+
+
+@pytest.mark.parametrize("parent, child, marker", [("b3_grpo_verifier", "b5_cts", "# CTS:")])
+def test_a_child_is_its_parent_plus_marked_insertions(parent, child, marker):
+    a, b = body(parent), body(child)
+    changes = [op for op in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes() if op[0] != "equal"]
+    assert changes
+    for kind, _, _, start, end in changes:
+        assert kind == "insert", f"{child} changes its parent near: {b[start:end][:3]}"
+        first = next(line for line in b[start:end] if line.strip())
+        assert first.strip().startswith(marker), f"an unmarked insertion: {first!r}"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_flag_is_read_and_explained(script):
+    text = (ROOT / f"{script}.py").read_text()
+    common = (ROOT / "cts_common.py").read_text()
+    for field in dataclasses.fields(importlib.import_module(script).Args):
+        assert re.search(rf"\bargs\.{field.name}\b", text + common), f"--{field.name} is read nowhere"
+        assert re.search(rf'^    {field.name}: .*\n    """.+"""$', text, re.MULTILINE), f"--{field.name} has no help text"
+
+
+def test_size_budgets():
+    for script in SCRIPTS:
+        assert len((ROOT / f"{script}.py").read_text().splitlines()) <= 500
+
+
+def test_the_common_module_knows_no_method():
+    tree = ast.parse((ROOT / "cts_common.py").read_text())
+    strings = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+    names = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name)]
+    for word in ("b3_grpo_verifier", "b5_cts", "grpo"):
+        assert not [s for s in strings + names if word in s.lower() and "\n" not in s and len(s) < 60]
+
+
+# ---- what a run leaves behind ---------------------------------------------------------------------------------------
+def test_a_run_writes_its_result(space, runs):
+    directory = run_dir(space, "b3", "b3_grpo_verifier")
+    assert json.loads((directory / "result.json").read_text()) == json.loads(json.dumps(runs["b3"]))
+    assert (directory / "curves.png").stat().st_size > 5000
+    rows = cts.read_metrics(directory)
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    for key in ("charts/reward", "losses/loss", "losses/grad_norm", "rollout/zero_std_frac", "time/rollout", "time/score", "time/update"):
+        assert all(key in row for row in rows), key
+    assert len(runs["b3"]["records"]) == runs["b3"]["summary"]["n"] == 24
+    assert runs["b3"]["summary"]["accuracy_y0"] == 0.0
+    assert None not in runs["b3"]["fingerprint"].values()
+
+
+def test_the_step_compiles_once(runs):
+    for name in ("b3", "b5"):
+        assert runs[name]["traces"]["train_step"] == 1
+        assert runs[name]["traces"].get("rollout", 1) == 1
+
+
+def test_the_child_logs_the_parents_keys_and_its_own(space, runs):
+    b3, b5 = (set(metrics(run_dir(space, o, s))[0]) for o, s in (("b3", "b3_grpo_verifier"), ("b5", "b5_cts")))
+    assert b3 <= b5
+    own = {"align_loss", "decode_loss", "energy_loss", "energy_gap", "edit_norm", "align_converged", "align_ref"}
+    assert b5 - b3 == {f"losses/{k}" for k in own}
+
+
+def test_methods_share_one_fingerprint(runs):
+    assert runs["b3"]["fingerprint"] == runs["b5"]["fingerprint"]
+
+
+def test_all_lam_zero_is_the_parent(space, runs):
+    b3 = checkpoint(run_dir(space, "b3", "b3_grpo_verifier"))["params"]
+    a1 = checkpoint(run_dir(space, "a1", "b5_cts"))["params"]
+    for name, leaf in b3.items():
+        np.testing.assert_allclose(a1[name], leaf, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_every_trainable_leaf_moves(space, runs):
+    directory = run_dir(space, "b5", "b5_cts")
+    (base,) = (space / "b5" / "base").glob("*/model.safetensors")
+    import safetensors.numpy
+
+    start, end = safetensors.numpy.load_file(base), checkpoint(directory)["params"]
+    for name, leaf in start.items():
+        assert np.abs(end[f"policy/{name}"] - leaf).max() > 0, name
+    early, late = checkpoint(directory, 2)["params"], end
+    critic = [name for name in late if name.startswith("critic/")]
+    assert len(critic) == 5
+    for name in critic:
+        assert np.abs(late[name] - early[name]).max() > 0, name
+
+
+def test_a_frozen_energy_stays(space):
+    run(space, "b5_cts", "frozen", energy="frozen")
+    directory = run_dir(space, "frozen", "b5_cts")
+    early, late = checkpoint(directory, 2)["params"], checkpoint(directory, 3)["params"]
+    for name in late:
+        moved = np.abs(late[name] - early[name]).max() > 0
+        assert moved == (not name.startswith("critic/energy") and name != "critic/project_f"), name
+
+
+def test_same_seed_same_result(space, runs):
+    again = run(space, "b5_cts", "again")
+    strip = lambda r: {k: v for k, v in r.items() if k not in ("timings", "args", "versions")}
+    assert json.dumps(strip(again)) == json.dumps(strip(runs["b5"]))
+    assert metrics(run_dir(space, "again", "b5_cts")) == metrics(run_dir(space, "b5", "b5_cts"))
+
+
+def test_micro_batches_give_the_same_step(space, runs):
+    run(space, "b5_cts", "micro", micro_batch=1)
+    whole, parts = metrics(run_dir(space, "b5", "b5_cts")), metrics(run_dir(space, "micro", "b5_cts"))
+    assert whole[0].keys() == parts[0].keys()
+    for key, value in whole[0].items():
+        assert parts[0][key] == pytest.approx(value, rel=2e-4, abs=1e-5), key
+
+
+def test_four_devices_equal_one(space, runs):
+    driver = (
+        "import dataclasses, cts_common as cts, b5_cts\n"
+        f"cts.TASKS['fixtures_math'] = dataclasses.replace(cts.TASKS['fixtures_math'], {TINY_TASK})\n"
+        f"b5_cts.main(b5_cts.Args(**{TINY!r}, replay={str(space / 'replay')!r}, out_dir={str(space / 'four')!r}, mesh='2,2'))\n"
+    )
+    env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    base = space / "b5" / "base"
+    (space / "four").mkdir()
+    (space / "four" / "base").symlink_to(base)  # the same base, not one trained on four devices
+    done = subprocess.run([sys.executable, "-c", driver], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, four = metrics(run_dir(space, "b5", "b5_cts")), metrics(run_dir(space, "four", "b5_cts"))
+    assert len(four) == 3
+    for a, b in zip(one, four):
+        for key, value in a.items():
+            assert b[key] == pytest.approx(value, abs=1e-4, rel=1e-4), key
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        dict(align="soft_dtw", critique="online"),
+        dict(align="l2", critique="shuffled", target="random"),
+        dict(critique="redacted", target="ref_only", sinkhorn_tau=0.9, kl_coef=0.01, loss_norm="token"),
+    ],
+    ids=["soft_dtw-online", "l2-shuffled-random", "redacted-ref_only-kl"],
+)
+def test_ablations_and_controls_run(space, flags):
+    result = run(space, "b5_cts", "_".join(map(str, flags.values())), steps=2, **flags)
+    rows = metrics(run_dir(space, "_".join(map(str, flags.values())), "b5_cts"))
+    assert len(rows) == 2 and all(np.isfinite(v) for row in rows for v in row.values())
+    assert result["summary"]["n"] == 24
+    if "kl_coef" in flags:
+        assert rows[0]["losses/kl"] == pytest.approx(0.0, abs=1e-6) and rows[1]["losses/kl"] > 0
+
+
+def test_step_level_credit_and_validation_run(space):
+    run(space, "b3_grpo_verifier", "per_step", process_credit="per_step", adv_norm="std", truncated="keep", eval_every=3)
+    rows = metrics(run_dir(space, "per_step", "b3_grpo_verifier"))
+    assert "eval/accuracy_revised" in rows[2] and "eval/accuracy_revised" not in rows[1]
+
+
+# ---- stopping and going on ------------------------------------------------------------------------------------------
+def test_stop_and_resume_is_bit_identical(space, runs, monkeypatch):
+    log = cts.Run.log
+
+    def log_and_stop(self, row, step):
+        log(self, row, step)
+        if step == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(cts.Run, "log", log_and_stop)
+    with pytest.raises(SystemExit) as stopped:
+        run(space, "b5_cts", "resumed")
+    assert stopped.value.code == 128 + signal.SIGTERM
+    monkeypatch.setattr(cts.Run, "log", log)
+    directory = run_dir(space, "resumed", "b5_cts")
+    with pytest.raises(cts.InputError, match="there already and has not finished"):
+        run(space, "b5_cts", "resumed")
+    with open(directory / "metrics.jsonl", "a") as f:
+        f.write('{"step": 1, "half": 0}\n{"step": 2, "ha')  # written after the checkpoint, then cut off
+    run(space, "b5_cts", "resumed", resume=True)
+    whole, resumed = run_dir(space, "b5", "b5_cts"), directory
+    assert metrics(resumed) == metrics(whole)
+    for part in ("params", "opt"):
+        a, b = checkpoint(whole)[part], checkpoint(resumed)[part]
+        assert a.keys() == b.keys()
+        for name in a:
+            np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+    again = run(space, "b5_cts", "resumed", resume=True)  # finished: shows its result, trains nothing
+    assert again["summary"] == json.loads((directory / "result.json").read_text())["summary"]
+
+
+def test_not_finite_stops_with_step_and_batch(space, monkeypatch):
+    monkeypatch.setattr(cts, "reduce", lambda sums: {"losses/loss": float("nan"), "losses/grad_norm": 1.0})
+    with pytest.raises(FloatingPointError, match=r"step 0 \(batch fixtures_math/"):
+        run(space, "b3_grpo_verifier", "nan")
+
+
+# ---- bad input ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        (dict(task="gsm9k"), "--task gsm9k: unknown; choose one of fixtures_math, gsm8k"),
+        (dict(model="llama"), "--model llama: unknown"),
+        (dict(replay="no/such"), r"--replay no/such: train.jsonl is missing"),
+        (dict(max_prompt_tokens=20), r"fixtures_math/\d+ has \d+ tokens, more than --max_prompt_tokens 20"),
+        (dict(prompts=0), "--prompts 0: must be at least 1"),
+        (dict(steps=-1), "--steps -1: must be at least 1"),
+        (dict(prompts=4, micro_batch=3), "--prompts 4 .* not divisible"),
+        (dict(mesh="2,2"), "--mesh 2,2: 2 x 2 devices asked for, 1 are here"),
+        (dict(mesh="two"), "--mesh two: expected two numbers"),
+        (dict(temperature=0.0), "--temperature 0.0: must be above 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_no_run(space, changes, words):
+    with pytest.raises(cts.InputError, match=words) as error:
+        run(space, "b5_cts", "bad", **changes)
+    assert "\n" not in str(error.value)
+    assert not list((space / "bad").glob("b5_cts__*"))
+
+
+def test_unwritable_output_directory(space):
+    (space / "a_file").write_text("")
+    with pytest.raises(cts.InputError, match="cannot write there"):
+        run(space, "b5_cts", "a_file/runs")
+
+
+def test_malformed_replay_names_file_and_line(space):
+    folder = space / "broken"
+    folder.mkdir()
+    for split in ("train", "val", "test"):
+        lines = (space / "replay" / f"{split}.jsonl").read_text().splitlines()
+        (folder / f"{split}.jsonl").write_text("\n".join([*lines[:2], lines[2][:-20]]) + "\n")
+    with pytest.raises(cts.InputError, match=r"train.jsonl:3: not JSON"):
+        run(space, "b5_cts", "bad", replay=str(folder))
+
+
+def test_the_command_line_exits_with_2():
+    done = subprocess.run([sys.executable, "b5_cts.py", "--task", "nope"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.strip() == "error: --task nope: unknown; choose one of fixtures_math, gsm8k"
