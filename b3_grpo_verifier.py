@@ -51,9 +51,9 @@ class Args:
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """W&B mode; auto = online where you are logged in, else offline"""
     # ---- shared by all methods ----
-    steps: int = 80
+    steps: int = 60
     """optimizer steps"""
-    prompts: int = 16
+    prompts: int = 8
     """prompts per step"""
     group: int = 8
     """completions per prompt"""
@@ -73,7 +73,7 @@ class Args:
     """compute dtype; auto = bfloat16 on accelerators, float32 on CPU; weights and reductions are float32 always"""
     eval_every: int = 0
     """steps between evaluations on the validation split; 0 = only the final one, on test"""
-    save_every: int = 40
+    save_every: int = 30
     """steps between checkpoints; 0 = only the last"""
     # ---- GRPO ----
     adv_norm: Literal["center", "std"] = "center"

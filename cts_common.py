@@ -248,7 +248,7 @@ def _months(rng, horizon: int) -> tuple[str, list[str], int]:
     for i in range(horizon):
         op, n, new = _change(rng, value, results, givens)
         event = {"+": ("are bought", "are found"), "-": ("are lost", "are sold"), "*": ("times as many",) * 2,
-                 "/": ("equal parts, one kept",) * 2}[op][rng.integers(2)]  # fmt: skip
+                 "/": ("times fewer",) * 2}[op][rng.integers(2)]  # fmt: skip
         month = MONTHS[(first + i) % 12]
         sentences.append(f"In {month} {n} {event}.")
         lines.append(f"In {month} {n} {event}: <<{value}{op}{n}={new}>>{new}.")
@@ -263,9 +263,9 @@ def _comparisons(rng, horizon: int) -> tuple[str, list[str], int]:
     results, givens = {value}, set()
     for before, name in itertools.pairwise(people):
         op, n, new = _change(rng, value, results, givens)
-        how = {"+": f"{n} more than", "-": f"{n} fewer than", "*": f"{n} times", "/": f"1 part in {n} of"}[op]
-        sentences.append(f"{name} has {how} {before}.")
-        lines.append(f"So {name} has {how} {before}: <<{value}{op}{n}={new}>>{new}.")
+        how = {"+": "more", "-": "fewer", "*": "times as many", "/": "times fewer"}[op]
+        sentences.append(f"{name} has {n} {how} {'as' if op == '*' else 'than'} {before}.")
+        lines.append(f"So {name} has {n} {how}: <<{value}{op}{n}={new}>>{new}.")
         stock.append(new)
         value = new
     i = int(rng.integers(horizon - 1))
@@ -333,7 +333,7 @@ class Task:
 
 
 TASKS = {
-    "fixtures_math": Task("math", lambda data_dir: fixtures_math(), 144, 512, 450, 288),
+    "fixtures_math": Task("math", lambda data_dir: fixtures_math(), 128, 512, 450, 288),
     "gsm8k": Task("math", gsm8k, 320, 2048, 150, 1024),
 }
 
@@ -784,14 +784,14 @@ def redact(f: str) -> str:
     >>> redact("The second step is wrong: it should be 4+3.")
     'The _ step is wrong: it should be _+_.'
     """
-    return re.sub(rf"\d+(?:[.,]\d+)*(?:th)?|\b(?:{'|'.join(ORDINALS)})\b", "_", f)
+    return re.sub(rf"\d+(?:[.,]\d+)*(?:th)?|\b(?:{'|'.join(ORDINALS)})\b", "_", f, flags=re.IGNORECASE)
 
 
 def with_attempt(q: Quadruple, y0: str, fits) -> Quadruple:
     """The quadruple with another attempt in place of its y0, criticised by the step checker. An attempt that makes the
     revise prompt too long (`fits(prompt)` says) loses its end."""
     f, span = check_critique(y0, q.y1)
-    while not fits(revise_prompt(q.x, y0, f)):
+    while y0 and not fits(revise_prompt(q.x, y0, f)):
         y0 = y0[: int(0.9 * len(y0))]
         f, span = check_critique(y0, q.y1)
     right = score_math(y0, q.meta["answer"]) == 1.0
@@ -942,7 +942,7 @@ class Decoder(nnx.Module):
         return self.embed[...] if self.cfg.tie_embeddings else self.head[...]
 
     def _layer(self, w, x_MTD, rope, mask, prefix, cache, t):
-        """One block. cache: None, or (k_LMKHS, v_LMKSH, layer index), written at time t in place."""
+        """One block: (x, its own keys and values). cache: None, or (k_MKHT, v_MKTH), written at time t in place."""
         cfg = self.cfg
         h = rms_norm(x_MTD, w["attn_norm"], cfg.norm_eps)
         q, k, v = (dense(h, w[name]) for name in "qkv")
@@ -953,14 +953,12 @@ class Decoder(nnx.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # heads first; keys [M, K, H, S], values [M, K, S, H]
         if cache is not None:
-            k_all, v_all, layer = cache
-            k_all = jax.lax.dynamic_update_slice(k_all, k[None].astype(k_all.dtype), (layer, 0, 0, 0, t))
-            v_all = jax.lax.dynamic_update_slice(v_all, v[None].astype(v_all.dtype), (layer, 0, 0, t, 0))
-            k, v, cache = k_all[layer], v_all[layer], (k_all, v_all)
+            k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), (0, 0, 0, t))
+            v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (0, 0, t, 0))
         x_MTD = x_MTD + dense(attend(q, k, v, mask, prefix), w["o"], n_in=2)
         h = rms_norm(x_MTD, w["mlp_norm"], cfg.norm_eps)
         h = jax.nn.silu(dense(h, w["gate"])) * dense(h, w["up"])
-        return x_MTD + dense(h, w["down"]), (k, v) if cache is None else cache
+        return x_MTD + dense(h, w["down"]), (k, v)
 
     def _run(self, tokens_MT, pos_MT, mask, dtype, prefix=None, keep_kv=False):
         """All layers without a cache: hidden [M, T, D] after the final norm, and the stacked (k, v) if asked for."""
@@ -998,23 +996,28 @@ class Decoder(nnx.Module):
         pos_MT = jnp.repeat(prefix.len_B, M // B)[:, None] + jnp.arange(T)
         return self._run(inputs_MT, pos_MT, jnp.tril(jnp.ones((T, T), bool)), dtype, prefix)[0]
 
-    def decode(self, input_M, t, cache, prefix: Prefix, dtype=jnp.float32):
-        """One decoding step at time t: (hidden [M, D], cache). cache: (k [L, M, K, H, T], v [L, M, K, T, H])."""
-        M, B, T = input_M.shape[0], prefix.len_B.shape[0], cache[0].shape[4]
-        rope = rope_table(self.cfg, (jnp.repeat(prefix.len_B, M // B) + t)[:, None])
-        x = self.embed[...].astype(dtype)[input_M][:, None]
+    def unstack(self, prefix: Prefix) -> list[tuple]:
+        """[(weights, prompt keys, prompt values)] of every layer: taken apart once, outside the decoding loop, where
+        slicing a stacked array would copy it for every token."""
         weights = {name: w[...] for name, w in nnx.state(self.blocks).items()}
-        mask = jnp.arange(T) <= t
+        take = lambda i: ({n: w[i] for n, w in weights.items()}, prefix.k_LBKHP[i], prefix.v_LBKPH[i])
+        return [take(i) for i in range(self.cfg.n_layers)]
 
-        def layer(carry, inputs):
-            x, k_all, v_all = carry
-            w, k, v, i = inputs
-            x, (k_all, v_all) = self._layer(w, x, rope, mask, (k, v, prefix.len_B), (k_all, v_all, i), t)
-            return (x, k_all, v_all), None
+    def new_cache(self, M: int, T: int, dtype=jnp.float32) -> list[tuple]:
+        """Empty keys [M, K, H, T] and values [M, K, T, H] of every layer."""
+        K, H = self.cfg.n_kv_heads, self.cfg.head_dim
+        return [(jnp.zeros((M, K, H, T), dtype), jnp.zeros((M, K, T, H), dtype)) for _ in range(self.cfg.n_layers)]
 
-        xs = (weights, prefix.k_LBKHP, prefix.v_LBKPH, jnp.arange(self.cfg.n_layers))
-        (x, *cache), _ = jax.lax.scan(layer, (x, *cache), xs)
-        return rms_norm(x[:, 0], self.final_norm[...], self.cfg.norm_eps), tuple(cache)
+    def decode(self, input_M, t, cache, layers, len_B, dtype=jnp.float32):
+        """One decoding step at time t: (hidden [M, D], cache). `layers` is `unstack(prefix)`, len_B is prefix.len_B."""
+        M, B, T = input_M.shape[0], len_B.shape[0], cache[0][0].shape[3]
+        rope = rope_table(self.cfg, (jnp.repeat(len_B, M // B) + t)[:, None])
+        x = self.embed[...].astype(dtype)[input_M][:, None]
+        mask, written = jnp.arange(T) <= t, []
+        for (w, k, v), own in zip(layers, cache):
+            x, own = self._layer(w, x, rope, mask, (k, v, len_B), own, t)
+            written.append(own)
+        return rms_norm(x[:, 0], self.final_norm[...], self.cfg.norm_eps), written
 
 
 def last_tokens(prompt_BP, len_B):
@@ -1043,7 +1046,7 @@ def make_mesh(spec: str, prompts: int, micro_batch: int) -> jax.sharding.Mesh:
     if data < 1 or model < 1 or data * model != len(devices):
         raise InputError(f"--mesh {spec}: {data} x {model} devices asked for, {len(devices)} are here")
     per_step = micro_batch or prompts
-    if prompts % data or prompts % per_step or per_step % data:
+    if per_step < 1 or prompts % data or prompts % per_step or per_step % data:
         raise InputError(
             f"--prompts {prompts} (micro-batches of {per_step}) is not divisible over the {data} data devices of --mesh"
             f" {spec}; choose multiples"
@@ -1116,15 +1119,14 @@ def generate(
     (with the end token), truncated_M (1.0 where no end token came). One prefill per prompt serves its group. Draws
     depend on (key, time, row) only, so they are the same on every mesh.
     """
-    cfg, M = model.cfg, prompt_BP.shape[0] * group
+    M = prompt_BP.shape[0] * group
     prefix, _ = model.prefill(prompt_BP, len_B, dtype)
     head_VD = model.head_VD().astype(dtype)
-    L, K, H = cfg.n_layers, cfg.n_kv_heads, cfg.head_dim
-    cache = (jnp.zeros((L, M, K, H, T), dtype), jnp.zeros((L, M, K, T, H), dtype))
+    layers, cache = model.unstack(prefix), model.new_cache(M, T, dtype)
 
     def one_token(state):
         t, input_M, done_M, tokens_MT, logp_MT, cache = state
-        hidden_MD, cache = model.decode(input_M, t, cache, prefix, dtype)
+        hidden_MD, cache = model.decode(input_M, t, cache, layers, prefix.len_B, dtype)
         logits_MV = jnp.einsum("MD,VD->MV", hidden_MD, head_VD, preferred_element_type=jnp.float32) / temperature
         if greedy:
             token_M = logits_MV.argmax(-1)
@@ -1172,7 +1174,7 @@ def sinkhorn_distance(a_JR, b_KR, mask_J, mask_K, epsilon: float = 0.05, tau: fl
     some = (mask_J.sum() > 0) & (mask_K.sum() > 0)
     w_J, w_K = jnp.where(some, mask_J, 1.0), jnp.where(some, mask_K, 1.0)
     value, out = sinkhorn_divergence(
-        pointcloud.PointCloud, a_JR, b_KR, a=w_J / w_J.sum(), b=w_K / w_K.sum(), epsilon=epsilon, static_b=True,
+        pointcloud.PointCloud, a_JR, jax.lax.stop_gradient(b_KR), a=w_J / w_J.sum(), b=w_K / w_K.sum(), epsilon=epsilon,
         solve_kwargs={"threshold": 1e-3, "max_iterations": 200, "tau_a": tau, "tau_b": tau},
     )  # fmt: skip
     return jnp.where(some, value, 0.0), out.converged[0].astype(jnp.float32)
@@ -1495,8 +1497,8 @@ def pack_trajectories(
     """y0 and y1 as completions of the attempt prompt, with what locates steps and critique in them.
 
     y0, y1 [B, T]; y0_steps, y1_steps [B, J, T] and their masks [B, J]; overlap [B, J]: y0's steps under `error_span`;
-    f_tokens [B, 1, P]: f's tokens in the packed revise prompts `revise`; decode_weight [B, T] on y1, wrong_weight [B] on
-    wrong y0, each adding up to 1.
+    f_tokens [B, 1, P]: f's tokens in the packed revise prompts `revise`; decode_weight [B, T] on y1, wrong_weight [B]
+    on wrong y0, each adding up to 1.
     """
     B, T = len(quads), shapes["T_replay"]
     prompts = pack_prompts(tokenizer, [attempt_prompt(q.x) for q in quads], shapes["P_attempt"])
@@ -1894,7 +1896,7 @@ class Run:
         if not id_file.is_file():
             write_atomic(id_file, f"{self.name[:100]}__{os.urandom(3).hex()}".replace("/", "-"))
         wandb_settings = wandb.Settings(silent=True, console="off", init_timeout=60)
-        common = dict(  # noqa: C408
+        common = dict(
             project="cts",
             name=self.name,
             id=id_file.read_text(),

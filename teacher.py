@@ -6,7 +6,7 @@ every later step is recomputed, so that the attempt is consistent after its one 
     y1  Tom has 48/2 = <<48/2=24>>24 red pens.        y0  Tom has 48/2 = <<48/2=26>>26 red pens.
         He has 48+24 = <<48+24=72>>72 pens.               He has 48+26 = <<48+26=74>>74 pens.
         #### 72                                           #### 74
-    f   The first step is wrong: the result of 48/2 is wrong.
+    f   The first step is wrong: 48/2 is not 26.
 
     python teacher.py --task gsm8k          (about half a minute; fixtures_math about ten seconds)
 """
@@ -319,8 +319,8 @@ def choices(problem: cts.Problem, kind: str, step: int, rng: random.Random) -> l
 def describe(kind: str, choice: tuple, before: str, after: str) -> tuple[str, str]:
     """The flaw in words, and without numbers for where those would give the answer or the right value away.
 
-    `before` and `after` are the corrupted step's expression in the reference and in y0. The critique may say what should
-    have been computed, never its value.
+    `before` and `after` are the corrupted step's expression in the reference and in y0. The critique may say what
+    should have been computed, never its value.
     """
     if not operators(before):
         return ("its result is wrong",) * 2

@@ -24,9 +24,10 @@ LLAMA3 = (8.0, 1.0, 4.0, 32)  # at theta 100 and H=6 the wavelengths are 6 (kept
 CONFIGS = {
     "nano": TINY,
     "qwen2": dataclasses.replace(TINY, qk_norm=False, qkv_bias=True, rope_theta=1e2, norm_eps=1e-2),
-    "llama3": dataclasses.replace(TINY, qk_norm=False, tie_embeddings=False, rope_theta=1e2, rope_scaling=LLAMA3),
+    "llama3": dataclasses.replace(
+        TINY, n_kv_heads=1, qk_norm=False, tie_embeddings=False, rope_theta=1e2, rope_scaling=LLAMA3
+    ),
     "all": dataclasses.replace(TINY, n_kv_heads=4, qkv_bias=True, tie_embeddings=False, rope_scaling=LLAMA3),
-    "neither": dataclasses.replace(TINY, n_kv_heads=1, qk_norm=False),
 }
 
 
@@ -160,12 +161,10 @@ def test_decoder_equals_naive(name):
     prefix, prompt_hidden_BPD = prefill(params, prompt_BP, len_B)
     last_B = cts.last_tokens(prompt_BP, len_B)
     logits_MTV = np.asarray(call(params, last_B, tokens_MT, prefix)) @ w["out"].T
-    # the cache is laid out as the prompts' own keys and values, with M rows for B and T steps for P
-    layouts = [(a.shape[0], len(tokens_MT), *a.shape[2:]) for a in jax.tree.leaves(prefix) if a.ndim == 5]
-    cache = tuple(np.zeros([T if n == WIDTH else n for n in layout], np.float32) for layout in layouts)
+    layers, cache = model.unstack(prefix), model.new_cache(len(tokens_MT), T)
     inputs_M, stepped = np.repeat(last_B, GROUP), []
     for t in range(T):
-        hidden_MD, cache = decode(params, inputs_M, t, cache, prefix)
+        hidden_MD, cache = decode(params, inputs_M, t, cache, layers, prefix.len_B)
         stepped.append(np.asarray(hidden_MD) @ w["out"].T)
         inputs_M = tokens_MT[:, t]
     for m, tokens in enumerate(tokens_MT):
@@ -211,9 +210,8 @@ def test_padding_changes_nothing():
     assert np.abs(np.asarray(hidden[:, 3] - later[:, 3])).max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ["nano", "llama3"])
-def test_packed_documents_equal_each_alone(name):
-    cfg = CONFIGS[name]
+def test_packed_documents_equal_each_alone():
+    cfg = CONFIGS["llama3"]
     model = decoder(cfg)
     w, (graphdef, params) = naive_weights(model), split(model)
     tokens_MT = np.random.default_rng(3).integers(V, size=(2, 9)).astype(np.int32)
@@ -305,7 +303,7 @@ def test_bfloat16_is_close():
 
 
 # ---- log-probs ----------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize(("chunk", "temperature"), [(32, 1.0), (4, 1.0), (5, 0.6), (1, 1.7)])
+@pytest.mark.parametrize(("chunk", "temperature"), [(32, 1.0), (5, 0.6), (1, 1.7)])
 def test_token_logp_equals_naive(chunk, temperature):
     """Value, entropy and gradient (in hidden states and in the head) against the full [M, T, V] formula."""
     rng = np.random.default_rng(5)

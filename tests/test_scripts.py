@@ -70,7 +70,9 @@ def metrics(directory):
 def runs(space):
     """One b3, one b5 and one b5 with every lam at 0, all of the same seed."""
     mp = pytest.MonkeyPatch()
-    mp.setitem(cts.TASKS, "fixtures_math", dataclasses.replace(cts.TASKS["fixtures_math"], base_steps=6, base_width=256))
+    mp.setitem(
+        cts.TASKS, "fixtures_math", dataclasses.replace(cts.TASKS["fixtures_math"], base_steps=6, base_width=256)
+    )
     results = {
         "b3": run(space, "b3_grpo_verifier", "b3"),
         "b5": run(space, "b5_cts", "b5"),
@@ -103,7 +105,9 @@ def test_every_flag_is_read_and_explained(script):
     common = (ROOT / "cts_common.py").read_text()
     for field in dataclasses.fields(importlib.import_module(script).Args):
         assert re.search(rf"\bargs\.{field.name}\b", text + common), f"--{field.name} is read nowhere"
-        assert re.search(rf'^    {field.name}: .*\n    """.+"""$', text, re.MULTILINE), f"--{field.name} has no help text"
+        assert re.search(rf'^    {field.name}: .*\n    """.+"""$', text, re.MULTILINE), (
+            f"--{field.name} has no help text"
+        )
 
 
 def test_size_budgets():
@@ -126,7 +130,15 @@ def test_a_run_writes_its_result(space, runs):
     assert (directory / "curves.png").stat().st_size > 5000
     rows = cts.read_metrics(directory)
     assert [row["step"] for row in rows] == [0, 1, 2]
-    for key in ("charts/reward", "losses/loss", "losses/grad_norm", "rollout/zero_std_frac", "time/rollout", "time/score", "time/update"):
+    for key in (
+        "charts/reward",
+        "losses/loss",
+        "losses/grad_norm",
+        "rollout/zero_std_frac",
+        "time/rollout",
+        "time/score",
+        "time/update",
+    ):
         assert all(key in row for row in rows), key
     assert len(runs["b3"]["records"]) == runs["b3"]["summary"]["n"] == 24
     assert runs["b3"]["summary"]["accuracy_y0"] == 0.0
@@ -206,7 +218,9 @@ def test_four_devices_equal_one(space, runs):
     base = space / "b5" / "base"
     (space / "four").mkdir()
     (space / "four" / "base").symlink_to(base)  # the same base, not one trained on four devices
-    done = subprocess.run([sys.executable, "-c", driver], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", driver], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     one, four = metrics(run_dir(space, "b5", "b5_cts")), metrics(run_dir(space, "four", "b5_cts"))
     assert len(four) == 3
@@ -234,7 +248,9 @@ def test_ablations_and_controls_run(space, flags):
 
 
 def test_step_level_credit_and_validation_run(space):
-    run(space, "b3_grpo_verifier", "per_step", process_credit="per_step", adv_norm="std", truncated="keep", eval_every=3)
+    run(
+        space, "b3_grpo_verifier", "per_step", process_credit="per_step", adv_norm="std", truncated="keep", eval_every=3
+    )
     rows = metrics(run_dir(space, "per_step", "b3_grpo_verifier"))
     assert "eval/accuracy_revised" in rows[2] and "eval/accuracy_revised" not in rows[1]
 
@@ -316,6 +332,8 @@ def test_malformed_replay_names_file_and_line(space):
 
 
 def test_the_command_line_exits_with_2():
-    done = subprocess.run([sys.executable, "b5_cts.py", "--task", "nope"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "b5_cts.py", "--task", "nope"], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.strip() == "error: --task nope: unknown; choose one of fixtures_math, gsm8k"

@@ -141,7 +141,7 @@ def test_no_critique_gives_the_answer_or_the_right_value_away(quads):
 
 
 def test_a_flaw_that_would_name_the_right_value_is_told_without_numbers():
-    """Step 2 is 6 and its stale operand would be 6; naming the operands of a wrong result is fine."""
+    """Step 2 should be 6 and is 18-6 where its operand is stale: "18-12" may be said, "6" may not."""
     gifts = problem_of(
         "18 yards of ribbon, 6 gifts, 2 yards each. Joe adds 5 yards to the rest. How much now?",
         "The gifts use 6 x 2 = <<6*2=12>>12 yards.",
@@ -150,15 +150,17 @@ def test_a_flaw_that_would_name_the_right_value_is_told_without_numbers():
         "#### 11",
     )
     critiques = {f for _, _, _, f in teacher.attempts(gifts, 0)}
-    assert "The second step is wrong: it uses an old value." in critiques
-    assert "The second step is wrong: it uses an old value, 6." not in critiques
-    assert "The first step is wrong: the result of 6*2 is wrong." in critiques
+    assert "The second step is wrong: it should be 18-12." in critiques
+    assert any(f.startswith("The first step is wrong: 6*2 is not ") for f in critiques)
+    assert not any("18-12 is not 6" in f or "6*2 is not 12" in f for f in critiques)
+    halved = problem_of("8 eggs and 4 eggs. Half are sold?", "All: <<8+4=12>>12.", "Sold: <<12/2=6>>6.", "#### 6")
+    assert all(6 not in cts.numbers_in(f) for _, _, _, f in teacher.attempts(halved, 0))
 
 
 def test_kinds_are_mixed(quads):
     tags = cts.replay_report(quads)["tags"]
     assert set(tags) == set(teacher.TAG_OF_KIND.values())
-    assert min(tags.values()) > 0.1 * len(quads), tags
+    assert min(tags.values()) > 0.02 * len(quads), tags
 
 
 def test_deterministic_in_seed_and_problem(quads):
@@ -182,7 +184,7 @@ def test_wrong_result():
         "He keeps 74-15 = <<74-15=59>>59 pens.",
         "#### 59",
     ]
-    assert (flagged, flaw) == (0, "the result of 48/2 is wrong")
+    assert (flagged, flaw) == (0, "48/2 is not 26")
 
 
 def test_wrong_operator():
@@ -195,13 +197,13 @@ def test_wrong_operator():
         "Each owner gets $1240 / 4 = $<<1240/4=310>>310.",
         "#### 310",
     ]
-    assert (flagged, flaw) == (1, "it adds where it should subtract")
+    assert (flagged, flaw) == (1, "it should be 1200-350")
 
 
 def test_dropped_step():
     lines, flagged, flaw = lines_of_y0(PENS, "dropped_step", 1, (Fraction(24),))
     assert lines == ["Tom has 48/2 = <<48/2=24>>24 blue pens.", "He keeps 24-15 = <<24-15=9>>9 pens.", "#### 9"]
-    assert (flagged, flaw) == (1, "a step before it is missing")
+    assert (flagged, flaw) == (1, "the step 48+24 before it is missing")
 
 
 def test_stale_value():
@@ -212,7 +214,7 @@ def test_stale_value():
         "He keeps 48-15 = <<48-15=33>>33 pens.",
         "#### 33",
     ]
-    assert (flagged, flaw) == (2, "it uses an old value, 48")
+    assert (flagged, flaw) == (2, "it should be 72-15")
 
 
 def test_wrong_quantity():
@@ -225,7 +227,7 @@ def test_wrong_quantity():
         "Each owner gets $8120 / 4 = $<<8120/4=2030>>2030.",
         "#### 2030",
     ]
-    assert (flagged, flaw) == (0, "it uses 350, which is another quantity")
+    assert (flagged, flaw) == (0, "it should be 30*40")
 
 
 # ---- what must not be written ---------------------------------------------------------------------------------------
