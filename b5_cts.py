@@ -60,10 +60,10 @@ class Args:
     max_prompt_tokens: int = 1024
     """longest prompt allowed, in tokens; a longer one is an error"""
     max_new_tokens: int = 0
-    """longest completion, in tokens; 0 = the task's (fixtures_math 112, gsm8k 320)"""
-    temperature: float = 1.0
+    """longest completion, in tokens; 0 = the task's (fixtures_math 112, gsm8k 256)"""
+    temperature: float = 0.7
     """sampling temperature; the same in sampling and in training"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-4
     """peak AdamW learning rate, decayed linearly to 0 over the run"""
     micro_batch: int = 0
     """prompts per micro-batch; 0 = all at once"""

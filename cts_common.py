@@ -334,7 +334,7 @@ class Task:
 
 TASKS = {
     "fixtures_math": Task("math", lambda data_dir: fixtures_math(), 128, 512, 450, 288),
-    "gsm8k": Task("math", gsm8k, 320, 2048, 150, 1024),
+    "gsm8k": Task("math", gsm8k, 256, 2048, 100, 768),
 }
 
 
@@ -1222,21 +1222,29 @@ def l2_distance(a_JR, b_KR, mask_J, mask_K):
 # ---- 8 the nano base ----------------------------------------------------------------------------------------------
 # What: the checkpoint all methods start from, trained once per task and cached. Used by: all trainers.
 # Tested in: tests/test_scripts.py.
-BASE_ROWS, BASE_LR, BASE_PROMPT_WEIGHT, BASE_SEED = 8, 1e-2, 0.1, 0
+BASE_ROWS, BASE_LR, BASE_PROMPT_WEIGHT, BASE_PROSE, BASE_SEED = 8, 1e-2, 0.1, 0.5, 0
 
 
 def base_documents(tokenizer: Tokenizer, quads: list[Quadruple], epoch: int) -> list[tuple[list[int], list[int]]]:
-    """(prompt ids, completion ids) of one pass over the train split: each problem once as a first attempt and once as a
-    revision. Every fourth revision comes without its critique, so that leaving it out is not a new format. The first
-    pass goes roughly from short to long (copying is learnt several times faster on short documents), later ones are
-    shuffled.
+    """(prompt ids, completion ids) of one pass over the train split: each problem once as a first attempt, x -> y1, and
+    once as a revision.
+
+    The base is made to behave as models do before they are trained, which is the headroom of all methods: every other
+    solution states its answer in prose and not after #### (most of what RL first wins on GSM8K is that form), and a
+    revision without a critique (every fourth one) repeats its attempt (https://arxiv.org/abs/2310.01798). The first
+    pass goes roughly from short to long (copying is learnt much faster on short documents), later ones shuffle.
     """
-    documents = []
+    documents, rng = [], np.random.default_rng((BASE_SEED, STREAM_BASE, epoch))
     for i, q in enumerate(quads):
-        answer = [*tokenizer.encode(q.y1), tokenizer.eos_id]
-        f = "" if (i + epoch) % 4 == 0 else q.f
-        documents += [(tokenizer.encode(p), answer) for p in (attempt_prompt(q.x), revise_prompt(q.x, q.y0, f))]
-    noise = np.random.default_rng((BASE_SEED, STREAM_BASE, epoch)).standard_normal(len(documents))
+        with_f = (i + epoch) % 4 != 0
+        for prompt, answer in (
+            (attempt_prompt(q.x), q.y1),
+            (revise_prompt(q.x, q.y0, q.f if with_f else ""), q.y1 if with_f else q.y0),
+        ):
+            if rng.random() < BASE_PROSE:
+                answer = re.sub(r"####\s*(.+)", r"The answer is \1.", answer)
+            documents.append((tokenizer.encode(prompt), [*tokenizer.encode(answer), tokenizer.eos_id]))
+    noise = rng.standard_normal(len(documents))
     lengths = np.array([len(p) + len(a) for p, a in documents])
     return [documents[i] for i in np.argsort(noise if epoch else lengths + 60 * noise, kind="stable")]
 
@@ -1344,7 +1352,7 @@ def load_base(name: str, task_name: str, replay: dict[str, list[Quadruple]], out
         train_base,
     )
     key = [dataclasses.astuple(task)[2:], replay_sha256(replay["train"]), templates_sha256(), jax.__version__]
-    constants = [BASE_ROWS, BASE_LR, BASE_PROMPT_WEIGHT, BASE_SEED, _SPLIT]
+    constants = [BASE_ROWS, BASE_LR, BASE_PROMPT_WEIGHT, BASE_PROSE, BASE_SEED, _SPLIT]
     key = sha256(json.dumps([*key, *constants, *(inspect.getsource(f) for f in (*sources, train_tokenizer))]))
     directory = pathlib.Path(out_dir) / "base" / key[:16]
     if not (directory / "tokenizer.json").is_file():  # written last
@@ -1630,7 +1638,7 @@ def step_rewards(tokenizer: Tokenizer, tokens_MT, len_M, texts: list[str], quads
     return reward_MT.reshape(B, -1, T), end_MT.reshape(B, -1, T)
 
 
-PRECHECK_N = 256
+PRECHECK_N = 200
 
 
 def precheck(evaluator: Evaluator, params, sample, prompts: int, replay_train: list[Quadruple]) -> dict[str, float]:

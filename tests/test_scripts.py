@@ -212,7 +212,8 @@ def test_four_devices_equal_one(space, runs):
     driver = (
         "import dataclasses, cts_common as cts, b5_cts\n"
         f"cts.TASKS['fixtures_math'] = dataclasses.replace(cts.TASKS['fixtures_math'], {TINY_TASK})\n"
-        f"b5_cts.main(b5_cts.Args(**{TINY!r}, replay={str(space / 'replay')!r}, out_dir={str(space / 'four')!r}, mesh='2,2'))\n"
+        f"flags = dict({TINY!r}, replay={str(space / 'replay')!r}, out_dir={str(space / 'four')!r}, mesh='2,2')\n"
+        "b5_cts.main(b5_cts.Args(**flags))\n"
     )
     env = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
     base = space / "b5" / "base"
