@@ -51,7 +51,7 @@ class Args:
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """W&B mode; auto = online where you are logged in, else offline"""
     # ---- shared by all methods ----
-    steps: int = 60
+    steps: int = 50
     """optimizer steps"""
     prompts: int = 8
     """prompts per step"""
@@ -73,7 +73,7 @@ class Args:
     """compute dtype; auto = bfloat16 on accelerators, float32 on CPU; weights and reductions are float32 always"""
     eval_every: int = 0
     """steps between evaluations on the validation split; 0 = only the final one, on test"""
-    save_every: int = 30
+    save_every: int = 25
     """steps between checkpoints; 0 = only the last"""
     # ---- GRPO ----
     adv_norm: Literal["center", "std"] = "center"

@@ -210,8 +210,8 @@ def fixtures_math(seed: int = 0, size: int = 3000) -> list[Problem]:
     problems: dict[str, Problem] = {}
     while len(problems) < size:
         horizon = int(
-            rng.choice(np.arange(2, 9), p=np.arange(7, 0, -1) / 28)
-        )  # short ones more often: cheaper to learn
+            rng.choice(np.arange(2, 9), p=np.arange(7, 0, -1) ** 2 / 140)
+        )  # short ones more often
         try:
             x, lines, value = (_months if rng.random() < 0.5 else _comparisons)(rng, horizon)
         except StopIteration:
@@ -333,7 +333,7 @@ class Task:
 
 
 TASKS = {
-    "fixtures_math": Task("math", lambda data_dir: fixtures_math(), 128, 512, 450, 288),
+    "fixtures_math": Task("math", lambda data_dir: fixtures_math(), 128, 512, 480, 288),
     "gsm8k": Task("math", gsm8k, 256, 2048, 100, 768),
 }
 
@@ -1231,12 +1231,12 @@ def base_documents(tokenizer: Tokenizer, quads: list[Quadruple], epoch: int) -> 
 
     The base is made to behave as models do before they are trained, which is the headroom of all methods: every other
     solution states its answer in prose and not after #### (most of what RL first wins on GSM8K is that form), and a
-    revision without a critique (every fourth one) repeats its attempt (https://arxiv.org/abs/2310.01798). The first
+    revision without a critique (every other one) repeats its attempt (https://arxiv.org/abs/2310.01798). The first
     pass goes roughly from short to long (copying is learnt much faster on short documents), later ones shuffle.
     """
     documents, rng = [], np.random.default_rng((BASE_SEED, STREAM_BASE, epoch))
     for i, q in enumerate(quads):
-        with_f = (i + epoch) % 4 != 0
+        with_f = (i + epoch) % 2 == 0
         for prompt, answer in (
             (attempt_prompt(q.x), q.y1),
             (revise_prompt(q.x, q.y0, q.f if with_f else ""), q.y1 if with_f else q.y0),

@@ -453,11 +453,11 @@ def test_pack_documents_keeps_every_token_once():
 
 
 def test_base_documents(tokenizer):
-    """Each problem once per prompt format; one revision in four without critique, another quarter every epoch, and then
+    """Each problem once per prompt format; one revision in two without critique, the other half next epoch, and then
     it is the attempt again; BASE_PROSE of the answers are stated in prose."""
     quads = [quad(x=f"Problem {i}?" + " so" * (10 * (i % 7)), f=f"critique {i}") for i in range(40)]
     left_out, prose = [], []
-    for epoch in range(4):
+    for epoch in range(2):
         documents = cts.base_documents(tokenizer, quads, epoch)
         prompts = tokenizer.decode([p for p, _ in documents])
         answers = dict(zip(prompts, tokenizer.decode([a for _, a in documents])))
@@ -472,7 +472,7 @@ def test_base_documents(tokenizer):
         wanted = [cts.attempt_prompt(q.x) for q in quads]
         wanted += [cts.revise_prompt(q.x, q.y0, "" if i in without_f else q.f) for i, q in enumerate(quads)]
         assert sorted(prompts) == sorted(wanted)
-        assert len(without_f) == 10
+        assert len(without_f) == 20
         left_out += without_f
         lengths = [len(p) for p, _ in documents]
         by_length = np.corrcoef(np.arange(80), lengths)[0, 1]

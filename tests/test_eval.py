@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -287,11 +288,17 @@ def test_wandb_mode(monkeypatch, tmp_path, flag, env, netrc, mode):
     assert cts.wandb_mode(flag) == mode
 
 
-def test_check_counts():
-    """The flag and its value stand in the message."""
-    cts.check_counts(steps=1, group=8)
-    with pytest.raises(cts.InputError, match="--group 0: must be at least 1"):
-        cts.check_counts(steps=1, group=0)
+def test_check_args():
+    """The flag, its value and the least value stand in the message."""
+    args = types.SimpleNamespace(group=0, rate=0.0, kl_coef=-0.5, steps=3)
+    cts.check_args(args, ("steps",), ())
+    for above, least, words in (
+        (("group",), (), "--group 0: must be at least 1"),
+        (("rate",), (), "--rate 0.0: must be above 0"),
+        ((), ("kl_coef",), "--kl_coef -0.5: must be at least 0"),
+    ):
+        with pytest.raises(cts.InputError, match=words):
+            cts.check_args(args, above, least)
 
 
 def test_plot_curves_writes_a_picture(tmp_path):
@@ -325,7 +332,7 @@ def test_print_summary(capsys, tmp_path):
         "right -> wrong - -",
         "well-formed answers 50.0% 50.0% +0.0",
         "horizon 2 50.0% 100.0% +50.0",
-        "credit localization: AUC 0.750 (0.5 = chance), mean gap +2.000 nats",
+        "credit localization: AUC 0.750 (0.5 = chance), gap +2.000 nats",
         "time: 61 s in all; a step 2.00 s (rollout 1.25, score 0.25, update 0.50)",
         f"fingerprint 0123456789abcdef; result.json, metrics.jsonl, curves.png in {tmp_path}",
     ]
