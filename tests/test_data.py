@@ -454,7 +454,7 @@ def test_pack_documents_keeps_every_token_once():
 
 def test_base_documents(tokenizer):
     """Each problem once per prompt format; one revision in two without critique, the other half next epoch, and then
-    it is the attempt again; BASE_PROSE of the answers are stated in prose."""
+    only the attempt's answer again; BASE_PROSE of the answers are stated in prose."""
     quads = [quad(x=f"Problem {i}?" + " so" * (10 * (i % 7)), f=f"critique {i}") for i in range(40)]
     left_out, prose = [], []
     for epoch in range(2):
@@ -463,11 +463,11 @@ def test_base_documents(tokenizer):
         answers = dict(zip(prompts, tokenizer.decode([a for _, a in documents])))
         assert all(a[-1] == tokenizer.eos_id for _, a in documents)
         prose.append(np.mean(["The answer is" in a for a in answers.values()]))
-        body = {name: ROW[name].split("####")[0] for name in ("y0", "y1")}
+        solution = ROW["y1"].split("####")[0]
         for q in quads:
-            assert answers[cts.attempt_prompt(q.x)].startswith(body["y1"])
+            assert answers[cts.attempt_prompt(q.x)].startswith(solution)
             with_f, without = (answers.get(cts.revise_prompt(q.x, q.y0, f)) for f in (q.f, ""))
-            assert (with_f or without).startswith(body["y1"] if with_f else body["y0"])
+            assert with_f.startswith(solution) if with_f else without in ("#### 6", "The answer is 6.")
         without_f = [i for i, q in enumerate(quads) if cts.revise_prompt(q.x, q.y0, "") in prompts]
         wanted = [cts.attempt_prompt(q.x) for q in quads]
         wanted += [cts.revise_prompt(q.x, q.y0, "" if i in without_f else q.f) for i, q in enumerate(quads)]
@@ -479,7 +479,7 @@ def test_base_documents(tokenizer):
         assert by_length > 0.5 if epoch == 0 else abs(by_length) < 0.4  # short first, then shuffled
         assert documents == cts.base_documents(tokenizer, quads, epoch)
     assert sorted(left_out) == list(range(40))
-    assert abs(np.mean(prose) - cts.BASE_PROSE) < 0.1
+    assert abs(np.mean(prose) - cts.BASE_PROSE[1]) < 0.1  # all of these open with a P
 
 
 @pytest.mark.parametrize(("n", "batch"), [(10, 4), (7, 7), (5, 12), (64, 1)])
