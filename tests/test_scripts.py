@@ -57,7 +57,8 @@ def checkpoint(directory, step=None):
     step = manager.latest_step() if step is None else step
     args = ocp.args.Composite(state=ocp.args.StandardRestore(), identity=ocp.args.JsonRestore())
     params, opt_state = manager.restore(step, args=args)["state"]
-    return {"params": cts.leaf_names(params), "opt": cts.leaf_names(opt_state)}
+    plain = lambda tree: {name.removesuffix("/value"): leaf for name, leaf in cts.leaf_names(tree).items()}
+    return {"params": plain(params), "opt": plain(opt_state)}
 
 
 def metrics(directory):
@@ -235,7 +236,9 @@ def test_four_devices_equal_one(space, runs):
     [
         dict(align="soft_dtw", critique="online"),
         dict(align="l2", critique="shuffled", target="random"),
-        dict(critique="redacted", target="ref_only", sinkhorn_tau=0.9, kl_coef=0.01, loss_norm="token"),
+        dict(
+            critique="redacted", target="ref_only", sinkhorn_tau=0.9, kl_coef=0.01, truncated="keep", loss_norm="token"
+        ),
     ],
     ids=["soft_dtw-online", "l2-shuffled-random", "redacted-ref_only-kl"],
 )
