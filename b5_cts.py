@@ -60,13 +60,13 @@ class Args:
     max_prompt_tokens: int = 1024
     """longest prompt allowed, in tokens; a longer one is an error"""
     max_new_tokens: int = 0
-    """longest completion, in tokens; 0 = the task's (fixtures_math 112, gsm8k 256)"""
+    """longest completion, in tokens; 0 = the task's (fixtures_math 128, gsm8k 256)"""
     temperature: float = 0.7
     """sampling temperature; the same in sampling and in training"""
     learning_rate: float = 3e-4
     """peak AdamW learning rate, decayed linearly to 0 over the run"""
     micro_batch: int = 0
-    """prompts per micro-batch; 0 = all at once"""
+    """prompts per micro-batch; 0 = one per device on CPUs (what fits the cache is fastest), elsewhere all at once"""
     mesh: str = "auto"
     """device mesh DATA,MODEL, e.g. 4,2; auto = all devices on data"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -202,12 +202,13 @@ def edit_trajectory(critic: Critic, traj_BJR, critique_BR, alpha_BJ, eta: float)
 
 
 def step_states(model, batch, prompt_hidden_BPD, dtype):
-    """Pooled states: [B, J, D] of y0's and y1's steps after the attempt prompt, [B, D] of f in the revise prompt."""
+    """Pooled states: [B, J, D] of y0's and y1's steps after the attempt prompt, [B, D] of f (y1, f: constants)."""
+    x_last_B = cts.last_tokens(batch["x_prompt"], batch["x_prompt_len"])
     x_prefix, _ = model.prefill(batch["x_prompt"], batch["x_prompt_len"], dtype)
-    both_MT = jnp.stack([batch["y0"], batch["y1"]], 1).reshape(-1, batch["y0"].shape[-1])
-    hidden_MTD = model(cts.last_tokens(batch["x_prompt"], batch["x_prompt_len"]), both_MT, x_prefix, dtype)
-    y0_BJD, y1_BJD = (cts.pool_steps(hidden_MTD[i::2], batch[k]) for i, k in enumerate(("y0_steps", "y1_steps")))
-    return y0_BJD, y1_BJD, cts.pool_steps(prompt_hidden_BPD, batch["f_tokens"])[:, 0]
+    y0_BJD = cts.pool_steps(model(x_last_B, batch["y0"], x_prefix, dtype), batch["y0_steps"])
+    frozen, x_prefix = jax.lax.stop_gradient((model, x_prefix))
+    y1_BJD = cts.pool_steps(frozen(x_last_B, batch["y1"], x_prefix, dtype), batch["y1_steps"])
+    return y0_BJD, *jax.lax.stop_gradient((y1_BJD, cts.pool_steps(prompt_hidden_BPD, batch["f_tokens"])[:, 0]))
 
 
 def cts_losses(states, critic: Critic, batch, dtype, args: Args):
@@ -219,7 +220,7 @@ def cts_losses(states, critic: Critic, batch, dtype, args: Args):
     y1_logp_BT, _ = cts.token_logp(y1_hidden_BTD, batch["y1"], model.head_VD())
     decode_loss = -(y1_logp_BT * batch["decode_weight"]).sum()
     y0_BJD, y1_BJD, f_BD = step_states(model, batch, prompt_hidden_BPD, dtype)
-    f_BR = critic.points(stop(f_BD), critic.project_f)
+    f_BR = critic.points(f_BD, critic.project_f)
     # L_align: only the attempt's own trajectory carries gradient
     traj_BJR = critic.points(y0_BJD, critic.project)
     ref_BJR = stop(critic.points(y1_BJD, critic.project))
@@ -231,20 +232,20 @@ def cts_losses(states, critic: Critic, batch, dtype, args: Args):
     sinkhorn = functools.partial(cts.sinkhorn_distance, tau=args.sinkhorn_tau)
     distance = {"sinkhorn": sinkhorn, "soft_dtw": cts.soft_dtw_distance, "l2": cts.l2_distance}[args.align]
     apart = jax.vmap(lambda a, b, mask_a, mask_b: distance(with_time(a, mask_a), with_time(b, mask_b), mask_a, mask_b))
-    to_ref_B, converged_B = apart(traj_BJR, ref_BJR, batch["y0_mask"], batch["y1_mask"])
-    to_target_B, _ = apart(traj_BJR, target_BJR, batch["y0_mask"], batch["y0_mask"])
-    align_B = to_ref_B if args.target == "ref_only" else 0.5 * (to_target_B + to_ref_B)
+    to_2BJR, mask_2BJ = jnp.stack([target_BJR, ref_BJR]), jnp.stack([batch["y0_mask"], batch["y1_mask"]])
+    apart_2B, converged_2B = jax.vmap(apart, (None, 0, None, 0))(traj_BJR, to_2BJR, batch["y0_mask"], mask_2BJ)
+    align_B = apart_2B[1] if args.target == "ref_only" else apart_2B.mean(0)
     # L_E: on stop-gradient states, so that it trains only the critic
     U_y0_B = (critic.energies(critic.points(stop(y0_BJD), critic.project), f_BR) * batch["alpha"]).sum(-1)
     even_BJ = batch["y1_mask"] / jnp.maximum(batch["y1_mask"].sum(-1, keepdims=True), 1.0)
-    U_y1_B = (critic.energies(critic.points(stop(y1_BJD), critic.project), f_BR) * even_BJ).sum(-1)
+    U_y1_B = (critic.energies(critic.points(y1_BJD, critic.project), f_BR) * even_BJ).sum(-1)
     energy_loss = (jax.nn.relu(ENERGY_MARGIN - U_y0_B + U_y1_B) * batch["wrong_weight"]).sum()
     wrong_B = batch["wrong_weight"] > 0
     metrics = {
         "losses/energy_gap": (((U_y0_B - U_y1_B) * wrong_B).sum(), wrong_B.sum()),
         "losses/edit_norm": ((edit_BJ.max(-1) * wrong_B).sum(), wrong_B.sum()),
-        "losses/align_converged": ((converged_B * wrong_B).sum(), wrong_B.sum()),
-        "losses/align_ref": ((to_ref_B * wrong_B).sum(), wrong_B.sum()),
+        "losses/align_converged": ((converged_2B[1] * wrong_B).sum(), wrong_B.sum()),
+        "losses/align_ref": ((apart_2B[1] * wrong_B).sum(), wrong_B.sum()),
     }
     return {"align": (align_B * batch["wrong_weight"]).sum(), "decode": decode_loss, "energy": energy_loss}, metrics
 
@@ -278,7 +279,8 @@ def main(args: Args) -> dict:
     above_zero = ("steps", "prompts", "group", "max_prompt_tokens", "temperature", "learning_rate")
     cts.check_args(args, above_zero, ("seed", "micro_batch", "max_new_tokens", "eval_every", "save_every", "kl_coef"))
     cts.open_out_dir(args.out_dir)
-    mesh, dtype = cts.make_mesh(args.mesh, args.prompts, args.micro_batch), cts.pick_dtype(args.dtype)
+    mesh, dtype = cts.make_mesh(args.mesh), cts.pick_dtype(args.dtype)
+    n_micro = cts.count_micro_batches(mesh, args.prompts, args.micro_batch)
     replay = cts.load_replay(args.task, args.replay, args.data_dir)
     cfg, base_params, tokenizer, base_dir = cts.load_base(args.model, args.task, replay, args.out_dir)
     max_new = args.max_new_tokens or cts.TASKS[args.task].max_new_tokens
@@ -347,12 +349,11 @@ def main(args: Args) -> dict:
             kl = k3_kl(logp_MT, base_logp_MT, mask_MT, denom)
             loss = loss + args.kl_coef * kl
             metrics["losses/kl"] = (kl, share)
-        # CTS: alignment, decoding and energy; each lam comes with the batch, one per row.
+        # CTS: alignment, decoding and energy; their lam come with the batch, the same in every row.
         critic = nnx.merge(critic_def, params["critic"])
         extra, extra_metrics = cts_losses(states, critic, batch, dtype, args)
-        lam = {"align": batch["lam_align"].mean(), "decode": args.lam_decode, "energy": lam_energy}
-        for name, value in extra.items():
-            loss = loss + lam[name] * value
+        for lam, (name, value) in zip(batch["lam"].mean(0), extra.items()):
+            loss = loss + lam * value
             metrics[f"losses/{name}_loss"] = (value, share)
         metrics |= extra_metrics
         metrics["losses/loss"] = (loss, share)
@@ -361,13 +362,13 @@ def main(args: Args) -> dict:
     @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*state_sharding, replicated))
     def train_step(params, opt_state, batch, denom, base_params):
         cts.count_trace("train_step")
-        n_micro = B // (args.micro_batch or B)
         micro = jax.tree.map(lambda a: a.reshape(B // n_micro, n_micro, *a.shape[1:]).swapaxes(0, 1), batch)
-        grad_fn = lambda one: jax.grad(loss_fn, has_aux=True)(params, one, denom, base_params)
-        shape = jax.eval_shape(grad_fn, jax.tree.map(lambda a: a[0], micro))
-        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shape)
-        add = lambda total, one: (jax.tree.map(jnp.add, total, grad_fn(one)), None)
-        (grads, metrics), _ = jax.lax.scan(add, zeros, micro)
+
+        def add(grads, one):
+            new, metrics = jax.grad(loss_fn, has_aux=True)(params, one, denom, base_params)
+            return jax.tree.map(jnp.add, grads, new), metrics
+        grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
+        metrics = jax.tree.map(lambda a: a.sum(0), metrics)
         metrics["losses/grad_norm"] = (optax.tree.norm(grads["policy"]), 1.0)
         for name in params:
             updates, opt_state[name] = tx.update(grads[name], opt_state[name], params[name])
@@ -446,7 +447,7 @@ def main(args: Args) -> dict:
         batch |= cts.pack_trajectories(tokenizer, quads, shapes, batch)
         batch["alpha"] = critique_weights(batch["overlap"], batch["y0_mask"])
         lam_align = np.interp(step, [0, args.steps - 1], [args.lam_align, args.lam_align_final])
-        batch["lam_align"] = np.full(B, lam_align, np.float32)
+        batch["lam"] = np.tile(np.float32([lam_align, args.lam_decode, lam_energy]), (B, 1))
         batch["noise"] = step_rng.standard_normal((B, cts.MAX_STEPS, LATENT_DIM)).astype(np.float32)
         clock.mark("score")
 

@@ -209,9 +209,7 @@ def fixtures_math(seed: int = 0, size: int = 3000) -> list[Problem]:
     rng = np.random.default_rng((seed, 71))
     problems: dict[str, Problem] = {}
     while len(problems) < size:
-        horizon = int(
-            rng.choice(np.arange(2, 9), p=np.arange(7, 0, -1) ** 2 / 140)
-        )  # short ones more often
+        horizon = int(rng.choice(np.arange(2, 9), p=np.arange(7, 0, -1) ** 2 / 140))  # short ones more often
         try:
             x, lines, value = (_months if rng.random() < 0.5 else _comparisons)(rng, horizon)
         except StopIteration:
@@ -493,6 +491,15 @@ def length_mask(len_M, T: int):
 def round_up(n: int, to: int) -> int:
     """The smallest multiple of `to` that is at least n."""
     return -(-n // to) * to
+
+
+def bucket(length: int, longest: int) -> int:
+    """A padded length of which there are few: the next quarter of `longest` (in steps of 16), at most `longest`.
+
+    >>> [bucket(n, 240) for n in (10, 64, 65, 193, 240)]
+    [64, 64, 128, 240, 240]
+    """
+    return min(longest, round_up(length, round_up(-(-longest // 4), 16)))
 
 
 def prompt_shape(tokenizer: Tokenizer, prompts: list[str], ids: list[str], limit: int) -> int:
@@ -818,7 +825,7 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = True
     tie_embeddings: bool = True
-    remat: bool = False
+    remat: bool = True
 
 
 @jax.tree_util.register_dataclass
@@ -838,20 +845,23 @@ def rms_norm(x, scale, eps: float):
 
 
 def rope_table(cfg: ModelConfig, pos_MT):
-    """cos, sin [M, T, 1, H/2] of rotary embeddings; with Llama-3.1's frequency scaling where the config has it."""
+    """cos, sin [M, T, 1, 2, H/2] of rotary embeddings, sin with the sign of its half; with Llama-3.1's frequency
+    scaling where the config has it."""
     freq_H = cfg.rope_theta ** -(jnp.arange(0, cfg.head_dim, 2, dtype=jnp.float32) / cfg.head_dim)
     if cfg.rope_scaling is not None:
         factor, low, high, original = cfg.rope_scaling
         blend = jnp.clip((original * freq_H / (2 * math.pi) - low) / (high - low), 0, 1)
         freq_H = freq_H * (blend + (1 - blend) / factor)
     angle = pos_MT[..., None].astype(jnp.float32) * freq_H
-    return jnp.cos(angle)[:, :, None, :], jnp.sin(angle)[:, :, None, :]
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return jnp.stack([cos, cos], 2)[:, :, None], jnp.stack([-sin, sin], 2)[:, :, None]
 
 
 def rotate(x_MTNH, cos, sin):
-    """Rotate halves, as Llama and Qwen checkpoints expect."""
-    a, b = jnp.split(x_MTNH.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x_MTNH.dtype)
+    """Rotate halves, as Llama and Qwen checkpoints expect. Two halves on an axis of their own, swapped by a flip: no
+    concatenation, which a CPU runs slowly."""
+    halves = x_MTNH.reshape(*x_MTNH.shape[:-1], 2, -1).astype(jnp.float32)
+    return (halves * cos + jnp.flip(halves, -2) * sin).reshape(x_MTNH.shape).astype(x_MTNH.dtype)
 
 
 def dense(x, w, n_in: int = 1):
@@ -1036,7 +1046,7 @@ _RULES = {  # leaf name -> mesh axis of each dimension
 }  # fmt: skip
 
 
-def make_mesh(spec: str, prompts: int, micro_batch: int) -> jax.sharding.Mesh:
+def make_mesh(spec: str) -> jax.sharding.Mesh:
     """The device mesh of `--mesh DATA,MODEL` ("auto": all devices on data); InputError if it does not fit."""
     devices = jax.devices()
     try:
@@ -1045,13 +1055,19 @@ def make_mesh(spec: str, prompts: int, micro_batch: int) -> jax.sharding.Mesh:
         raise InputError(f"--mesh {spec}: expected two numbers DATA,MODEL or auto") from None
     if data < 1 or model < 1 or data * model != len(devices):
         raise InputError(f"--mesh {spec}: {data} x {model} devices asked for, {len(devices)} are here")
-    per_step = micro_batch or prompts
-    if per_step < 1 or prompts % data or prompts % per_step or per_step % data:
-        raise InputError(
-            f"--prompts {prompts} (micro-batches of {per_step}) is not divisible over the {data} data devices of --mesh"
-            f" {spec}; choose multiples"
-        )
     return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def count_micro_batches(mesh: jax.sharding.Mesh, prompts: int, micro_batch: int) -> int:
+    """Micro-batches a step of `prompts` prompts, `micro_batch` prompts each (0: one per data device on CPUs, elsewhere
+    all at once); InputError where they do not divide evenly over each other and the data devices."""
+    data = mesh.shape["data"]
+    size = micro_batch or (data if jax.default_backend() == "cpu" else prompts)
+    if size < 1 or prompts % data or prompts % size or size % data:
+        raise InputError(
+            f"--prompts {prompts} (micro-batches of {size}) is not divisible over {data} data devices; choose multiples"
+        )
+    return prompts // size
 
 
 def shard_rule(mesh: jax.sharding.Mesh, tree, at_rest: bool = True):
@@ -1100,6 +1116,14 @@ def token_logp(hidden_MTD, tokens_MT, head_VD, temperature=1.0, chunk: int = 32)
     return tuple(a.swapaxes(0, 1).reshape(M, T) for a in outs)
 
 
+def first_argmax(z_MV):
+    """Index of each row's maximum, the first of several [M]. Two plain reductions: on a CPU six times as fast as
+    jnp.argmax."""
+    at_top_MV = z_MV == z_MV.max(-1, keepdims=True)
+    last = z_MV.shape[-1] - 1
+    return jnp.where(at_top_MV, jnp.arange(last + 1), last).min(-1)
+
+
 def generate(
     model: Decoder,
     prompt_BP,
@@ -1128,10 +1152,8 @@ def generate(
         t, input_M, done_M, tokens_MT, logp_MT, cache = state
         hidden_MD, cache = model.decode(input_M, t, cache, layers, prefix.len_B, dtype)
         logits_MV = jnp.einsum("MD,VD->MV", hidden_MD, head_VD, preferred_element_type=jnp.float32) / temperature
-        if greedy:
-            token_M = logits_MV.argmax(-1)
-        else:
-            token_M = jax.random.categorical(jax.random.fold_in(key, t), logits_MV)
+        noise_MV = 0.0 if greedy else jax.random.gumbel(jax.random.fold_in(key, t), logits_MV.shape)
+        token_M = first_argmax(logits_MV + noise_MV)
         logp_M = jnp.take_along_axis(logits_MV, token_M[:, None], 1)[:, 0] - jax.nn.logsumexp(logits_MV, -1)
         token_M = jnp.where(done_M, pad_id, token_M).astype(jnp.int32)
         tokens_MT = tokens_MT.at[:, t].set(token_M)
@@ -1401,7 +1423,7 @@ def load_weights(path: pathlib.Path, abstract):
 # ---- 9 evaluation -------------------------------------------------------------------------------------------------
 # What: the same measurement for every method: first attempt, revision, credit localization. Used by: all trainers.
 # Tested in: tests/test_scripts.py, tests/test_eval.py.
-EVAL_ROWS = 256  # rows decoded at once
+EVAL_ROWS = 128  # rows decoded at once
 EDIT_BUCKETS = (2, 5, 10)  # edit distance: 1-2, 3-5, 6-10, 11+
 
 
@@ -1444,20 +1466,23 @@ class Evaluator:
 
         self._greedy, self._logp = jax.jit(greedy), jax.jit(logp)
 
-    def _batches(self, arrays: list[np.ndarray]):
-        """Row batches of one fixed shape, the last filled up with copies of the first row; yields (n real, arrays)."""
-        total = len(arrays[0])
-        for i in range(0, total, self.rows):
-            index = np.r_[i : min(i + self.rows, total)]
-            padded = np.r_[index, np.zeros(self.rows - len(index), int)]
-            yield len(index), [jax.device_put(a[padded], self.data) for a in arrays]
+    def _batches(self, prompts: list[str], width: int, *arrays: np.ndarray):
+        """Batches of `self.rows` packed prompts, each as wide as its longest needs (few widths, up to `width`), and of
+        the rows of `arrays`; the last is filled up with copies of its first row. Yields (n real, arrays on devices)."""
+        for i in range(0, len(prompts), self.rows):
+            index = np.r_[i : min(i + self.rows, len(prompts))]
+            padded = np.r_[index, np.full(self.rows - len(index), i)]
+            some = pack_prompts(self.tokenizer, [prompts[j] for j in padded], width)
+            narrow = bucket(int(some["prompt_len"].max()), width)
+            batch = (some["prompt"][:, :narrow], some["prompt_len"], *(a[padded] for a in arrays))
+            yield len(index), jax.device_put(batch, self.data)
 
     def complete(self, params, prompts: list[str], width: int, desc: str = "") -> list[dict[str, Any]]:
         """Greedy completions: {"text", "tokens", "truncated"} per prompt; a progress bar if it gets a name."""
-        batch, done = pack_prompts(self.tokenizer, prompts, width), []
+        done = []
         with tqdm(total=len(prompts), desc=desc, unit="problem", leave=False, disable=not desc) as bar:
-            for n, arrays in self._batches([batch["prompt"], batch["prompt_len"]]):
-                out = jax.device_get(self._greedy(params, *arrays))
+            for n, batch in self._batches(prompts, width):
+                out = jax.device_get(self._greedy(params, *batch))
                 texts = decode_rows(self.tokenizer, out["tokens_MT"][:n], out["len_M"][:n])
                 done += [
                     {"text": t, "tokens": int(k), "truncated": bool(c)}
@@ -1469,11 +1494,11 @@ class Evaluator:
     def attempt_logp(self, params) -> tuple[list[np.ndarray], list[list[int]]]:
         """log-probs of every flawed attempt y0 after its attempt prompt, per token, and the tokens themselves."""
         ids = [self.tokenizer.encode(q.y0) for q in self.quads]
-        prompts = pack_prompts(self.tokenizer, [attempt_prompt(q.x) for q in self.quads], self.shapes["P_attempt"])
+        prompts = [attempt_prompt(q.x) for q in self.quads]
         tokens_BT, len_B = right_pad(ids, self.shapes["T_replay"], self.tokenizer.pad_id)
         rows = []
-        for n, arrays in self._batches([prompts["prompt"], prompts["prompt_len"], tokens_BT]):
-            rows += list(np.asarray(self._logp(params, *arrays))[:n])
+        for n, batch in self._batches(prompts, self.shapes["P_attempt"], tokens_BT):
+            rows += list(np.asarray(self._logp(params, *batch))[:n])
         return [row[:k] for row, k in zip(rows, len_B)], [t[:k] for t, k in zip(ids, len_B)]
 
     def __call__(self, params, base_logp: list[np.ndarray] | None = None) -> list[dict[str, Any]]:
@@ -1640,7 +1665,7 @@ def step_rewards(tokenizer: Tokenizer, tokens_MT, len_M, texts: list[str], quads
     return reward_MT.reshape(B, -1, T), end_MT.reshape(B, -1, T)
 
 
-PRECHECK_N = 200
+PRECHECK_N, PRECHECK_GROUPS = 200, 96
 
 
 def precheck(evaluator: Evaluator, params, sample, prompts: int, replay_train: list[Quadruple]) -> dict[str, float]:
@@ -1650,15 +1675,16 @@ def precheck(evaluator: Evaluator, params, sample, prompts: int, replay_train: l
     sampled completions all score the same (they give no gradient); `sample(batch)` draws groups for `prompts` prompts.
     """
     index = np.random.default_rng((BASE_SEED, STREAM_EVAL)).permutation(len(replay_train))[:PRECHECK_N]
-    quads = sorted((replay_train[i] for i in index), key=lambda q: len(q.y1))
+    quads = [replay_train[i] for i in index]
     width = evaluator.shapes["P_revise"]
     score = lambda done: mean(score_math(c["text"], q.meta["answer"]) for c, q in zip(done, quads))
     std_n = []
-    for i in range(0, len(quads) - prompts + 1, prompts):
-        some = quads[i : i + prompts]
+    for i in range(0, PRECHECK_GROUPS, prompts):
+        some = [quads[j % len(quads)] for j in range(i, i + prompts)]
         batch = pack_prompts(evaluator.tokenizer, [revise_prompt(q.x, q.y0, q.f) for q in some], width)
         out = jax.device_get(sample({k: jax.device_put(v, evaluator.data) for k, v in batch.items()}))
         std_n += list(outcome_scores(decode_rows(evaluator.tokenizer, out["tokens_MT"], out["len_M"]), some).std(1))
+    quads.sort(key=lambda q: len(q.y1))  # those that end together share a batch
     with_f = evaluator.complete(params, [revise_prompt(q.x, q.y0, q.f) for q in quads], width, "with f")
     without = evaluator.complete(params, [revise_prompt(q.x, q.y0, "") for q in quads], width, "without f")
     return {
@@ -1837,7 +1863,7 @@ def fixed_shapes(
         "P_attempt": prompt_shape(tokenizer, [attempt_prompt(q.x) for q in quads], ids, max_prompt),
         "P_revise": prompt_shape(tokenizer, [revise_prompt(q.x, q.y0, longest_f) for q in quads], ids, max_prompt),
         "T": max_new,
-        "T_replay": round_up(longest, 16),
+        "T_replay": round_up(longest, 8),
     }
 
 
