@@ -482,7 +482,7 @@ def main(args: Args) -> dict:
     final = cts.summarize(records)
     # CTS: does the energy rise on the step that the critique points at?
     energy_auc = []
-    for i in range(0, len(replay["test"]) - B + 1, B):
+    for i in tqdm(range(0, len(replay["test"]) - B + 1, B), desc="energies", unit="batch", leave=False):
         quads = replay["test"][i : i + B]
         batch = cts.pack_revise(tokenizer, quads, shapes)
         batch |= cts.pack_trajectories(tokenizer, quads, shapes, batch)

@@ -17,9 +17,6 @@ import b3_grpo_verifier as b3
 import b5_cts as b5
 import cts_common as cts
 
-# quick to compile; the programs are tiny
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=FAST)
 SCRIPTS = pytest.mark.parametrize("script", [b3, b5])
 LOG = math.log
 
@@ -221,7 +218,7 @@ DISTANCES = {"sinkhorn": cts.sinkhorn_distance, "soft_dtw": cts.soft_dtw_distanc
 @functools.cache
 def distance_and_gradient(name: str, **options):
     fn = functools.partial(DISTANCES[name], **options)
-    return jit(jax.value_and_grad(lambda *a: fn(*a)[0]))
+    return jax.jit(jax.value_and_grad(lambda *a: fn(*a)[0]))
 
 
 def unit_points(seed: int, n: int = J) -> np.ndarray:
@@ -305,7 +302,7 @@ def test_sinkhorn_gradient_equals_finite_differences():
 
 
 def test_sinkhorn_says_whether_it_converged():
-    run = jit(lambda *a: cts.sinkhorn_distance(*a)[1])
+    run = jax.jit(lambda *a: cts.sinkhorn_distance(*a)[1])
     assert run(unit_points(0), unit_points(1), steps(5), steps(4)) == 1
     assert run(30 * unit_points(0), 30 * unit_points(1), steps(5), steps(4)) == 0
 
@@ -335,7 +332,7 @@ def naive_soft_dtw(cost: np.ndarray, gamma: float) -> float:
 @functools.cache
 def soft_dtw_rows():
     one = jax.value_and_grad(lambda cost, n, m, gamma: cts.soft_dtw(cost, n, m, gamma))
-    return jit(jax.vmap(one, (0, 0, 0, None)))
+    return jax.jit(jax.vmap(one, (0, 0, 0, None)))
 
 
 @pytest.mark.parametrize("gamma", [0.01, 0.1])
@@ -384,7 +381,7 @@ def test_descent_on_the_distance_brings_trajectories_together(name):
     """
     target, start, mask = unit_points(1, 4) * R**0.5, unit_points(0, 4) * R**0.5, jnp.ones(4)
     loss = lambda x: DISTANCES[name](b5.with_time(x, mask), b5.with_time(target, mask), mask, mask)[0]
-    run = jit(jax.value_and_grad(loss))
+    run = jax.jit(jax.value_and_grad(loss))
     x, first = start, run(start)[0]
     for _ in range(30):
         x = x - (2.5 if name == "soft_dtw" else 3.0) * run(x)[1]
@@ -547,7 +544,7 @@ def cts_outputs():
         out, _ = b5.cts_losses(states, nnx.merge(critic_def, params["critic"]), batch, jnp.float32, args)
         return jnp.stack([out[name] for name in NAMES])
 
-    @jit
+    @jax.jit
     def everything(params, batch):
         values = {target: losses(params, batch, target) for target in ("energy", "random", "ref_only")}
         return values, jax.jacrev(losses)(params, batch, "energy")
@@ -575,7 +572,7 @@ def test_cts_losses_reach_what_they_should():
 def test_cts_losses_by_parts():
     """The three losses again, from states of one row at a time, with loops over steps and tokens."""
     model, c, batch = tiny(), critic(), cts_batch()
-    head, packed = np.asarray(model.embed[...], float), jit(model.packed)
+    head, packed = np.asarray(model.embed[...], float), jax.jit(model.packed)
 
     def states(prompt, n, completion):
         """Final hidden states of the plain sequence, as one packed document (what follows it is not seen)."""

@@ -16,9 +16,6 @@ from jax.sharding import AbstractMesh
 
 import cts_common as cts
 
-# quick to compile; the programs are tiny
-FAST = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-jit = functools.partial(jax.jit, compiler_options=FAST)
 V, PAD, NEVER = 17, 0, -1  # NEVER: an end token that no sampler gives
 TINY = cts.ModelConfig(vocab_size=V, d_model=12, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=10)
 LLAMA3 = (8.0, 1.0, 4.0, 32)  # at theta 100 and H=6 the wavelengths are 6 (kept), 29 (blended), 135 (divided by 8)
@@ -49,9 +46,9 @@ def split(model: cts.Decoder):
 def compiled(cfg: cts.ModelConfig):
     """Jitted (prefill, call, decode) of a config, with the parameters as an argument."""
     graphdef = split(decoder(cfg))[0]
-    prefill = jit(lambda params, *a: nnx.merge(graphdef, params).prefill(*a))
-    call = jit(lambda params, *a: nnx.merge(graphdef, params)(*a))
-    decode = jit(lambda params, *a: nnx.merge(graphdef, params).decode(*a))
+    prefill = jax.jit(lambda params, *a: nnx.merge(graphdef, params).prefill(*a))
+    call = jax.jit(lambda params, *a: nnx.merge(graphdef, params)(*a))
+    decode = jax.jit(lambda params, *a: nnx.merge(graphdef, params).decode(*a))
     return prefill, call, decode
 
 
@@ -217,7 +214,7 @@ def test_packed_documents_equal_each_alone():
     w, (graphdef, params) = naive_weights(model), split(model)
     tokens_MT = np.random.default_rng(3).integers(V, size=(2, 9)).astype(np.int32)
     segment_MT = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1, 1, 2, 2, 2, 3, 3, 3, 3]], np.int32)
-    hidden_MTD = jit(lambda params, *a: nnx.merge(graphdef, params).packed(*a))(params, tokens_MT, segment_MT)
+    hidden_MTD = jax.jit(lambda params, *a: nnx.merge(graphdef, params).packed(*a))(params, tokens_MT, segment_MT)
     for m in range(2):
         for segment in set(segment_MT[m]) - {0}:
             at = np.flatnonzero(segment_MT[m] == segment)
@@ -235,7 +232,7 @@ def sequence_logp(model: cts.Decoder, dtype=jnp.float32):
 @functools.cache
 def gradient(cfg: cts.ModelConfig):
     graphdef, params = split(decoder(cfg))
-    return jit(jax.grad(lambda p: sequence_logp(nnx.merge(graphdef, p))))(params)
+    return jax.jit(jax.grad(lambda p: sequence_logp(nnx.merge(graphdef, p))))(params)
 
 
 def test_gradient_equals_finite_differences_of_naive():
@@ -290,7 +287,7 @@ def test_bfloat16_is_close():
     )
     logp, entropy = cts.token_logp(hidden, tokens_MT, decoder(cfg).head_VD())
 
-    @jit
+    @jax.jit
     def run(params):
         model = nnx.merge(graphdef, params)
         prefix, _ = model.prefill(prompt_BP, len_B, jnp.bfloat16)
@@ -337,7 +334,7 @@ STEPS = 6
 def sampler(cfg: cts.ModelConfig, group: int, steps: int, greedy: bool = False):
     graphdef, params = split(decoder(cfg))
 
-    @jit
+    @jax.jit
     def run(params, prompt_BP, len_B, key, temperature, eos_id):
         return cts.generate(
             nnx.merge(graphdef, params), prompt_BP, len_B, key, group, steps, temperature, eos_id, PAD, greedy
