@@ -41,13 +41,15 @@ class Args:
     replay: str | None = None
     """folder with {train,val,test}.jsonl quadruples; none = data/replay/<task>, made if it is not there"""
     model: str = "nano"
-    """model to start from: nano, a 1M-parameter LM whose base is trained once per task and cached"""
+    """nano (1M parameters, its base trained once per task), or a Qwen2, Qwen3 or Llama checkpoint: folder or hub id"""
     seed: int = 0
     """seed of data order and sampling (the base has its own, fixed)"""
     out_dir: str = "runs"
     """folder for the run's directory, the cached bases and compiled programs"""
     resume: bool = False
     """continue this very command's run from its last checkpoint"""
+    save_hf: str | None = None
+    """folder to write the trained policy to, as transformers loads it; none = off"""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """W&B mode; auto = online where you are logged in, else offline"""
     # ---- shared by all methods ----
@@ -152,11 +154,11 @@ def main(args: Args) -> dict:
     method = os.path.basename(__file__)[: -len(".py")]
     above_zero = ("steps", "prompts", "group", "max_prompt_tokens", "temperature", "learning_rate")
     cts.check_args(args, above_zero, ("seed", "micro_batch", "max_new_tokens", "eval_every", "save_every", "kl_coef"))
-    cts.open_out_dir(args.out_dir)
+    cts.open_out_dir(args.out_dir, args.save_hf)
     mesh, dtype = cts.make_mesh(args.mesh), cts.pick_dtype(args.dtype)
     n_micro = cts.count_micro_batches(mesh, args.prompts, args.micro_batch)
     replay = cts.load_replay(args.task, args.replay, args.data_dir)
-    cfg, base_params, tokenizer, base_dir = cts.load_base(args.model, args.task, replay, args.out_dir)
+    cfg, base_params, tokenizer, base_dir = cts.load_model(args.model, args.task, replay, args.out_dir, mesh)
     max_new = args.max_new_tokens or cts.TASKS[args.task].max_new_tokens
     shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new)
     B, G, T = args.prompts, args.group, shapes["T"]
@@ -170,7 +172,6 @@ def main(args: Args) -> dict:
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: cts.Decoder(cfg, nnx.Rngs(0))))
     root = jax.random.key(args.seed)
     rollout_key = jax.random.fold_in(root, cts.STREAM_ROLLOUT)
-    base_params = jax.device_put(base_params, cts.shard_rule(mesh, base_params))
     params = {"policy": jax.tree.map(jnp.copy, base_params)}  # a copy: the step donates its parameters
     # one optimizer per subtree, so that nothing but the policy's gradient enters the policy's clipping
     tx = optax.chain(
@@ -188,7 +189,7 @@ def main(args: Args) -> dict:
         cts.count_trace("rollout")
         policy = jax.lax.with_sharding_constraint(policy, cts.shard_rule(mesh, policy, at_rest=False))
         model = nnx.merge(graphdef, policy)
-        ids = (tokenizer.eos_id, tokenizer.pad_id)
+        ids = (tokenizer.eos_ids, tokenizer.pad_id)
         return cts.generate(model, prompt_BP, prompt_len_B, key, G, T, args.temperature, *ids, dtype=dtype)
 
     def forward(policy, batch):
@@ -237,8 +238,7 @@ def main(args: Args) -> dict:
 
     eval_key = jax.random.key(cts.STREAM_EVAL)  # fixed, so that all seeds and methods share one report on the base
     sample = lambda batch: rollout(base_params, batch["prompt"], batch["prompt_len"], eval_key)
-    settings = (B, G, args.temperature, str(dtype))
-    base = cts.base_report(base_dir, evaluator, base_params, sample, replay["train"], settings)
+    base = cts.base_report(base_dir, evaluator, base_params, sample, replay["train"], (B, G, args.temperature, dtype))
     cts.print_precheck(base["precheck"])
     base_attempt_logp, _ = evaluator.attempt_logp(base_params)
     cts.reset_traces()
@@ -316,10 +316,11 @@ def main(args: Args) -> dict:
     run.save(args.steps, (params, opt_state), identity)
     records = evaluator(params["policy"], base_attempt_logp)
     final = cts.summarize(records)
-    done = first_step + clock.steps
-    counted = cts.count_budgets(done, B, G, shapes, len(records))
+    counted = cts.count_budgets(first_step + clock.steps, B, G, shapes, len(records))
     result = cts.make_result(args, method, identity, counted, replay, base, records, final, clock.summary(run))
     run.finish(result, base["summary"], final)
+    if args.save_hf:
+        cts.save_hf(args.save_hf, cfg, params["policy"], tokenizer, cts.model_source(args.model))
     return result
 
 

@@ -41,13 +41,15 @@ class Args:
     replay: str | None = None
     """folder with {train,val,test}.jsonl quadruples; none = data/replay/<task>, made if it is not there"""
     model: str = "nano"
-    """model to start from: nano, a 1M-parameter LM whose base is trained once per task and cached"""
+    """nano (1M parameters, its base trained once per task), or a Qwen2, Qwen3 or Llama checkpoint: folder or hub id"""
     seed: int = 0
     """seed of data order and sampling (the base has its own, fixed)"""
     out_dir: str = "runs"
     """folder for the run's directory, the cached bases and compiled programs"""
     resume: bool = False
     """continue this very command's run from its last checkpoint"""
+    save_hf: str | None = None
+    """folder to write the trained policy to, as transformers loads it; none = off"""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """W&B mode; auto = online where you are logged in, else offline"""
     # ---- shared by all methods ----
@@ -278,11 +280,11 @@ def main(args: Args) -> dict:
     method = os.path.basename(__file__)[: -len(".py")]
     above_zero = ("steps", "prompts", "group", "max_prompt_tokens", "temperature", "learning_rate")
     cts.check_args(args, above_zero, ("seed", "micro_batch", "max_new_tokens", "eval_every", "save_every", "kl_coef"))
-    cts.open_out_dir(args.out_dir)
+    cts.open_out_dir(args.out_dir, args.save_hf)
     mesh, dtype = cts.make_mesh(args.mesh), cts.pick_dtype(args.dtype)
     n_micro = cts.count_micro_batches(mesh, args.prompts, args.micro_batch)
     replay = cts.load_replay(args.task, args.replay, args.data_dir)
-    cfg, base_params, tokenizer, base_dir = cts.load_base(args.model, args.task, replay, args.out_dir)
+    cfg, base_params, tokenizer, base_dir = cts.load_model(args.model, args.task, replay, args.out_dir, mesh)
     max_new = args.max_new_tokens or cts.TASKS[args.task].max_new_tokens
     shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new)
     B, G, T = args.prompts, args.group, shapes["T"]
@@ -296,7 +298,6 @@ def main(args: Args) -> dict:
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: cts.Decoder(cfg, nnx.Rngs(0))))
     root = jax.random.key(args.seed)
     rollout_key = jax.random.fold_in(root, cts.STREAM_ROLLOUT)
-    base_params = jax.device_put(base_params, cts.shard_rule(mesh, base_params))
     params = {"policy": jax.tree.map(jnp.copy, base_params)}  # a copy: the step donates its parameters
     # CTS: the projection and the energy are trained beside the policy.
     critic_def, critic = nnx.split(Critic(cfg.d_model, nnx.Rngs(jax.random.fold_in(root, cts.STREAM_INIT))), nnx.Param)
@@ -317,7 +318,7 @@ def main(args: Args) -> dict:
         cts.count_trace("rollout")
         policy = jax.lax.with_sharding_constraint(policy, cts.shard_rule(mesh, policy, at_rest=False))
         model = nnx.merge(graphdef, policy)
-        ids = (tokenizer.eos_id, tokenizer.pad_id)
+        ids = (tokenizer.eos_ids, tokenizer.pad_id)
         return cts.generate(model, prompt_BP, prompt_len_B, key, G, T, args.temperature, *ids, dtype=dtype)
 
     # CTS: the energies of y0's steps, for their evaluation.
@@ -380,11 +381,9 @@ def main(args: Args) -> dict:
     validation = cts.Evaluator(graphdef, tokenizer, replay["val"], shapes, mesh, dtype)
     # CTS: A6 takes the policy's own greedy first attempts, a batch at a time.
     own = cts.Evaluator(graphdef, tokenizer, replay["train"][:B], shapes, mesh, dtype)
-
     eval_key = jax.random.key(cts.STREAM_EVAL)  # fixed, so that all seeds and methods share one report on the base
     sample = lambda batch: rollout(base_params, batch["prompt"], batch["prompt_len"], eval_key)
-    settings = (B, G, args.temperature, str(dtype))
-    base = cts.base_report(base_dir, evaluator, base_params, sample, replay["train"], settings)
+    base = cts.base_report(base_dir, evaluator, base_params, sample, replay["train"], (B, G, args.temperature, dtype))
     cts.print_precheck(base["precheck"])
     base_attempt_logp, _ = evaluator.attempt_logp(base_params)
     cts.reset_traces()
@@ -408,7 +407,7 @@ def main(args: Args) -> dict:
         if args.critique == "online":
             prompts = [cts.attempt_prompt(q.x) for q in quads]
             attempts = own.complete(params["policy"], prompts, shapes["P_attempt"])
-            fits = lambda prompt: len(tokenizer.encode(prompt)) <= shapes["P_revise"]
+            fits = lambda prompt: len(tokenizer.encode_prompt(prompt)) <= shapes["P_revise"]
             quads = [cts.with_attempt(q, a["text"], fits) for q, a in zip(quads, attempts)]
         batch = cts.pack_revise(tokenizer, quads, shapes)
 
@@ -489,10 +488,11 @@ def main(args: Args) -> dict:
         energy_BJ, n_B = step_energies(params, jax.device_put(batch, by_row)), batch["y0_mask"].sum(1).astype(int)
         energy_auc += [cts.detector_auc(e[:n], o[:n]) for e, o, n in zip(np.asarray(energy_BJ), batch["overlap"], n_B)]
     final["energy_auc"] = cts.mean(energy_auc)
-    done = first_step + clock.steps
-    counted = cts.count_budgets(done, B, G, shapes, len(records))
+    counted = cts.count_budgets(first_step + clock.steps, B, G, shapes, len(records))
     result = cts.make_result(args, method, identity, counted, replay, base, records, final, clock.summary(run))
     run.finish(result, base["summary"], final)
+    if args.save_hf:
+        cts.save_hf(args.save_hf, cfg, params["policy"], tokenizer, cts.model_source(args.model))
     return result
 
 

@@ -1,7 +1,8 @@
 """Everything the method scripts share, and nothing of any method.
 
 Sections: 0 constants - 1 data - 2 tokenizer and packing - 3 verifier - 4 decoder - 5 mesh - 6 log-probs and sampling -
-7 distances of padded trajectories - 8 the nano base - 9 evaluation - 10 fairness fingerprint - 11 run plumbing.
+7 distances of padded trajectories - 8 the nano base - 9 checkpoints - 10 evaluation - 11 fairness fingerprint -
+12 run plumbing.
 
 Axis letters, used as suffixes wherever axes matter: B prompts, G completions per prompt, M = B*G rows, P prompt length,
 T completion time, S key time, V vocabulary, D model, N heads, K key/value heads, H head dim, F feed-forward, L layers,
@@ -10,7 +11,9 @@ J reasoning steps of a trajectory, R latent dim. Masks are 0/1 float32 and come 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import datetime
 import functools
 import hashlib
 import inspect
@@ -20,6 +23,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 import signal
 import sys
 import time
@@ -417,24 +421,45 @@ def char_starts(raw: bytes) -> list[int]:
 
 
 class Tokenizer:
-    """A byte-level `tokenizers` tokenizer with the two ids and the byte offsets that training needs.
+    """A byte-level `tokenizers` tokenizer with the ids, the prompt's frame and the byte offsets that training needs.
 
-    Offsets come from the bytes of the tokens themselves, so that sampled ids, which need not be what `encode` would
-    give for their text, map to their text exactly.
+    eos_ids end a generation; eos_id, one of them, is put behind training answers. A prompt is prompt_prefix + text +
+    prompt_suffix: nothing for the nano model, [bos] or a chat template for others; `strip` says that the template
+    strips its text. Offsets come from the bytes of the tokens themselves, so that sampled ids, which need not be what
+    `encode` would give for their text, map to their text exactly.
     """
 
-    def __init__(self, inner: tokenizers.Tokenizer, pad: str = "<pad>", eos: str = "<eos>"):
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        pad: str = "<pad>",
+        eos: str = "<eos>",
+        eos_ids: tuple[int, ...] = (),
+        prefix: tuple[int, ...] = (),
+        suffix: tuple[int, ...] = (),
+        strip: bool = False,
+        vocab_size: int | None = None,
+    ):
         self.inner, self.pad_id, self.eos_id = inner, inner.token_to_id(pad), inner.token_to_id(eos)
+        self.eos_ids = tuple(dict.fromkeys((self.eos_id, *eos_ids)))
+        self.prompt_prefix, self.prompt_suffix, self.strip = list(prefix), list(suffix), strip
         inner.encode_special_tokens = True  # "<eos>" in a text is text
-        self.vocab_size = inner.get_vocab_size()
-        special = set(inner.get_added_tokens_decoder())
-        self.bytes_V = [
-            b"" if i in special else bytes(_BYTE[c] for c in inner.id_to_token(i)) for i in range(self.vocab_size)
-        ]
+        self.vocab_size = vocab_size or inner.get_vocab_size()  # a model's may be padded beyond the tokenizer's
+        special = {i for i, token in inner.get_added_tokens_decoder().items() if token.special}
+        self.bytes_V = [b"" if i in special else self._bytes(i) for i in range(self.vocab_size)]
         self.n_bytes_V = np.array([len(b) for b in self.bytes_V])
+
+    def _bytes(self, i: int) -> bytes:
+        """What id `i` adds to a decoded text. Added tokens stand in the vocabulary as plain text, e.g. "<think>"."""
+        token = self.inner.id_to_token(i) or ""
+        return bytes(_BYTE[c] for c in token) if all(c in _BYTE for c in token) else token.encode()
 
     def encode(self, text: str) -> list[int]:
         return self.inner.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """The ids of a whole prompt; special tokens written in `text` stay text."""
+        return [*self.prompt_prefix, *self.encode(text.strip() if self.strip else text), *self.prompt_suffix]
 
     def decode(self, ids_MT: list[list[int]]) -> list[str]:
         return self.inner.decode_batch([list(map(int, ids)) for ids in ids_MT])
@@ -452,7 +477,8 @@ class Tokenizer:
         return np.array(rows, np.float32).reshape(len(spans), len(ids))
 
     def sha256(self) -> str:
-        return sha256(self.inner.to_str())
+        frame = [sorted(self.eos_ids), self.prompt_prefix, self.prompt_suffix, self.strip]
+        return sha256(json.dumps([self.inner.to_str(), *frame]))
 
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
@@ -504,7 +530,8 @@ def bucket(length: int, longest: int) -> int:
 
 def prompt_shape(tokenizer: Tokenizer, prompts: list[str], ids: list[str], limit: int) -> int:
     """The fixed P of a set of prompts: the longest in tokens, rounded up to 16; InputError if one exceeds the limit."""
-    lengths = [len(e.ids) for e in tokenizer.inner.encode_batch(prompts, add_special_tokens=False)]
+    frame = len(tokenizer.encode_prompt(""))
+    lengths = [len(e.ids) + frame for e in tokenizer.inner.encode_batch(prompts, add_special_tokens=False)]
     longest = max(range(len(prompts)), key=lengths.__getitem__)
     if lengths[longest] > limit:
         raise InputError(
@@ -516,7 +543,7 @@ def prompt_shape(tokenizer: Tokenizer, prompts: list[str], ids: list[str], limit
 
 def pack_prompts(tokenizer: Tokenizer, prompts: list[str], P_: int) -> dict[str, np.ndarray]:
     """Prompts as {"prompt" [B, P] (right-padded), "prompt_len" [B]}; none may be longer than P_."""
-    ids = [tokenizer.encode(p) for p in prompts]
+    ids = [tokenizer.encode_prompt(p) for p in prompts]
     if max(map(len, ids)) > P_:
         raise InputError(f"a prompt of {max(map(len, ids))} tokens does not fit the run's {P_}")
     tokens_BP, len_B = right_pad(ids, P_, tokenizer.pad_id)
@@ -1132,7 +1159,7 @@ def generate(
     group: int,
     T: int,
     temperature,
-    eos_id: int,
+    eos_ids: tuple[int, ...],
     pad_id: int,
     greedy: bool = False,
     dtype=jnp.float32,
@@ -1144,6 +1171,7 @@ def generate(
     depend on (key, time, row) only, so they are the same on every mesh.
     """
     M = prompt_BP.shape[0] * group
+    is_end = lambda tokens: jnp.isin(tokens, jnp.array(eos_ids))
     prefix, _ = model.prefill(prompt_BP, len_B, dtype)
     head_VD = model.head_VD().astype(dtype)
     layers, cache = model.unstack(prefix), model.new_cache(M, T, dtype)
@@ -1158,7 +1186,7 @@ def generate(
         token_M = jnp.where(done_M, pad_id, token_M).astype(jnp.int32)
         tokens_MT = tokens_MT.at[:, t].set(token_M)
         logp_MT = logp_MT.at[:, t].set(jnp.where(done_M, 0.0, logp_M))
-        return t + 1, token_M, done_M | (token_M == eos_id), tokens_MT, logp_MT, cache
+        return t + 1, token_M, done_M | is_end(token_M), tokens_MT, logp_MT, cache
 
     start = (
         0,
@@ -1169,8 +1197,7 @@ def generate(
         cache,
     )
     _, _, done_M, tokens_MT, logp_MT, _ = jax.lax.while_loop(lambda s: (s[0] < T) & ~s[2].all(), one_token, start)
-    ended_MT = tokens_MT == eos_id
-    len_M = jnp.where(done_M, ended_MT.argmax(-1) + 1, T)
+    len_M = jnp.where(done_M, is_end(tokens_MT).argmax(-1) + 1, T)
     return {"tokens_MT": tokens_MT, "logp_MT": logp_MT, "len_M": len_M, "truncated_M": 1.0 - done_M}
 
 
@@ -1359,37 +1386,38 @@ def train_base(task: Task, quads: list[Quadruple], tokenizer: Tokenizer, cfg: Mo
     return params
 
 
-def load_base(name: str, task_name: str, replay: dict[str, list[Quadruple]], out_dir: str):
-    """(config, parameters, tokenizer, cache directory) of `--model`; `nano` is trained once and cached by content."""
-    if name != "nano":
-        raise InputError(f"--model {name}: unknown; the model that is built in is nano")
+def nano_base(task_name: str, quads: list[Quadruple], out_dir: str) -> pathlib.Path:
+    """Directory of the task's nano base; trained once and cached under a key of all that went into it."""
     task = TASKS[task_name]
-    sources = (
-        ModelConfig,
-        Blocks,
-        Decoder,
-        attend,
-        token_logp,
-        base_documents,
-        pack_documents,
-        base_optimizer,
-        train_base,
-    )
-    key = [dataclasses.astuple(task)[2:], replay_sha256(replay["train"]), templates_sha256(), jax.__version__]
+    sources = (ModelConfig, Blocks, Decoder, attend, token_logp, base_documents, pack_documents, base_optimizer,
+               train_base, train_tokenizer)  # fmt: skip
+    key = [dataclasses.astuple(task)[2:], replay_sha256(quads), templates_sha256(), jax.__version__]
     constants = [BASE_ROWS, BASE_LR, BASE_PROMPT_WEIGHT, BASE_PROSE, BASE_SEED, _SPLIT]
-    key = sha256(json.dumps([*key, *constants, *(inspect.getsource(f) for f in (*sources, train_tokenizer))]))
+    key = sha256(json.dumps([*key, *constants, *(inspect.getsource(f) for f in sources)]))
     directory = pathlib.Path(out_dir) / "base" / key[:16]
     if not (directory / "tokenizer.json").is_file():  # written last
-        texts = [revise_prompt(q.x, q.y0, q.f) + q.y1 for q in replay["train"]]
-        tokenizer = train_tokenizer(texts, task.nano_vocab)
-        cfg = ModelConfig(tokenizer.vocab_size)
+        tokenizer = train_tokenizer([revise_prompt(q.x, q.y0, q.f) + q.y1 for q in quads], task.nano_vocab)
         print(f"Building the nano base for {task_name} once (cached in {directory}).")
-        save_weights(directory / "model.safetensors", train_base(task, replay["train"], tokenizer, cfg))
+        params = train_base(task, quads, tokenizer, ModelConfig(tokenizer.vocab_size))
+        save_weights(directory / "model.safetensors", params)
         write_atomic(directory / "tokenizer.json", tokenizer.inner.to_str())
+    return directory
+
+
+def load_model(name: str, task_name: str, replay: dict[str, list[Quadruple]], out_dir: str, mesh):
+    """(config, parameters, tokenizer, cache directory) of `--model`: nano, a checkpoint's directory or its hub name."""
+    source = model_source(name)
+    if source is not None:
+        cfg = read_hf_config(source)
+        tokenizer = load_hf_tokenizer(source, cfg.vocab_size)
+        params = load_hf_weights(source, cfg, mesh)
+        return cfg, params, tokenizer, pathlib.Path(out_dir) / "base" / weights_sha256(params)[:16]
+    directory = nano_base(task_name, replay["train"], out_dir)
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")))
     cfg = ModelConfig(tokenizer.vocab_size)
     abstract = nnx.eval_shape(lambda: nnx.state(Decoder(cfg, nnx.Rngs(0)), nnx.Param))
-    return cfg, load_weights(directory / "model.safetensors", abstract), tokenizer, directory
+    params = load_weights(directory / "model.safetensors", abstract)
+    return cfg, jax.device_put(params, shard_rule(mesh, params)), tokenizer, directory
 
 
 def leaf_names(tree) -> dict[str, Any]:
@@ -1420,7 +1448,621 @@ def load_weights(path: pathlib.Path, abstract):
     return jax.tree.map(lambda leaf: jnp.asarray(arrays[next(names)]), abstract)
 
 
-# ---- 9 evaluation -------------------------------------------------------------------------------------------------
+# ---- 9 checkpoints -----------------------------------------------------------------------------------------------
+# What: Qwen2, Qwen3 and Llama checkpoints in the Hugging Face layout: into the decoder, and back to a directory that
+# `transformers` loads. Used by: all trainers. Tested in: tests/test_hf.py (against logits of `transformers`).
+_HF_MODELS = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+_HF_SIZES = {
+    "vocab_size": "vocab_size", "hidden_size": "d_model", "intermediate_size": "d_ff", "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "head_dim": "head_dim",
+}  # fmt: skip
+_HF_ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings")
+_HF_READ = {*_HF_SIZES, *_HF_ROPE, "model_type", "architectures", "layer_types", "rms_norm_eps", "tie_word_embeddings"}
+_HF_ONLY = {  # field -> the one value that the decoder computes; absent, transformers takes it to be that value
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "pretraining_tp": 1,
+    "partial_rotary_factor": 1, "rope_interleaved": False, "use_mrope": False, "is_llama_config": True,
+    "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {}, "chunk_size_feed_forward": 0,
+}  # fmt: skip
+_HF_HARMLESS = {  # they change no logit: bookkeeping, training, token ids (read with the tokenizer), old sampling flags
+    "_name_or_path", "_attn_implementation_autoset", "attn_implementation", "dtype", "torch_dtype", "use_cache",
+    "transformers_version", "transformers.js_config", "unsloth_version", "unsloth_fixed", "return_dict", "use_bfloat16",
+    "output_attentions", "output_hidden_states", "torchscript", "tf_legacy_loss", "is_decoder", "tie_encoder_decoder",
+    "cross_attention_hidden_size", "finetuning_task", "task_specific_params", "id2label", "label2id", "num_labels",
+    "problem_type", "tokenizer_class", "prefix", "initializer_range", "attention_dropout",
+    "sliding_window", "max_window_layers",  # only read where use_sliding_window is on, which is refused
+    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id",
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores", "suppress_tokens",
+    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "begin_suppress_tokens",
+}  # fmt: skip
+
+
+def model_source(name: str) -> pathlib.Path | None:
+    """The directory that `--model` is read from; None for nano, which is made here."""
+    return None if name == "nano" else fetch_model(name)
+
+
+def fetch_model(name: str) -> pathlib.Path:
+    """The directory of `--model`: `name` itself if it is one, else the hub's model of that name, downloaded once."""
+    directory = pathlib.Path(name).expanduser()
+    if directory.is_dir():
+        return directory
+    import huggingface_hub
+
+    try:
+        return pathlib.Path(
+            huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+        )
+    except Exception as e:  # the hub's client raises its own errors and those of httpx, of the disk and of name checks
+        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        raise InputError(
+            f"--model {name}: no such directory, and not fetched from the hub ({reason});"
+            " check the name, the network and HF_TOKEN, or give a directory with config.json"
+        ) from None
+
+
+def read_json(path: pathlib.Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON object in a file; `default` where there is no file and a default is given."""
+    if default is not None and not path.is_file():
+        return default
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror}); give the directory of a checkpoint") from None
+    except ValueError as e:
+        raise InputError(f"{path}: no valid JSON ({e}); download it again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object; download it again")
+    return value
+
+
+def refuse_hf(path: pathlib.Path, what: str):
+    raise InputError(f"{path}: {what} is not supported; choose another --model")
+
+
+def hf_number(config: dict[str, Any], field: str, path: pathlib.Path, whole: bool = False):
+    """A number above 0 of config.json, an integer if `whole`; InputError naming the field otherwise."""
+    value = config.get(field)
+    if value is None:
+        raise InputError(f"{path}: {field} is missing; download the file again")
+    if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < math.inf:
+        raise InputError(f"{path}: {field} = {value!r} must be {'an integer' if whole else 'a number'} above 0")
+    return value if whole else float(value)
+
+
+def read_hf_rope(config: dict[str, Any], path: pathlib.Path):
+    """(theta, scaling) of ModelConfig from rope_theta and rope_scaling, or from the rope_parameters that replaced both
+    in transformers 5."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: rope_scaling must be an object; download the file again")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        refuse_hf(path, f"rope_scaling of type {kind!r}")
+    scaled = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *(scaled if kind == "llama3" else ())}
+    for field in rope:
+        if field not in known and rope[field] is not None:
+            refuse_hf(path, f"{field!r} in rope_scaling of type {kind!r}")
+    if rope.get("partial_rotary_factor", 1) not in (1, None):
+        refuse_hf(path, f"partial_rotary_factor = {rope['partial_rotary_factor']}")
+    first = lambda *values: next((value for value in values if value is not None), None)
+    theta = {"rope_theta": first(rope.get("rope_theta"), config.get("rope_theta"), 1e4)}
+    theta = hf_number(theta, "rope_theta", path)
+    if kind == "default":
+        return theta, None
+    original = {scaled[3]: first(rope.get(scaled[3]), config.get("max_position_embeddings"))}
+    factor, low, high = (hf_number(rope, field, path) for field in scaled[:3])
+    if high <= low:
+        raise InputError(f"{path}: high_freq_factor {high} must be above low_freq_factor {low}")
+    return theta, (factor, low, high, hf_number(original, scaled[3], path, whole=True))
+
+
+def check_hf_fields(config: dict[str, Any], path: pathlib.Path) -> None:
+    """InputError naming the first field that the decoder does not compute as the checkpoint means it. A field that is
+    not known here is refused too: whether it matters is not for this program to guess. null is 'not set'."""
+    kind = config.get("model_type")
+    if kind not in tuple(_HF_MODELS):
+        refuse_hf(path, f"model_type {kind!r} (supported: {', '.join(_HF_MODELS)})")
+    if config.get("architectures") not in (None, [_HF_MODELS[kind]]):
+        refuse_hf(path, f"architectures = {config['architectures']}")
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(t != "full_attention" for t in layer_types):
+        refuse_hf(path, f"layer_types = {layer_types} (supported: full_attention)")
+    for field, value in config.items():
+        if value is None or field in _HF_READ or field in _HF_HARMLESS:
+            continue
+        if field not in _HF_ONLY:
+            raise InputError(
+                f"{path}: the field {field!r} is not known; if it does not change what the model computes, remove it"
+                " from the file, else choose another --model"
+            )
+        if value != _HF_ONLY[field]:
+            refuse_hf(path, f"{field} = {value!r}")
+
+
+def read_hf_config(directory: pathlib.Path) -> ModelConfig:
+    """The decoder's shape from config.json; InputError on any field that the decoder would not compute rightly."""
+    path = directory / "config.json"
+    config = read_json(path)
+    check_hf_fields(config, path)
+    kind = config["model_type"]
+    N, D = (hf_number(config, field, path, whole=True) for field in ("num_attention_heads", "hidden_size"))
+    defaults = {}  # where a field may be absent, what transformers makes of it
+    if kind == "llama":
+        defaults["num_key_value_heads"] = N
+    if kind != "qwen3":
+        defaults["head_dim"] = D // N
+    config = defaults | {field: value for field, value in config.items() if value is not None}
+    sizes = {ours: hf_number(config, theirs, path, whole=True) for theirs, ours in _HF_SIZES.items()}
+    if N % sizes["n_kv_heads"] or sizes["head_dim"] % 2 or (sizes["head_dim"] == defaults.get("head_dim") and D % N):
+        raise InputError(
+            f"{path}: num_attention_heads {N}, num_key_value_heads {sizes['n_kv_heads']}, head_dim"
+            f" {sizes['head_dim']} and hidden_size {D} do not go together; download the file again"
+        )
+    tied = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise InputError(f"{path}: tie_word_embeddings = {tied!r} must be true or false")
+    theta, scaling = read_hf_rope(config, path)
+    return ModelConfig(
+        **sizes, rope_theta=theta, rope_scaling=scaling, norm_eps=hf_number(config, "rms_norm_eps", path),
+        qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3", tie_embeddings=tied,
+    )  # fmt: skip
+
+
+# Where each leaf of the decoder is in a checkpoint: the tensor's name, and which axes of the leaf (of one layer, for
+# stacked leaves) each of the tensor's dimensions holds. Linear weights are stored [out, in], heads flattened.
+_HF_TOP = {
+    "embed": ("model.embed_tokens.weight", ((0,), (1,))),
+    "final_norm": ("model.norm.weight", ((0,),)),
+    "head": ("lm_head.weight", ((0,), (1,))),
+}
+_HF_LAYER = {
+    "attn_norm": ("input_layernorm.weight", ((0,),)),
+    "q": ("self_attn.q_proj.weight", ((1, 2), (0,))),
+    "k": ("self_attn.k_proj.weight", ((1, 2), (0,))),
+    "v": ("self_attn.v_proj.weight", ((1, 2), (0,))),
+    "q_bias": ("self_attn.q_proj.bias", ((0, 1),)),
+    "k_bias": ("self_attn.k_proj.bias", ((0, 1),)),
+    "v_bias": ("self_attn.v_proj.bias", ((0, 1),)),
+    "q_norm": ("self_attn.q_norm.weight", ((0,),)),
+    "k_norm": ("self_attn.k_norm.weight", ((0,),)),
+    "o": ("self_attn.o_proj.weight", ((2,), (0, 1))),
+    "mlp_norm": ("post_attention_layernorm.weight", ((0,),)),
+    "gate": ("mlp.gate_proj.weight", ((1,), (0,))),
+    "up": ("mlp.up_proj.weight", ((1,), (0,))),
+    "down": ("mlp.down_proj.weight", ((1,), (0,))),
+}
+_HF_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # computed, but stored by old files
+
+
+@dataclasses.dataclass(frozen=True)
+class HFTensor:
+    """One tensor of a checkpoint: `dims[d]` are the axes of leaf `leaf` (of its layer `layer`) that dimension d holds;
+    `axes` are the sizes of those axes, by axis."""
+
+    leaf: str
+    layer: int | None
+    dims: tuple[tuple[int, ...], ...]
+    axes: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(math.prod(self.axes[a] for a in dim) for dim in self.dims)
+
+    @property
+    def order(self) -> list[int]:
+        return [axis for dim in self.dims for axis in dim]
+
+    def read(self, stored, bounds) -> np.ndarray:
+        """The part of the leaf within `bounds`, one (start, stop) per axis, from the open safetensors slice `stored`:
+        only its bytes are read. Of the axes in one dimension only the first may be cut: heads are, their channels are
+        not."""
+        cut = []
+        for first, *rest in self.dims:
+            assert all(bounds[axis] == (0, self.axes[axis]) for axis in rest), "a head's channels are never sharded"
+            inner = math.prod(self.axes[axis] for axis in rest)
+            cut.append(slice(bounds[first][0] * inner, bounds[first][1] * inner))
+        sizes = [bounds[axis][1] - bounds[axis][0] for axis in self.order]
+        return stored[tuple(cut)].reshape(sizes).transpose(np.argsort(self.order))
+
+    def write(self, leaf) -> np.ndarray:
+        """The tensor, float32, from the whole leaf."""
+        array = np.asarray(leaf if self.layer is None else _take_layer(leaf, self.layer), np.float32)
+        return np.ascontiguousarray(array.transpose(self.order)).reshape(self.shape)
+
+
+@jax.jit
+def _take_layer(leaf, i):
+    return jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
+
+
+def hf_tensors(leaves: dict[str, Any]) -> dict[str, HFTensor]:
+    """{name in the checkpoint: HFTensor} of the decoder's leaves (by `leaf_names`), in the order of the layers."""
+    stacked = {name: leaves[f"blocks/{name}"].shape for name in _HF_LAYER if f"blocks/{name}" in leaves}
+    n_layers = next(iter(stacked.values()))[0]
+    out = {}
+    for i in range(n_layers):
+        for name, shape in stacked.items():
+            theirs, dims = _HF_LAYER[name]
+            out[f"model.layers.{i}.{theirs}"] = HFTensor(f"blocks/{name}", i, dims, shape[1:])
+    top = {_HF_TOP[n][0]: HFTensor(n, None, _HF_TOP[n][1], leaves[n].shape) for n in _HF_TOP if n in leaves}
+    embed = _HF_TOP["embed"][0]
+    return {embed: top.pop(embed), **out, **top}
+
+
+def open_safetensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, tuple[pathlib.Path, Any]]:
+    """{tensor name: (its file, the open file)} of model.safetensors, of the files that model.safetensors.index.json
+    names, or of the *.safetensors there are; closed with `stack`."""
+    import safetensors
+
+    index = directory / "model.safetensors.index.json"
+    promised = None  # {tensor: file} of an index
+    if (directory / "model.safetensors").is_file():
+        names = ["model.safetensors"]
+    elif index.is_file():
+        promised = read_json(index).get("weight_map")
+        if not isinstance(promised, dict) or not promised or not all(isinstance(f, str) for f in promised.values()):
+            raise InputError(f"{index}: its weight_map names no files; download it again")
+        names = sorted({*promised.values()})
+    else:
+        names = sorted(path.name for path in directory.glob("*.safetensors"))
+        if not names:
+            raise InputError(f"{directory}: no *.safetensors there; convert the checkpoint or choose another --model")
+    tensors = {}
+    for path in (directory / name for name in names):
+        try:
+            file = stack.enter_context(safetensors.safe_open(path, framework="np"))
+        except (OSError, safetensors.SafetensorError) as e:
+            raise InputError(f"{path}: cannot be read ({e}); download it again") from None
+        for tensor in file.keys():  # noqa: SIM118 (not a dict)
+            if tensor in tensors:
+                raise InputError(f"{path}: {tensor} is also in {tensors[tensor][0].name}; remove one of the files")
+            tensors[tensor] = (path, file)
+    for tensor, name in (promised or {}).items():
+        if tensor not in tensors or tensors[tensor][0].name != name:
+            raise InputError(f"{directory / name}: {tensor} is missing ({index.name} promises it); download it again")
+    return tensors
+
+
+def check_hf_tensors(found, wanted: dict[str, HFTensor], directory: pathlib.Path) -> None:
+    """InputError unless the checkpoint holds the tensors that its config.json means: no more, no less, of the right
+    shape. Tolerated: rotary buffers and the copy of a tied embedding."""
+    for name, tensor in wanted.items():
+        if name not in found:
+            files = sorted({path.name for path, _ in found.values()})
+            where = directory / files[0] if len(files) == 1 else directory / "*.safetensors"
+            raise InputError(f"{where}: {name} is missing, which config.json asks for; download the checkpoint again")
+        path, file = found[name]
+        stored = file.get_slice(name)
+        if tuple(stored.get_shape()) != tensor.shape:
+            raise InputError(
+                f"{path}: {name} has the shape {stored.get_shape()}, config.json means {[*tensor.shape]};"
+                " take both from one checkpoint"
+            )
+        if stored.get_dtype() not in ("F32", "BF16", "F16"):
+            refuse_hf(path, f"{name} of type {stored.get_dtype()}")
+    head, embed = _HF_TOP["head"][0], _HF_TOP["embed"][0]
+    for name, (path, file) in found.items():
+        if name in wanted or _HF_BUFFER.fullmatch(name):
+            continue
+        if name != head:
+            raise InputError(f"{path}: {name} is unexpected, config.json knows no such weight; choose another --model")
+        if not same_tensor(file.get_slice(head), found[embed][1].get_slice(embed)):
+            raise InputError(
+                f"{path}: {head} differs from {embed}, but config.json ties them; set tie_word_embeddings to false"
+            )
+
+
+def same_tensor(a, b, rows: int = 8192) -> bool:
+    """Whether two open safetensors slices [V, D] are equal, compared `rows` rows at a time."""
+    shape = a.get_shape()
+    return shape == b.get_shape() and all(
+        np.array_equal(a[i : min(i + rows, shape[0])], b[i : min(i + rows, shape[0])]) for i in range(0, shape[0], rows)
+    )
+
+
+def load_hf_weights(directory: pathlib.Path, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> nnx.State:
+    """The decoder's parameters, float32 and sharded by `shard_rule`, from a checkpoint of any float type.
+
+    Leaf by leaf and layer by layer: only the slices that this host's devices hold are read, so the host's memory holds
+    one leaf's shards beside the model on the devices, and one layer of them in the file's type.
+    """
+    abstract = nnx.eval_shape(lambda: nnx.state(Decoder(cfg, nnx.Rngs(0)), nnx.Param))
+    leaves, shardings = leaf_names(abstract), leaf_names(shard_rule(mesh, abstract))
+    wanted = hf_tensors(leaves)
+    with contextlib.ExitStack() as stack:
+        found = open_safetensors(directory, stack)
+        check_hf_tensors(found, wanted, directory)
+
+        def load(name: str):
+            shape = leaves[name].shape
+            parts = {t.layer: (t, found[theirs][1].get_slice(theirs)) for theirs, t in wanted.items() if t.leaf == name}
+
+            def shard(index) -> np.ndarray:
+                bounds = [s.indices(n)[:2] for s, n in zip(index, shape)]
+                out = np.empty([stop - start for start, stop in bounds], np.float32)
+                if None in parts:  # not stacked
+                    tensor, stored = parts[None]
+                    out[:] = tensor.read(stored, bounds)
+                    return out
+                for row, layer in zip(out, range(*bounds[0])):
+                    tensor, stored = parts[layer]
+                    row[:] = tensor.read(stored, bounds[1:])
+                return out
+
+            return jax.make_array_from_callback(shape, shardings[name], shard)
+
+        flat, treedef = jax.tree.flatten(abstract)
+        for name, at in leaf_names(jax.tree.unflatten(treedef, range(len(flat)))).items():
+            flat[at] = jax.block_until_ready(load(name))  # one leaf at a time on the host
+        return jax.tree.unflatten(treedef, flat)
+
+
+# ---- the tokenizer of a checkpoint --------------------------------------------------------------------------------
+_CHAT_SENTINEL = "\ue000"  # private use: in no template
+_CHAT_DATE = datetime.datetime(2024, 7, 26)  # Llama 3's own default
+
+
+def render_chat(template: str, special: dict[str, str], path: pathlib.Path) -> tuple[str, str, bool]:
+    """(text before, text after, whether it is stripped) of one user message in a chat template, with the generation
+    prompt, in the environment that transformers renders it in.
+
+    Only the date differs: a template that asks for today's gets a fixed one, else a run would not be the same, nor
+    resume, on the next day.
+    """
+    import jinja2.ext
+    import jinja2.sandbox
+
+    class Generation(jinja2.ext.Extension):
+        """{% generation %}: marks assistant text for training, prints what it encloses."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser):
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def raise_exception(message):
+        raise jinja2.TemplateError(message)
+
+    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    env = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
+    )
+    env.filters["tojson"] = tojson
+    env.globals |= {"raise_exception": raise_exception, "strftime_now": _CHAT_DATE.strftime}
+    spaced = f" \t{_CHAT_SENTINEL}\t "  # tells whether the template strips the message, as Llama's does
+    messages = [{"role": "user", "content": spaced}]
+    try:
+        text = env.from_string(template).render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=True, **special
+        )
+    except Exception as e:  # a template is a program: it may raise anything
+        raise InputError(
+            f"{path}: its chat template failed on one user message ({type(e).__name__}: {e}); choose another --model"
+        ) from None
+    if text.count(_CHAT_SENTINEL) != 1:
+        raise InputError(f"{path}: its chat template does not show the user's message once; choose another --model")
+    strip = spaced not in text
+    before, after = text.split(_CHAT_SENTINEL if strip else spaced)
+    if strip and (before.endswith(" \t") or after.startswith("\t ")):
+        raise InputError(f"{path}: its chat template strips one side of the message only; choose another --model")
+    return before, after, strip
+
+
+def read_chat_template(directory: pathlib.Path, config: dict[str, Any]) -> tuple[str | None, pathlib.Path]:
+    """The chat template, if any, and its file: chat_template.jinja, else tokenizer_config.json (its "default" where it
+    has several)."""
+    path = directory / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text(encoding="utf-8"), path
+    template, path = config.get("chat_template"), directory / "tokenizer_config.json"
+    if isinstance(template, list):
+        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+        if "default" not in named:
+            raise InputError(f"{path}: none of its chat templates is named 'default'; name the one to use so")
+        template = named["default"]
+    return template, path
+
+
+def special_tokens(directory: pathlib.Path, config: dict[str, Any]) -> dict[str, str]:
+    """{"bos_token": "<s>", ...} as transformers passes them to a chat template: those that are set."""
+    config = read_json(directory / "special_tokens_map.json", {}) | config
+    fields = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+    plain = lambda token: token.get("content") if isinstance(token, dict) else token
+    tokens = {field: plain(config.get(field)) for field in fields}
+    for field, token in tokens.items():
+        if not isinstance(token, str | None):
+            raise InputError(f"{directory / 'tokenizer_config.json'}: {field} = {token!r} must be a text; correct it")
+    return {field: token for field, token in tokens.items() if token is not None}
+
+
+def end_ids(directory: pathlib.Path, vocab_size: int) -> list[int]:
+    """eos_token_id of generation_config.json, else of config.json, as a list."""
+    for path in (directory / "generation_config.json", directory / "config.json"):
+        ids = read_json(path, {}).get("eos_token_id")
+        if ids is None:
+            continue
+        ids = ids if isinstance(ids, list) else [ids]
+        for i in ids:
+            if type(i) is not int or not 0 <= i < vocab_size:
+                raise InputError(f"{path}: eos_token_id {i!r} is none of the model's {vocab_size} ids; correct it")
+        return ids
+    return []
+
+
+def read_byte_level(path: pathlib.Path, vocab_size: int) -> tokenizers.Tokenizer:
+    """tokenizer.json, if it is a byte-level BPE that gives texts back as they were and fits the model's vocabulary."""
+    read_json(path)
+    try:
+        inner = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as e:  # the library raises plain Exception
+        raise InputError(f"{path}: not a tokenizer ({e}); download it again") from None
+    kinds = type(inner.model).__name__, type(inner.decoder).__name__
+    if kinds != ("BPE", "ByteLevel"):
+        refuse_hf(path, f"a tokenizer of {kinds[0]} with {kinds[1]} decoder (supported: byte-level BPE)")
+    inner.no_padding()
+    inner.no_truncation()
+    for probe in (" Ab  c\n\n\t12,345 = é’😀\r\n", "Ab"):
+        if inner.decode(inner.encode(probe, add_special_tokens=False).ids) != probe:
+            refuse_hf(path, "a tokenizer that does not give back the text it encodes (a normalizer, an added space)")
+    top = max(inner.get_vocab(with_added_tokens=True).values())
+    if top >= vocab_size:
+        raise InputError(
+            f"{path}: id {top} ({inner.id_to_token(top)}) is beyond config.json's vocab_size {vocab_size};"
+            " take both from one checkpoint"
+        )
+    return inner
+
+
+def load_hf_tokenizer(directory: pathlib.Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a checkpoint, with what ends its answers and what its prompts stand in.
+
+    With a chat template a prompt is one user message of it. Without one, the prompt follows what the tokenizer itself
+    puts in front of a text: a begin token for Llama 3, nothing for Qwen.
+    """
+    path = directory / "tokenizer_config.json"
+    inner = read_byte_level(directory / "tokenizer.json", vocab_size)
+    config = read_json(path, {})
+    special, ids = special_tokens(directory, config), end_ids(directory, vocab_size)
+    eos = special.get("eos_token") or (inner.id_to_token(ids[0]) if ids else None)
+    pad = special.get("pad_token") or eos
+    if eos is None:
+        raise InputError(f"{directory}: no eos_token in {path.name}, no eos_token_id in config.json; add one")
+    for field, token in (("eos_token", eos), ("pad_token", pad)):
+        if inner.token_to_id(token) is None:
+            raise InputError(f"{path}: {field} {token!r} is not in tokenizer.json; correct it")
+    template, template_path = read_chat_template(directory, config)
+    if template is None:
+        plain, framed = inner.encode("0", add_special_tokens=False).ids, inner.encode("0").ids
+        prefix, suffix, strip = framed[: framed.index(plain[0])], [], False
+    else:
+        before, after, strip = render_chat(template, special, template_path)
+        prefix, suffix = (inner.encode(text, add_special_tokens=False).ids for text in (before, after))
+    return Tokenizer(inner, pad, eos, tuple(ids), tuple(prefix), tuple(suffix), strip, vocab_size)
+
+
+# ---- back to a directory ------------------------------------------------------------------------------------------
+_HF_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "chat_template.jinja",
+)  # fmt: skip
+
+
+def check_save_hf(directory: pathlib.Path) -> None:
+    """InputError if there is something at `--save_hf` already; to be called before training, too."""
+    if directory.is_dir() and not any(directory.iterdir()):
+        return
+    if directory.exists():
+        raise InputError(f"--save_hf {directory}: exists and is not empty; choose a new directory")
+
+
+def hf_config(cfg: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """config.json of a decoder that was not read from a checkpoint. rope_theta and rope_scaling are the older spelling,
+    which every version of transformers and vLLM reads."""
+    if cfg.qk_norm and cfg.qkv_bias:
+        raise InputError("--save_hf: no model of transformers has both q/k norms and q/k/v biases")
+    kind = "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else "llama"
+    config = {"architectures": [_HF_MODELS[kind]], "model_type": kind, "torch_dtype": "float32", "hidden_act": "silu"}
+    config |= {theirs: getattr(cfg, ours) for theirs, ours in _HF_SIZES.items()}
+    config |= {"rms_norm_eps": cfg.norm_eps, "tie_word_embeddings": cfg.tie_embeddings, "rope_theta": cfg.rope_theta}
+    config["max_position_embeddings"] = 32768  # no limit of the decoder; vLLM asks for one
+    if cfg.rope_scaling is not None:
+        factor, low, high, original = cfg.rope_scaling
+        config["rope_scaling"] = {
+            "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+            "original_max_position_embeddings": original,
+        }  # fmt: skip
+        config["max_position_embeddings"] = max(32768, int(factor * original))
+    return config | {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+
+
+def write_hf_meta(directory: pathlib.Path, cfg: ModelConfig, tokenizer: Tokenizer, source: pathlib.Path | None) -> None:
+    """config.json and the tokenizer's files: of `source`, the checkpoint that training began with, or new ones."""
+    dump = lambda name, value: (directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    if source is None:
+        token = tokenizer.inner.id_to_token
+        dump("config.json", hf_config(cfg, tokenizer))
+        dump("generation_config.json", {"eos_token_id": [*tokenizer.eos_ids], "pad_token_id": tokenizer.pad_id})
+        names = {"eos_token": token(tokenizer.eos_id), "pad_token": token(tokenizer.pad_id)}
+        # the class that takes tokenizer.json as it is; cleaning up would change spaces before punctuation
+        how = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        dump("tokenizer_config.json", names | how)
+        (directory / "tokenizer.json").write_text(tokenizer.inner.to_str(), encoding="utf-8")
+        return
+    if dataclasses.replace(read_hf_config(source), remat=cfg.remat) != cfg:
+        raise InputError(f"{source / 'config.json'}: has changed since the weights were read; restore it")
+    config = read_json(source / "config.json")
+    dump("config.json", config | {"dtype" if "dtype" in config else "torch_dtype": "float32"})
+    for name in _HF_TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+
+
+def write_hf_weights(directory: pathlib.Path, params, max_shard_bytes: int) -> None:
+    """model.safetensors, or numbered files of at most max_shard_bytes each (or one tensor) and their index."""
+    import safetensors.numpy
+
+    leaves = leaf_names(params)
+    tensors = hf_tensors(leaves)
+    shards, room = [], 0
+    for name, tensor in tensors.items():
+        size = 4 * math.prod(tensor.shape)
+        if not shards or size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= size
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    files = files if len(shards) > 1 else ["model.safetensors"]
+    for file, names in zip(files, shards):
+        safetensors.numpy.save_file(  # the arrays have no name here: they are gone before the next file's are made
+            {name: tensors[name].write(leaves[tensors[name].leaf]) for name in names},
+            directory / file,
+            {"format": "pt"},  # transformers asks for it
+        )
+    if len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards) for name in names}
+        total = sum(4 * math.prod(tensor.shape) for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_hf(
+    directory: pathlib.Path,
+    cfg: ModelConfig,
+    params,
+    tokenizer: Tokenizer,
+    source: pathlib.Path | None = None,
+    max_shard_bytes: int = 4 * 10**9,
+) -> None:
+    """Write a directory that `transformers` loads with the same logits: float32 weights, config and tokenizer.
+
+    `source` is the checkpoint that training began with, whose config and tokenizer files are copied; None for nano. All
+    or nothing: written beside `directory` and renamed. The host's memory holds one file's tensors at a time.
+    """
+    import safetensors
+
+    directory = pathlib.Path(directory).absolute()
+    check_save_hf(directory)
+    tmp = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    try:
+        tmp.mkdir(parents=True)
+        write_hf_meta(tmp, cfg, tokenizer, source)
+        write_hf_weights(tmp, params, max_shard_bytes)
+        os.replace(tmp, directory)
+    except (OSError, safetensors.SafetensorError) as e:
+        raise InputError(f"--save_hf {directory}: cannot be written ({e}); choose another directory") from None
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+
+
+# ---- 10 evaluation -------------------------------------------------------------------------------------------------
 # What: the same measurement for every method: first attempt, revision, credit localization. Used by: all trainers.
 # Tested in: tests/test_scripts.py, tests/test_eval.py.
 EVAL_ROWS = 128  # rows decoded at once
@@ -1452,11 +2094,13 @@ class Evaluator:
             round_up(min(EVAL_ROWS, len(quads)), mesh.shape["data"]),
         )
         self.data = NamedSharding(mesh, P("data"))
-        eos, pad, T = tokenizer.eos_id, tokenizer.pad_id, shapes["T"]
+        eos_ids, pad, T = tokenizer.eos_ids, tokenizer.pad_id, shapes["T"]
 
         def greedy(params, prompt_BP, len_B):
             model = nnx.merge(graphdef, params)
-            return generate(model, prompt_BP, len_B, jax.random.key(0), 1, T, 1.0, eos, pad, greedy=True, dtype=dtype)
+            return generate(
+                model, prompt_BP, len_B, jax.random.key(0), 1, T, 1.0, eos_ids, pad, greedy=True, dtype=dtype
+            )
 
         def logp(params, prompt_BP, len_B, tokens_BT):
             model = nnx.merge(graphdef, params)
@@ -1546,9 +2190,11 @@ def pack_trajectories(
         start, end = q.meta["error_span"] or (0, 0)
         steps = split_steps(q.y0)[:MAX_STEPS]
         out["overlap"][b, : len(steps)] = [s.start < end and s.end > start for s in steps]
-        text, n = revise_prompt(q.x, q.y0, q.f), revise["prompt_len"][b]
+        text = revise_prompt(q.x, q.y0, q.f)
         at = revise_prompt(q.x, q.y0, "\0").index("\0")  # where f begins in the prompt
-        out["f_tokens"][b, 0, :n] = tokenizer.overlap(revise["prompt"][b, :n].tolist(), text, [(at, at + len(q.f))])[0]
+        inner = slice(len(tokenizer.prompt_prefix), revise["prompt_len"][b] - len(tokenizer.prompt_suffix))
+        ids = revise["prompt"][b, inner].tolist()
+        out["f_tokens"][b, :, inner] = tokenizer.overlap(ids, text, [(at, at + len(q.f))])
     out |= {f"{k}_mask": (out[f"{k}_steps"].sum(-1) > 0).astype(np.float32) for k in ("y0", "y1")}
     decode_BT = np.asarray(length_mask(len_B, T))
     wrong_B = np.array([not q.meta["y0_correct"] for q in quads], np.float32)
@@ -1713,7 +2359,7 @@ def base_report(
     return json.loads(path.read_text())
 
 
-# ---- 10 fairness fingerprint ---------------------------------------------------------------------------------------
+# ---- 11 fairness fingerprint ---------------------------------------------------------------------------------------
 # What: proof that two runs may stand in one table; every field is computed from what was loaded or counted.
 # Used by: all trainers. Tested in: tests/test_eval.py.
 def sha256(text: str | bytes) -> str:
@@ -1783,10 +2429,19 @@ def run_identity(base_params, tokenizer, replay, shapes, steps: int, temperature
     )
 
 
-# ---- 11 run plumbing ----------------------------------------------------------------------------------------------
+# ---- 12 run plumbing ----------------------------------------------------------------------------------------------
 # What: command line, run directory, W&B, metrics.jsonl, Orbax checkpoints, SIGTERM, summary and plot. Used by: all
 # trainers. Tested in: tests/test_scripts.py.
-NOT_IN_RUN_NAME = ("task", "seed", "out_dir", "resume", "wandb", "mesh", "save_every")  # they do not change the result
+NOT_IN_RUN_NAME = (
+    "task",
+    "seed",
+    "out_dir",
+    "resume",
+    "wandb",
+    "mesh",
+    "save_every",
+    "save_hf",
+)  # they do not change the result
 
 
 def cli(main, args_type):
@@ -1799,8 +2454,11 @@ def cli(main, args_type):
         sys.exit(2)
 
 
-def open_out_dir(out_dir: str) -> None:
-    """Make sure `out_dir` can be written; compiled programs are kept there, so that the next run starts at once."""
+def open_out_dir(out_dir: str, save_hf_dir: str | None = None) -> None:
+    """Make sure `out_dir` can be written and that nothing is at `save_hf_dir` yet. Compiled programs are kept in
+    `out_dir`, so that the next run starts at once."""
+    if save_hf_dir:
+        check_save_hf(pathlib.Path(save_hf_dir))
     directory = pathlib.Path(out_dir).absolute()
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -337,7 +337,7 @@ def sampler(cfg: cts.ModelConfig, group: int, steps: int, greedy: bool = False):
     @jax.jit
     def run(params, prompt_BP, len_B, key, temperature, eos_id):
         return cts.generate(
-            nnx.merge(graphdef, params), prompt_BP, len_B, key, group, steps, temperature, eos_id, PAD, greedy
+            nnx.merge(graphdef, params), prompt_BP, len_B, key, group, steps, temperature, (eos_id,), PAD, greedy
         )
 
     return lambda prompt_BP, len_B, seed=0, temperature=1.0, eos_id=NEVER: jax.device_get(
