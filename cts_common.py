@@ -1843,8 +1843,9 @@ def render_chat(template: str, special: dict[str, str], path: pathlib.Path) -> t
             messages=messages, tools=None, documents=None, add_generation_prompt=True, **special
         )
     except Exception as e:  # a template is a program: it may raise anything
+        reason = " ".join(f"{type(e).__name__}: {e}".split())
         raise InputError(
-            f"{path}: its chat template failed on one user message ({type(e).__name__}: {e}); choose another --model"
+            f"{path}: its chat template failed on one user message ({reason}); choose another --model"
         ) from None
     if text.count(_CHAT_SENTINEL) != 1:
         raise InputError(f"{path}: its chat template does not show the user's message once; choose another --model")
@@ -1902,7 +1903,7 @@ def read_byte_level(path: pathlib.Path, vocab_size: int) -> tokenizers.Tokenizer
     try:
         inner = tokenizers.Tokenizer.from_file(str(path))
     except Exception as e:  # the library raises plain Exception
-        raise InputError(f"{path}: not a tokenizer ({e}); download it again") from None
+        raise InputError(f"{path}: not a tokenizer ({' '.join(str(e).split())}); download it again") from None
     kinds = type(inner.model).__name__, type(inner.decoder).__name__
     if kinds != ("BPE", "ByteLevel"):
         refuse_hf(path, f"a tokenizer of {kinds[0]} with {kinds[1]} decoder (supported: byte-level BPE)")
@@ -2024,7 +2025,7 @@ def write_hf_weights(directory: pathlib.Path, params, max_shard_bytes: int) -> N
         safetensors.numpy.save_file(  # the arrays have no name here: they are gone before the next file's are made
             {name: tensors[name].write(leaves[tensors[name].leaf]) for name in names},
             directory / file,
-            {"format": "pt"},  # transformers asks for it
+            {"format": "pt"},  # transformers 4 asks for it
         )
     if len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards) for name in names}
