@@ -2560,13 +2560,28 @@ class Run:
         if self.dir.exists() and not args.resume:
             what = "has finished" if (self.dir / "result.json").is_file() else "has not finished"
             raise InputError(f"{self.dir} is there already and {what}: add --resume, or choose another --out_dir")
+        if args.resume and not self.dir.exists():
+            self._refuse_other_flags(settings)
         (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         self._ocp = ocp
+        write_atomic(self.dir / "args.json", json.dumps(settings, indent=1))
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         self.checkpoints = ocp.CheckpointManager(self.dir / "checkpoints", options=options)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
         self.wandb = None
+
+    def _refuse_other_flags(self, settings: dict[str, Any]) -> None:
+        """InputError if there is an unfinished run of the same method, task and seed with other flags: it is what
+        --resume was meant for, and this run would not continue it."""
+        for other in sorted(self.dir.parent.glob(f"{self.name.rpartition('__')[0]}__*")):
+            if (other / "args.json").is_file() and not (other / "result.json").is_file():
+                then = json.loads((other / "args.json").read_text())
+                changed = [f"--{k} {then.get(k)} (now {v})" for k, v in settings.items() if then.get(k) != v]
+                raise InputError(
+                    f"--resume: {other} was started with {', '.join(changed)}; give the same flags, or drop --resume to"
+                    " start another run"
+                )
 
     def _on_signal(self, number, _frame) -> None:
         self.stopped_by = number  # a flag only: the loop saves at the end of its step
@@ -2637,28 +2652,35 @@ class Run:
     def restore(self, state, identity: dict[str, Any]):
         """(state, finished steps) of the newest readable checkpoint, or (state, 0); later metrics lines are dropped.
 
-        InputError if the checkpoint was made under another identity: it names the fields that changed.
+        A damaged checkpoint (cut off, half deleted) is named, removed, and the one before it used. InputError if the
+        checkpoint was made under another identity: it names the fields that changed.
         """
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
-        as_args = self._ocp.args
+        as_args, done, damaged = self._ocp.args, 0, []
         for step in sorted(self.checkpoints.all_steps(), reverse=True):
             try:
                 saved = self.checkpoints.restore(
                     step,
                     args=as_args.Composite(state=as_args.StandardRestore(abstract), identity=as_args.JsonRestore()),
                 )
-            except (OSError, ValueError, KeyError) as e:
-                print(f"checkpoint {step} in {self.dir} is damaged ({type(e).__name__}); trying the one before it")
+            except Exception as e:  # a cut-off data file makes Orbax raise plain Exception
+                reason = " ".join(str(e).split())[:80]
+                print(
+                    f"checkpoint {step} in {self.dir} is damaged ({type(e).__name__}: {reason}); using the one before"
+                )
+                damaged.append(step)
                 continue
             changed = [k for k in identity if k != "digest" and saved["identity"].get(k) != identity[k]]
             if changed:
                 raise InputError(
                     f"--resume: {self.dir} was started with another {', '.join(changed)}; choose another --out_dir"
                 )
-            self._truncate_metrics(step)
-            return saved["state"], step
-        self._truncate_metrics(0)
-        return state, 0
+            state, done = saved["state"], step
+            break
+        for step in damaged:  # out of the way of the one that will be saved there again
+            self.checkpoints.delete(step)
+        self._truncate_metrics(done)
+        return state, done
 
     def _truncate_metrics(self, step: int) -> None:
         path = self.dir / "metrics.jsonl"

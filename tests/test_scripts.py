@@ -8,6 +8,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -282,6 +283,37 @@ def test_stop_and_resume_is_bit_identical(space, runs, monkeypatch):
     again = run(space, "b5_cts", "resumed", resume=True)  # finished: shows its result, trains nothing
     strip = lambda result: {k: v for k, v in result.items() if k not in ("timings", "args", "versions", "traces")}
     assert json.dumps(strip(again)) == json.dumps(strip(runs["b5"]))
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(space, runs, capsys):
+    """A b3 run without its result, its last checkpoint cut off: it goes on from the one before, to the same bits."""
+    whole = run_dir(space, "b3", "b3_grpo_verifier")
+    for damage in ("cut", "gone"):
+        copy = space / damage / whole.name
+        shutil.copytree(whole, copy)
+        shutil.copytree(space / "b3" / "base", space / damage / "base")
+        (copy / "result.json").unlink()
+        files = [f for f in (copy / "checkpoints" / "3" / "state").rglob("*") if f.is_file()]
+        largest = max(files, key=lambda f: f.stat().st_size)
+        if damage == "cut":
+            largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+        else:
+            largest.unlink()
+        run(space, "b3_grpo_verifier", damage, resume=True)
+        assert "checkpoint 3 in" in capsys.readouterr().out
+        assert metrics(copy) == metrics(whole)
+        a, b = checkpoint(whole), checkpoint(copy)
+        for part in a:
+            for name in a[part]:
+                np.testing.assert_array_equal(a[part][name], b[part][name], err_msg=name)
+
+
+def test_resume_with_another_flag_names_it(space, runs):
+    whole = run_dir(space, "b3", "b3_grpo_verifier")
+    shutil.copytree(whole, space / "flag" / whole.name)
+    (space / "flag" / whole.name / "result.json").unlink()
+    with pytest.raises(cts.InputError, match=r"--temperature 0.7 \(now 0.9\)"):
+        run(space, "b3_grpo_verifier", "flag", resume=True, temperature=0.9)
 
 
 def test_not_finite_stops_with_step_and_batch(space, monkeypatch):
