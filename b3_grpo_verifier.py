@@ -235,7 +235,6 @@ def main(args: Args) -> dict:
     # ---- base: what there is to improve ---------------------------------------------------------------------------
     evaluator = cts.Evaluator(graphdef, tokenizer, replay["test"], shapes, mesh, dtype)
     validation = cts.Evaluator(graphdef, tokenizer, replay["val"], shapes, mesh, dtype)
-
     eval_key = jax.random.key(cts.STREAM_EVAL)  # fixed, so that all seeds and methods share one report on the base
     sample = lambda batch: rollout(base_params, batch["prompt"], batch["prompt_len"], eval_key)
     base = cts.base_report(base_dir, evaluator, base_params, sample, replay["train"], (B, G, args.temperature, dtype))
