@@ -17,6 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import b5_cts
 import cts_common as cts
 import teacher
 
@@ -45,6 +46,11 @@ def tiny_session():
 
 
 def run(space, script, out, **changes):
+    """The script's result; all output folders of the session share one base."""
+    (space / out).mkdir(exist_ok=True)
+    (space / "base").mkdir(exist_ok=True)
+    if not (space / out / "base").exists():
+        (space / out / "base").symlink_to(space / "base", target_is_directory=True)
     module = importlib.import_module(script)
     return module.main(module.Args(**{**TINY, "replay": str(space / "replay"), "out_dir": str(space / out), **changes}))
 
@@ -183,8 +189,8 @@ def test_every_trainable_leaf_moves(space, runs):
 
 
 def test_micro_batches_give_the_same_step(space, runs):
-    run(space, "b5_cts", "micro", micro_batch=1)
-    whole, parts = metrics(run_dir(space, "b5", "b5_cts")), metrics(run_dir(space, "micro", "b5_cts"))
+    run(space, "b3_grpo_verifier", "micro", micro_batch=4)  # the others: one prompt at a time, the choice on a CPU
+    whole, parts = (metrics(run_dir(space, out, "b3_grpo_verifier")) for out in ("micro", "b3"))
     assert whole[0].keys() == parts[0].keys()
     for key, value in whole[0].items():
         assert parts[0][key] == pytest.approx(value, rel=2e-4, abs=1e-5), key
@@ -198,9 +204,8 @@ def test_four_devices_equal_one(space, runs):
         "b5_cts.main(b5_cts.Args(**flags))\n"
     )
     env = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"}
-    base = space / "b5" / "base"
     (space / "four").mkdir()
-    (space / "four" / "base").symlink_to(base)  # the same base, not one trained on four devices
+    (space / "four" / "base").symlink_to(space / "base")  # the same base, not one trained on four devices
     done = subprocess.run(
         [sys.executable, "-c", driver], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
     )
@@ -215,9 +220,7 @@ def test_four_devices_equal_one(space, runs):
 ABLATIONS = {
     "redacted": dict(critique="redacted"),
     "online": dict(critique="online", align="soft_dtw", target="random"),
-    "frozen": dict(
-        critique="shuffled", align="l2", target="ref_only", energy="frozen", kl_coef=0.01, loss_norm="token"
-    ),
+    "frozen": dict(critique="shuffled", align="l2", target="ref_only", energy="frozen", kl_coef=0.01, truncated="keep"),
 }
 
 
@@ -227,6 +230,7 @@ def ablations(space, tiny_session):
     return {name: run(space, "b5_cts", name, **flags) for name, flags in ABLATIONS.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ABLATIONS)
 def test_ablations_and_controls_run(space, ablations, name):
     rows = metrics(run_dir(space, name, "b5_cts"))
@@ -236,6 +240,7 @@ def test_ablations_and_controls_run(space, ablations, name):
         assert rows[0]["losses/kl"] == pytest.approx(0.0, abs=1e-6) and rows[1]["losses/kl"] > 0
 
 
+@pytest.mark.slow
 def test_a_frozen_energy_stays(space, ablations):
     directory = run_dir(space, "frozen", "b5_cts")
     early, late = checkpoint(directory, 2)["params"], checkpoint(directory, 3)["params"]
@@ -285,13 +290,45 @@ def test_stop_and_resume_is_bit_identical(space, runs, monkeypatch):
     assert json.dumps(strip(again)) == json.dumps(strip(runs["b5"]))
 
 
+@pytest.mark.slow
+def test_killed_at_random_steps_and_in_a_save(space, runs):
+    """SIGKILL five times, once inside a save; resumed each time, the run ends as one that was never killed."""
+    flags = dict(TINY, steps=8, save_every=1, replay=str(space / "replay"), resume=True)
+    for name in ("never", "killed"):
+        (space / name).mkdir()
+        (space / name / "base").symlink_to(space / "base")
+    module = importlib.import_module("b3_grpo_verifier")
+    module.main(module.Args(**flags, out_dir=str(space / "never")))
+    driver = (
+        "import dataclasses, os, signal, cts_common as cts, b3_grpo_verifier as b3, orbax.checkpoint as ocp\n"
+        f"cts.TASKS['fixtures_math'] = dataclasses.replace(cts.TASKS['fixtures_math'], {TINY_TASK})\n"
+        "def die(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "{where}\n"
+        f"b3.main(b3.Args(**{flags!r}, out_dir={str(space / 'killed')!r}))\n"
+    )
+    in_log = "log = cts.Run.log\ncts.Run.log = lambda self, row, step: (log(self, row, step), step == {at} and die())"
+    in_save = (
+        "import threading\nsave = cts.Run.save\n"
+        "cts.Run.save = lambda *a: (threading.Timer(0.05, die).start(), save(*a))"
+    )
+    for where in (*(in_log.format(at=at) for at in (0, 1, 3, 6)), in_save):
+        done = subprocess.run([sys.executable, "-c", driver.replace("{where}", where)], cwd=ROOT, timeout=300)
+        assert done.returncode == -signal.SIGKILL
+    module.main(module.Args(**flags, out_dir=str(space / "killed")))
+    whole, killed = (run_dir(space, name, "b3_grpo_verifier") for name in ("never", "killed"))
+    assert metrics(whole) == metrics(killed)
+    a, b = checkpoint(whole), checkpoint(killed)
+    for part in a:
+        for name in a[part]:
+            np.testing.assert_array_equal(a[part][name], b[part][name], err_msg=name)
+
+
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(space, runs, capsys):
     """A b3 run without its result, its last checkpoint cut off: it goes on from the one before, to the same bits."""
     whole = run_dir(space, "b3", "b3_grpo_verifier")
     for damage in ("cut", "gone"):
         copy = space / damage / whole.name
         shutil.copytree(whole, copy)
-        shutil.copytree(space / "b3" / "base", space / damage / "base")
         (copy / "result.json").unlink()
         files = [f for f in (copy / "checkpoints" / "3" / "state").rglob("*") if f.is_file()]
         largest = max(files, key=lambda f: f.stat().st_size)
@@ -348,7 +385,7 @@ def test_bad_input_is_one_line_and_writes_no_run(space, changes, words):
 def test_unwritable_output_directory(space):
     (space / "a_file").write_text("")
     with pytest.raises(cts.InputError, match="cannot write there"):
-        run(space, "b5_cts", "a_file/runs")
+        b5_cts.main(b5_cts.Args(**TINY, out_dir=str(space / "a_file" / "runs")))
 
 
 def test_malformed_replay_names_file_and_line(space):
