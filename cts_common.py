@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import gc
 import hashlib
 import inspect
 import itertools
@@ -2679,6 +2680,8 @@ class Run:
             break
         for step in damaged:  # out of the way of the one that will be saved there again
             self.checkpoints.delete(step)
+        if damaged:
+            gc.collect()  # ends the coroutines that Orbax leaves behind now, not inside ast.parse (a CPython 3.11 bug)
         self._truncate_metrics(done)
         return state, done
 
