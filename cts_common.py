@@ -1390,8 +1390,8 @@ def train_base(task: Task, quads: list[Quadruple], tokenizer: Tokenizer, cfg: Mo
 def nano_base(task_name: str, quads: list[Quadruple], out_dir: str) -> pathlib.Path:
     """Directory of the task's nano base; trained once and cached under a key of all that went into it."""
     task = TASKS[task_name]
-    sources = (ModelConfig, Blocks, Decoder, attend, token_logp, base_documents, pack_documents, base_optimizer,
-               train_base, train_tokenizer)  # fmt: skip
+    sources = (ModelConfig, Blocks, Decoder, rms_norm, rope_table, rotate, dense, attend, token_logp, base_documents,
+               pack_documents, base_optimizer, train_base, train_tokenizer)  # fmt: skip
     key = [dataclasses.astuple(task)[2:], replay_sha256(quads), templates_sha256(), jax.__version__]
     constants = [BASE_ROWS, BASE_LR, BASE_PROMPT_WEIGHT, BASE_PROSE, BASE_SEED, _SPLIT]
     key = sha256(json.dumps([*key, *constants, *(inspect.getsource(f) for f in sources)]))
@@ -2341,6 +2341,7 @@ def precheck(evaluator: Evaluator, params, sample, prompts: int, replay_train: l
         "accuracy_with_f": score(with_f),
         "accuracy_without_f": score(without),
         "leak_rate": replay_report(quads)["leak_rate"],
+        "groups": len(std_n),
         "zero_std_frac": mean(float(std == 0) for std in std_n),
     }
 
@@ -2350,7 +2351,7 @@ def base_report(
 ) -> dict[str, Any]:
     """{"summary", "precheck"} of the base, cached beside it under a key of everything the numbers depend on."""
     key = [replay_sha256(evaluator.quads), verifier_sha256(), sorted(evaluator.shapes.items()), *map(str, settings)]
-    parts = (Evaluator, generate, score_record, summarize, precheck)
+    parts = (Evaluator, generate, first_argmax, score_record, summarize, precheck)
     path = directory / f"report_{sha256(json.dumps(key) + ''.join(inspect.getsource(p) for p in parts))[:16]}.json"
     if not path.is_file():
         report = {
@@ -2653,8 +2654,9 @@ class Run:
     def restore(self, state, identity: dict[str, Any]):
         """(state, finished steps) of the newest readable checkpoint, or (state, 0); later metrics lines are dropped.
 
-        A damaged checkpoint (cut off, half deleted) is named, removed, and the one before it used. InputError if the
-        checkpoint was made under another identity: it names the fields that changed.
+        A damaged checkpoint (cut off, half deleted) is named, the one before it used, and only then the damaged one
+        removed. InputError if none can be read, or if the checkpoint was made under another identity: it names the
+        fields that changed.
         """
         abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
         as_args, done, damaged = self._ocp.args, 0, []
@@ -2667,7 +2669,7 @@ class Run:
             except Exception as e:  # a cut-off data file makes Orbax raise plain Exception
                 reason = " ".join(str(e).split())[:80]
                 print(
-                    f"checkpoint {step} in {self.dir} is damaged ({type(e).__name__}: {reason}); using the one before"
+                    f"checkpoint {step} in {self.dir} is damaged ({type(e).__name__}: {reason}); trying the one before"
                 )
                 damaged.append(step)
                 continue
@@ -2678,6 +2680,10 @@ class Run:
                 )
             state, done = saved["state"], step
             break
+        if damaged and not done:
+            raise InputError(
+                f"--resume: no checkpoint in {self.dir / 'checkpoints'} can be read; remove that folder to start over"
+            )
         for step in damaged:  # out of the way of the one that will be saved there again
             self.checkpoints.delete(step)
         if damaged:
@@ -2804,7 +2810,7 @@ def print_precheck(check: dict[str, float]) -> None:
     print(
         f"Pre-check of the base on {check['n']} training problems: y0 right {check['accuracy_y0']:.1%}; revised with f"
         f" {check['accuracy_with_f']:.1%}, without f {check['accuracy_without_f']:.1%}; answer leaked by f"
-        f" {check['leak_rate']:.1%}; groups without variance {check['zero_std_frac']:.1%}."
+        f" {check['leak_rate']:.1%}; groups without variance {check['zero_std_frac']:.1%} of {check['groups']}."
     )
     if gain >= 0.03:
         print(f"The critique carries signal: {100 * gain:+.1f} points for this base.")
