@@ -342,7 +342,7 @@ def test_print_summary(capsys, tmp_path):
 def test_print_precheck(capsys, gain, says):
     """In plain words whether the critique helps; 3 points are wanted."""
     cts.print_precheck({"n": 8, "accuracy_y0": 0.0, "accuracy_with_f": 0.5 + gain, "accuracy_without_f": 0.5,
-                        "leak_rate": 0.25, "zero_std_frac": 0.125})  # fmt: skip
+                        "leak_rate": 0.25, "zero_std_frac": 0.125, "groups": 8})  # fmt: skip
     out = capsys.readouterr().out
     assert says in out
     assert "answer leaked by f 25.0%" in out

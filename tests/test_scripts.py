@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import difflib
+import glob
 import importlib
 import json
 import os
@@ -16,6 +17,7 @@ import sys
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tiny
 
 import b5_cts
 import cts_common as cts
@@ -23,8 +25,10 @@ import teacher
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = ("b3_grpo_verifier", "b5_cts")
-TINY = dict(steps=3, prompts=4, group=2, max_new_tokens=48, wandb="disabled", save_every=2)
-TINY_TASK = "base_steps=6, base_width=256"
+IN_TINY = (  # opens the other processes' programs
+    "import functools, sys; sys.path.insert(0, 'tests'); import cts_common as cts, tiny\n"
+    "tiny.install(functools.partial(setattr, cts))\n"
+)
 
 
 @pytest.fixture(scope="session")
@@ -38,10 +42,9 @@ def space(tmp_path_factory):
 
 @pytest.fixture(scope="session", autouse=True)
 def tiny_session():
-    """A base of a few steps: these tests are about the loop, not about learning."""
+    """tiny.py in place for these tests, and out of it for others."""
     with pytest.MonkeyPatch.context() as patch:
-        task = cts.TASKS["fixtures_math"]
-        patch.setitem(cts.TASKS, "fixtures_math", dataclasses.replace(task, base_steps=6, base_width=256))
+        tiny.install(lambda name, value: patch.setattr(cts, name, value))
         yield
 
 
@@ -52,7 +55,9 @@ def run(space, script, out, **changes):
     if not (space / out / "base").exists():
         (space / out / "base").symlink_to(space / "base", target_is_directory=True)
     module = importlib.import_module(script)
-    return module.main(module.Args(**{**TINY, "replay": str(space / "replay"), "out_dir": str(space / out), **changes}))
+    return module.main(
+        module.Args(**{**tiny.FLAGS, "replay": str(space / "replay"), "out_dir": str(space / out), **changes})
+    )
 
 
 def run_dir(space, out, script):
@@ -128,6 +133,13 @@ def test_the_common_module_knows_no_method():
 
 
 # ---- what a run leaves behind ---------------------------------------------------------------------------------------
+def test_the_policy_gets_a_gradient(space, runs):
+    """Without it the comparisons below would compare 0 with 0."""
+    for out, script in (("b3", "b3_grpo_verifier"), ("b5", "b5_cts"), ("a1", "b5_cts")):
+        rows = metrics(run_dir(space, out, script))
+        assert all(row["losses/grad_norm"] > 0 and row["losses/policy_loss"] != 0 for row in rows[:2]), out
+
+
 def test_a_run_writes_its_result(space, runs):
     directory = run_dir(space, "b3", "b3_grpo_verifier")
     assert json.loads((directory / "result.json").read_text()) == json.loads(json.dumps(runs["b3"]))
@@ -198,9 +210,8 @@ def test_micro_batches_give_the_same_step(space, runs):
 
 def test_four_devices_equal_one(space, runs):
     driver = (
-        "import dataclasses, cts_common as cts, b5_cts\n"
-        f"cts.TASKS['fixtures_math'] = dataclasses.replace(cts.TASKS['fixtures_math'], {TINY_TASK})\n"
-        f"flags = dict({TINY!r}, replay={str(space / 'replay')!r}, out_dir={str(space / 'four')!r}, mesh='2,2')\n"
+        f"{IN_TINY}import b5_cts\n"
+        f"flags = dict({tiny.FLAGS!r}, replay={str(space / 'replay')!r}, out_dir={str(space / 'four')!r}, mesh='2,2')\n"
         "b5_cts.main(b5_cts.Args(**flags))\n"
     )
     env = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"}
@@ -291,29 +302,30 @@ def test_stop_and_resume_is_bit_identical(space, runs, monkeypatch):
 
 
 @pytest.mark.slow
-def test_killed_at_random_steps_and_in_a_save(space, runs):
-    """SIGKILL five times, once inside a save; resumed each time, the run ends as one that was never killed."""
-    flags = dict(TINY, steps=8, save_every=1, replay=str(space / "replay"), resume=True)
+def test_killed_at_four_steps_and_in_a_save(space, runs):
+    """SIGKILL five times, once half-way through a save; resumed each time, it ends as one that was never killed."""
+    flags = dict(tiny.FLAGS, steps=8, save_every=1, replay=str(space / "replay"), resume=True)
     for name in ("never", "killed"):
         (space / name).mkdir()
         (space / name / "base").symlink_to(space / "base")
     module = importlib.import_module("b3_grpo_verifier")
     module.main(module.Args(**flags, out_dir=str(space / "never")))
     driver = (
-        "import dataclasses, os, signal, cts_common as cts, b3_grpo_verifier as b3, orbax.checkpoint as ocp\n"
-        f"cts.TASKS['fixtures_math'] = dataclasses.replace(cts.TASKS['fixtures_math'], {TINY_TASK})\n"
+        f"{IN_TINY}import glob, os, signal, threading, time, cts_common as cts, b3_grpo_verifier as b3\n"
         "def die(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)\n"
         "{where}\n"
         f"b3.main(b3.Args(**{flags!r}, out_dir={str(space / 'killed')!r}))\n"
     )
     in_log = "log = cts.Run.log\ncts.Run.log = lambda self, row, step: (log(self, row, step), step == {at} and die())"
+    half = f"{space / 'killed'}/b3*/checkpoints/*tmp*"  # where Orbax writes before it renames
     in_save = (
-        "import threading\nsave = cts.Run.save\n"
-        "cts.Run.save = lambda *a: (threading.Timer(0.05, die).start(), save(*a))"
+        f"def watch():\n    while not glob.glob({half!r}): time.sleep(0.001)\n    die()\n"
+        "save = cts.Run.save\ncts.Run.save = lambda *a: (threading.Thread(target=watch).start(), save(*a))"
     )
     for where in (*(in_log.format(at=at) for at in (0, 1, 3, 6)), in_save):
         done = subprocess.run([sys.executable, "-c", driver.replace("{where}", where)], cwd=ROOT, timeout=300)
         assert done.returncode == -signal.SIGKILL
+    assert glob.glob(half)
     module.main(module.Args(**flags, out_dir=str(space / "killed")))
     whole, killed = (run_dir(space, name, "b3_grpo_verifier") for name in ("never", "killed"))
     assert metrics(whole) == metrics(killed)
@@ -343,6 +355,18 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(space, runs, c
         for part in a:
             for name in a[part]:
                 np.testing.assert_array_equal(a[part][name], b[part][name], err_msg=name)
+
+
+def test_no_readable_checkpoint_is_refused_and_none_removed(space, runs):
+    whole = run_dir(space, "b3", "b3_grpo_verifier")
+    copy = space / "unreadable" / whole.name
+    shutil.copytree(whole, copy)
+    (copy / "result.json").unlink()
+    for step in ("2", "3"):
+        (copy / "checkpoints" / step / "state" / "manifest.ocdbt").write_bytes(b"")
+    with pytest.raises(cts.InputError, match=r"no checkpoint in .* can be read"):
+        run(space, "b3_grpo_verifier", "unreadable", resume=True)
+    assert {"2", "3"} <= {f.name for f in (copy / "checkpoints").iterdir()}
 
 
 def test_resume_with_another_flag_names_it(space, runs):
@@ -385,7 +409,7 @@ def test_bad_input_is_one_line_and_writes_no_run(space, changes, words):
 def test_unwritable_output_directory(space):
     (space / "a_file").write_text("")
     with pytest.raises(cts.InputError, match="cannot write there"):
-        b5_cts.main(b5_cts.Args(**TINY, out_dir=str(space / "a_file" / "runs")))
+        b5_cts.main(b5_cts.Args(**tiny.FLAGS, out_dir=str(space / "a_file" / "runs")))
 
 
 def test_malformed_replay_names_file_and_line(space):

@@ -1,0 +1,37 @@
+"""What end-to-end tests run on, in this process and in others: a small base of a few steps, short completions, and a
+reward that such a base can win. Without it every advantage is 0, no weight moves, and nothing compared can differ."""
+
+import dataclasses
+import zlib
+
+import numpy as np
+
+import cts_common as cts
+
+FLAGS = dict(
+    steps=3, prompts=4, group=4, max_new_tokens=48, wandb="disabled", save_every=2, temperature=0.7, truncated="keep"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TinyConfig(cts.ModelConfig):
+    """The nano model's architecture at a fraction of its size."""
+
+    d_model: int = 64
+    n_layers: int = 2
+    head_dim: int = 16
+    d_ff: int = 128
+
+
+def parity_scores(texts: list[str], quads: list[cts.Quadruple]) -> np.ndarray:
+    """A 0/1 reward [B, G] of any text: the parity of its checksum."""
+    return np.array([zlib.crc32(t.encode()) % 2 for t in texts], np.float32).reshape(len(quads), -1)
+
+
+def install(patch) -> None:
+    """Put all of it in place; `patch(name, value)` sets an attribute of cts_common."""
+    task = dataclasses.replace(cts.TASKS["fixtures_math"], base_steps=6, base_width=256)
+    patch("TASKS", {**cts.TASKS, "fixtures_math": task})
+    patch("ModelConfig", TinyConfig)
+    patch("outcome_scores", parity_scores)
+    patch("PRECHECK_GROUPS", 8)
