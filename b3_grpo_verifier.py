@@ -26,7 +26,6 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tqdm import tqdm
 
 import cts_common as cts
 
@@ -69,6 +68,8 @@ class Args:
     """peak AdamW learning rate, decayed linearly to 0 over the run"""
     micro_batch: int = 0
     """prompts per micro-batch; 0 = one per device on CPUs (what fits the cache is fastest), elsewhere all at once"""
+    hosts: str = "auto"
+    """hosts of this run: auto = what a TPU pod, srun, Kubernetes or Open MPI tells; else ADDRESS:PORT,COUNT,INDEX"""
     mesh: str = "auto"
     """device mesh DATA,MODEL, e.g. 4,2; auto = all devices on data"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -165,7 +166,7 @@ def main(args: Args) -> dict:
     M = B * G
     run = cts.Run(args, method)
     if run.finished:
-        print(f"{run.name} has finished already: {run.dir / 'result.json'}")
+        cts.say(f"{run.name} has finished already: {run.dir / 'result.json'}")
         return run.result()
 
     # ---- parameters, optimizer, shardings -------------------------------------------------------------------------
@@ -180,7 +181,7 @@ def main(args: Args) -> dict:
     )
     opt_state = {name: tx.init(subtree) for name, subtree in params.items()}
     state_sharding = cts.shard_rule(mesh, (params, opt_state))
-    params, opt_state = jax.device_put((params, opt_state), state_sharding)
+    params, opt_state = cts.put((params, opt_state), state_sharding)
     by_row, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
 
     # ---- jitted functions -----------------------------------------------------------------------------------------
@@ -224,7 +225,6 @@ def main(args: Args) -> dict:
         def add(grads, one):
             new, metrics = jax.grad(loss_fn, has_aux=True)(params, one, denom, base_params)
             return jax.tree.map(jnp.add, grads, new), metrics
-
         grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
         metrics = jax.tree.map(lambda a: a.sum(0), metrics)
         metrics["losses/grad_norm"] = (optax.tree.norm(grads["policy"]), 1.0)
@@ -248,16 +248,16 @@ def main(args: Args) -> dict:
     run.start({**dataclasses.asdict(args), "identity": identity})
     (params, opt_state), first_step = run.restore((params, opt_state), identity)
     clock = cts.StepClock()
-    progress = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, desc=method, unit="step")
+    progress = cts.progress(range(first_step, args.steps), initial=first_step, total=args.steps, desc=method)
     for step in progress:
         clock.start()
         quads = [replay["train"][i] for i in cts.data_indices(len(replay["train"]), B, args.seed, step)]
         batch = cts.pack_revise(tokenizer, quads, shapes)
 
         # ---- rollout ----
-        device_batch = jax.device_put(batch, by_row)
+        device_batch = cts.put(batch, by_row)
         step_key = jax.random.fold_in(rollout_key, step)
-        out = jax.device_get(rollout(params["policy"], device_batch["prompt"], device_batch["prompt_len"], step_key))
+        out = cts.fetch(rollout(params["policy"], device_batch["prompt"], device_batch["prompt_len"], step_key))
         clock.mark("rollout")
 
         # ---- score ----
@@ -288,8 +288,8 @@ def main(args: Args) -> dict:
         clock.mark("score")
 
         # ---- update ----
-        params, opt_state, sums = train_step(params, opt_state, jax.device_put(batch, by_row), denom, base_params)
-        metrics = cts.reduce(jax.device_get(sums))
+        params, opt_state, sums = train_step(params, opt_state, cts.put(batch, by_row), denom, base_params)
+        metrics = cts.reduce(cts.fetch(sums))
         clock.mark("update")
 
         # ---- log, save ----

@@ -26,7 +26,6 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from tqdm import tqdm
 
 import cts_common as cts
 
@@ -69,6 +68,8 @@ class Args:
     """peak AdamW learning rate, decayed linearly to 0 over the run"""
     micro_batch: int = 0
     """prompts per micro-batch; 0 = one per device on CPUs (what fits the cache is fastest), elsewhere all at once"""
+    hosts: str = "auto"
+    """hosts of this run: auto = what a TPU pod, srun, Kubernetes or Open MPI tells; else ADDRESS:PORT,COUNT,INDEX"""
     mesh: str = "auto"
     """device mesh DATA,MODEL, e.g. 4,2; auto = all devices on data"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -218,8 +219,7 @@ def cts_losses(states, critic: Critic, batch, dtype, args: Args):
     whole batch. y1 is decoded from `prefix`, the revise prompts' own, without computing the prompt again."""
     (model, last_B, prefix, prompt_hidden_BPD), stop = states, jax.lax.stop_gradient
     # L_decode: y1 is one more completion of the revise prompt
-    y1_hidden_BTD = model(last_B, batch["y1"], prefix, dtype)
-    y1_logp_BT, _ = cts.token_logp(y1_hidden_BTD, batch["y1"], model.head_VD())
+    y1_logp_BT, _ = cts.token_logp(model(last_B, batch["y1"], prefix, dtype), batch["y1"], model.head_VD())
     decode_loss = -(y1_logp_BT * batch["decode_weight"]).sum()
     y0_BJD, y1_BJD, f_BD = step_states(model, batch, prompt_hidden_BPD, dtype)
     f_BR = critic.points(f_BD, critic.project_f)
@@ -291,7 +291,7 @@ def main(args: Args) -> dict:
     M = B * G
     run = cts.Run(args, method)
     if run.finished:
-        print(f"{run.name} has finished already: {run.dir / 'result.json'}")
+        cts.say(f"{run.name} has finished already: {run.dir / 'result.json'}")
         return run.result()
 
     # ---- parameters, optimizer, shardings -------------------------------------------------------------------------
@@ -309,7 +309,7 @@ def main(args: Args) -> dict:
     )
     opt_state = {name: tx.init(subtree) for name, subtree in params.items()}
     state_sharding = cts.shard_rule(mesh, (params, opt_state))
-    params, opt_state = jax.device_put((params, opt_state), state_sharding)
+    params, opt_state = cts.put((params, opt_state), state_sharding)
     by_row, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
 
     # ---- jitted functions -----------------------------------------------------------------------------------------
@@ -368,7 +368,6 @@ def main(args: Args) -> dict:
         def add(grads, one):
             new, metrics = jax.grad(loss_fn, has_aux=True)(params, one, denom, base_params)
             return jax.tree.map(jnp.add, grads, new), metrics
-
         grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
         metrics = jax.tree.map(lambda a: a.sum(0), metrics)
         metrics["losses/grad_norm"] = (optax.tree.norm(grads["policy"]), 1.0)
@@ -394,7 +393,7 @@ def main(args: Args) -> dict:
     run.start({**dataclasses.asdict(args), "identity": identity})
     (params, opt_state), first_step = run.restore((params, opt_state), identity)
     clock = cts.StepClock()
-    progress = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, desc=method, unit="step")
+    progress = cts.progress(range(first_step, args.steps), initial=first_step, total=args.steps, desc=method)
     for step in progress:
         clock.start()
         quads = [replay["train"][i] for i in cts.data_indices(len(replay["train"]), B, args.seed, step)]
@@ -413,9 +412,9 @@ def main(args: Args) -> dict:
         batch = cts.pack_revise(tokenizer, quads, shapes)
 
         # ---- rollout ----
-        device_batch = jax.device_put(batch, by_row)
+        device_batch = cts.put(batch, by_row)
         step_key = jax.random.fold_in(rollout_key, step)
-        out = jax.device_get(rollout(params["policy"], device_batch["prompt"], device_batch["prompt_len"], step_key))
+        out = cts.fetch(rollout(params["policy"], device_batch["prompt"], device_batch["prompt_len"], step_key))
         clock.mark("rollout")
 
         # ---- score ----
@@ -452,8 +451,8 @@ def main(args: Args) -> dict:
         clock.mark("score")
 
         # ---- update ----
-        params, opt_state, sums = train_step(params, opt_state, jax.device_put(batch, by_row), denom, base_params)
-        metrics = cts.reduce(jax.device_get(sums))
+        params, opt_state, sums = train_step(params, opt_state, cts.put(batch, by_row), denom, base_params)
+        metrics = cts.reduce(cts.fetch(sums))
         clock.mark("update")
 
         # ---- log, save ----
@@ -482,12 +481,12 @@ def main(args: Args) -> dict:
     final = cts.summarize(records)
     # CTS: does the energy rise on the step that the critique points at?
     energy_auc = []
-    for i in tqdm(range(0, len(replay["test"]) - B + 1, B), desc="energies", unit="batch", leave=False):
+    for i in cts.progress(range(0, len(replay["test"]) - B + 1, B), desc="energies", unit="batch", leave=False):
         quads = replay["test"][i : i + B]
         batch = cts.pack_revise(tokenizer, quads, shapes)
         batch |= cts.pack_trajectories(tokenizer, quads, shapes, batch)
-        energy_BJ, n_B = step_energies(params, jax.device_put(batch, by_row)), batch["y0_mask"].sum(1).astype(int)
-        energy_auc += [cts.detector_auc(e[:n], o[:n]) for e, o, n in zip(np.asarray(energy_BJ), batch["overlap"], n_B)]
+        energy_BJ, n_B = cts.fetch(step_energies(params, cts.put(batch, by_row))), batch["y0_mask"].sum(1).astype(int)
+        energy_auc += [cts.detector_auc(e[:n], o[:n]) for e, o, n in zip(energy_BJ, batch["overlap"], n_B)]
     final["energy_auc"] = cts.mean(energy_auc)
     counted = cts.count_budgets(first_step + clock.steps, B, G, shapes, len(records))
     result = cts.make_result(args, method, identity, counted, replay, base, records, final, clock.summary(run))

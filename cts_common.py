@@ -1,8 +1,8 @@
 """Everything the method scripts share, and nothing of any method.
 
-Sections: 0 constants - 1 data - 2 tokenizer and packing - 3 verifier - 4 decoder - 5 mesh - 6 log-probs and sampling -
-7 distances of padded trajectories - 8 the nano base - 9 checkpoints - 10 evaluation - 11 fairness fingerprint -
-12 run plumbing.
+Sections: 0 constants - 1 data - 2 tokenizer and packing - 3 verifier - 4 decoder - 5 hosts and mesh - 6 log-probs and
+sampling - 7 distances of padded trajectories - 8 the nano base - 9 checkpoints - 10 evaluation - 11 fairness
+fingerprint - 12 run plumbing.
 
 Axis letters, used as suffixes wherever axes matter: B prompts, G completions per prompt, M = B*G rows, P prompt length,
 T completion time, S key time, V vocabulary, D model, N heads, K key/value heads, H head dim, F feed-forward, L layers,
@@ -17,6 +17,7 @@ import datetime
 import functools
 import gc
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -40,6 +41,7 @@ import optax
 import tokenizers
 import tyro
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
@@ -361,10 +363,8 @@ def load_replay(task: str, replay_dir: str | None, data_dir: str | None) -> dict
     if missing:
         import teacher
 
-        print(
-            f"No replay for {task} in {directory} yet: making it with the keyless perturb teacher (teacher.py --help)."
-        )
-        teacher.main(teacher.Args(task=task, data_dir=data_dir, out=str(directory)))
+        say(f"No replay for {task} in {directory} yet: making it with the keyless perturb teacher (teacher.py --help).")
+        on_leader(teacher.main, teacher.Args(task=task, data_dir=data_dir, out=str(directory)))
     replay = {split: read_replay(directory / f"{split}.jsonl") for split in ("train", "val", "test")}
     check_leakage(replay)
     return replay
@@ -1081,9 +1081,115 @@ def last_tokens(prompt_BP, len_B):
     return jnp.take_along_axis(prompt_BP, (len_B - 1)[:, None], 1)[:, 0]
 
 
-# ---- 5 mesh -------------------------------------------------------------------------------------------------------
-# What: the (data, model) mesh and the one table that shards every weight. Used by: all trainers.
-# Tested in: tests/test_scripts.py (one device = four).
+# ---- 5 hosts and mesh ---------------------------------------------------------------------------------------------
+# What: one run on several hosts; the (data, model) mesh and the one table that shards every weight. Used by: all
+# trainers. Tested in: tests/test_devices.py (one device = eight, one process = two).
+#
+# Every host runs the same program and meets the others in the same collectives. Process 0 alone writes and prints, in
+# `on_leader` or behind `leads()`; all hosts read what it wrote, so out_dir, replay and checkpoints lie on a file system
+# that all of them see.
+def start_hosts(spec: str) -> None:
+    """Join the run's other hosts, before any device is used. `--hosts` is auto (what a TPU pod, Slurm under srun, an
+    indexed Kubernetes job or Open MPI tell) or ADDRESS:PORT,COUNT,INDEX; InputError if it is neither, or they do not
+    meet."""
+    if jax.distributed.is_initialized():
+        return
+    env, given = os.environ, {}
+    if spec != "auto":
+        try:
+            address, count, index = spec.split(",")
+            given = {"coordinator_address": address, "num_processes": int(count), "process_id": int(index)}
+        except ValueError:
+            raise InputError(f"--hosts {spec}: expected auto or ADDRESS:PORT,COUNT,INDEX") from None
+    detected = (
+        int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+        or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
+        or ("KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env)
+        or (importlib.util.find_spec("libtpu") and any(pathlib.Path("/dev").glob("accel*")))
+        or (importlib.util.find_spec("libtpu") and any(pathlib.Path("/dev/vfio").glob("[0-9]*")))
+    )
+    if not given and not detected:
+        return
+    try:
+        jax.distributed.initialize(**given)
+    except (ValueError, RuntimeError) as e:
+        raise InputError(f"--hosts {spec}: the hosts did not meet ({' '.join(str(e).split())[:200]})") from None
+
+
+def leads() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return jax.process_index() == 0
+
+
+def say(*words) -> None:
+    """Print, once per run."""
+    if leads():
+        print(*words)
+
+
+def progress(steps, **options):
+    """A tqdm bar over steps, shown once per run."""
+    return tqdm(steps, disable=not leads(), **{"unit": "step", **options})
+
+
+def broadcast(value: str) -> str:
+    """Process 0's text, on every host."""
+    if jax.process_count() == 1:
+        return value
+    raw = np.frombuffer(value.encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(raw))))
+    buffer = np.zeros(size, np.uint8)
+    if leads():
+        buffer[:] = raw
+    return multihost_utils.broadcast_one_to_all(buffer).tobytes().decode()
+
+
+def on_leader(f, *args) -> None:
+    """Run f on process 0 while the others wait; its InputError is raised on all of them."""
+    error = ""
+    if leads():
+        try:
+            f(*args)
+        except InputError as e:
+            error = str(e)
+    error = broadcast(error)
+    if error:
+        raise InputError(error)
+
+
+def put(tree, shardings):
+    """The tree on the mesh. On several hosts each hands its own shards over, of values that all of them hold."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def one(leaf, sharding):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return leaf if leaf.sharding.is_equivalent_to(sharding, leaf.ndim) else jax.device_put(leaf, sharding)
+        host = np.asarray(leaf)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    if isinstance(shardings, NamedSharding):
+        shardings = jax.tree.map(lambda _: shardings, tree)
+    return jax.tree.map(one, tree, shardings)
+
+
+def fetch(tree):
+    """The whole tree as NumPy arrays, on every host."""
+    whole = lambda a: not isinstance(a, jax.Array) or a.is_fully_addressable or a.is_fully_replicated
+    gather = lambda a: np.asarray(a) if whole(a) else multihost_utils.process_allgather(a, tiled=True)
+    return jax.device_get(tree) if jax.process_count() == 1 else jax.tree.map(gather, tree)
+
+
+def by_host(score, texts: list[str], quads: list[Quadruple]) -> np.ndarray:
+    """[B, G] of `score(text, quadruple)` over B*G texts: every host scores its own prompts, then all know all."""
+    B, G, hosts = len(quads), len(texts) // len(quads), jax.process_count()
+    mine = range(jax.process_index() * B // hosts, (jax.process_index() + 1) * B // hosts)
+    scores = np.zeros((B, G), np.float32)
+    for b in mine:
+        scores[b] = [score(text, quads[b]) for text in texts[b * G : (b + 1) * G]]
+    return scores if hosts == 1 else multihost_utils.process_allgather(scores).sum(0)
+
+
 _RULES = {  # leaf name -> mesh axis of each dimension
     "embed": ("model", "data"), "head": ("model", "data"),
     "q": (None, "data", "model", None), "k": (None, "data", "model", None), "v": (None, "data", "model", None),
@@ -1414,12 +1520,15 @@ def nano_base(task_name: str, quads: list[Quadruple], out_dir: str) -> pathlib.P
     constants = [BASE_ROWS, BASE_LR, BASE_PROMPT_WEIGHT, BASE_PROSE, BASE_SEED, _SPLIT]
     key = sha256(json.dumps([*key, *constants, *(inspect.getsource(f) for f in sources)]))
     directory = pathlib.Path(out_dir) / "base" / key[:16]
-    if not (directory / "tokenizer.json").is_file():  # written last
+
+    def build():
         tokenizer = train_tokenizer([revise_prompt(q.x, q.y0, q.f) + q.y1 for q in quads], task.nano_vocab)
         print(f"Building the nano base for {task_name} once (cached in {directory}).")
         params = train_base(task, quads, tokenizer, ModelConfig(tokenizer.vocab_size))
         save_weights(directory / "model.safetensors", params)
         write_atomic(directory / "tokenizer.json", tokenizer.inner.to_str())
+
+    on_leader(lambda: (directory / "tokenizer.json").is_file() or build())  # the tokenizer is written last
     return directory
 
 
@@ -1436,7 +1545,7 @@ def load_model(name: str, task_name: str, replay: dict[str, list[Quadruple]], ou
     cfg = ModelConfig(tokenizer.vocab_size)
     abstract = nnx.eval_shape(lambda: nnx.state(Decoder(cfg, nnx.Rngs(0)), nnx.Param))
     params = load_weights(directory / "model.safetensors", abstract)
-    return cfg, jax.device_put(params, shard_rule(mesh, params)), tokenizer, directory
+    return cfg, put(params, shard_rule(mesh, params)), tokenizer, directory
 
 
 def leaf_names(tree) -> dict[str, Any]:
@@ -1689,7 +1798,7 @@ class HFTensor:
 
     def write(self, leaf) -> np.ndarray:
         """The tensor, float32, from the whole leaf."""
-        array = np.asarray(leaf if self.layer is None else _take_layer(leaf, self.layer), np.float32)
+        array = np.asarray(fetch(leaf if self.layer is None else _take_layer(leaf, self.layer)), np.float32)
         return np.ascontiguousarray(array.transpose(self.order)).reshape(self.shape)
 
 
@@ -2024,8 +2133,9 @@ def write_hf_meta(directory: pathlib.Path, cfg: ModelConfig, tokenizer: Tokenize
             shutil.copyfile(source / name, directory / name)
 
 
-def write_hf_weights(directory: pathlib.Path, params, max_shard_bytes: int) -> None:
-    """model.safetensors, or numbered files of at most max_shard_bytes each (or one tensor) and their index."""
+def write_hf_weights(directory: pathlib.Path | None, params, max_shard_bytes: int) -> None:
+    """model.safetensors, or numbered files of at most max_shard_bytes each (or one tensor) and their index; without a
+    directory only the gathering from all hosts."""
     import safetensors.numpy
 
     leaves = leaf_names(params)
@@ -2040,13 +2150,14 @@ def write_hf_weights(directory: pathlib.Path, params, max_shard_bytes: int) -> N
         room -= size
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     files = files if len(shards) > 1 else ["model.safetensors"]
+    save = functools.partial(safetensors.numpy.save_file, metadata={"format": "pt"})  # transformers 4 asks for it
     for file, names in zip(files, shards):
-        safetensors.numpy.save_file(  # the arrays have no name here: they are gone before the next file's are made
-            {name: tensors[name].write(leaves[tensors[name].leaf]) for name in names},
-            directory / file,
-            {"format": "pt"},  # transformers 4 asks for it
-        )
-    if len(shards) > 1:
+        if directory:  # the arrays have no name here: they are gone before the next file's are made
+            save({name: tensors[name].write(leaves[tensors[name].leaf]) for name in names}, directory / file)
+        else:
+            for name in names:
+                tensors[name].write(leaves[tensors[name].leaf])
+    if directory and len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards) for name in names}
         total = sum(4 * math.prod(tensor.shape) for tensor in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -2071,6 +2182,9 @@ def save_hf(
     directory = pathlib.Path(directory).absolute()
     check_save_hf(directory)
     tmp = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    if not leads():  # it only takes part in the gathering
+        write_hf_weights(None, params, max_shard_bytes)
+        return
     try:
         tmp.mkdir(parents=True)
         write_hf_meta(tmp, cfg, tokenizer, source)
@@ -2139,14 +2253,14 @@ class Evaluator:
             some = pack_prompts(self.tokenizer, [prompts[j] for j in padded], width)
             narrow = bucket(int(some["prompt_len"].max()), width)
             batch = (some["prompt"][:, :narrow], some["prompt_len"], *(a[padded] for a in arrays))
-            yield len(index), jax.device_put(batch, self.data)
+            yield len(index), put(batch, self.data)
 
     def complete(self, params, prompts: list[str], width: int, desc: str = "") -> list[dict[str, Any]]:
         """Greedy completions: {"text", "tokens", "truncated"} per prompt; a progress bar if it gets a name."""
         done = []
-        with tqdm(total=len(prompts), desc=desc, unit="problem", leave=False, disable=not desc) as bar:
+        with tqdm(total=len(prompts), desc=desc, unit="problem", leave=False, disable=not (desc and leads())) as bar:
             for n, batch in self._batches(prompts, width):
-                out = jax.device_get(self._greedy(params, *batch))
+                out = fetch(self._greedy(params, *batch))
                 texts = decode_rows(self.tokenizer, out["tokens_MT"][:n], out["len_M"][:n])
                 done += [
                     {"text": t, "tokens": int(k), "truncated": bool(c)}
@@ -2162,7 +2276,7 @@ class Evaluator:
         tokens_BT, len_B = right_pad(ids, self.shapes["T_replay"], self.tokenizer.pad_id)
         rows = []
         for n, batch in self._batches(prompts, self.shapes["P_attempt"], tokens_BT):
-            rows += list(np.asarray(self._logp(params, *batch))[:n])
+            rows += list(fetch(self._logp(params, *batch))[:n])
         return [row[:k] for row, k in zip(rows, len_B)], [t[:k] for t, k in zip(ids, len_B)]
 
     def __call__(self, params, base_logp: list[np.ndarray] | None = None) -> list[dict[str, Any]]:
@@ -2304,16 +2418,12 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
 
 def outcome_scores(texts: list[str], quads: list[Quadruple]) -> np.ndarray:
     """Outcome reward [B, G] of B*G completions, in {0, 1}."""
-    G = len(texts) // len(quads)
-    scores = [score_math(text, quads[i // G].meta["answer"]) for i, text in enumerate(texts)]
-    return np.array(scores, np.float32).reshape(-1, G)
+    return by_host(lambda text, q: score_math(text, q.meta["answer"]), texts, quads)
 
 
 def process_scores(texts: list[str], quads: list[Quadruple]) -> np.ndarray:
     """Process reward [B, G] of B*G completions, in [0, 1]: `process_score` against the replay's revision."""
-    G = len(texts) // len(quads)
-    scores = [process_score(text, quads[i // G].y1) for i, text in enumerate(texts)]
-    return np.array(scores, np.float32).reshape(-1, G)
+    return by_host(lambda text, q: process_score(text, q.y1), texts, quads)
 
 
 def step_rewards(tokenizer: Tokenizer, tokens_MT, len_M, texts: list[str], quads: list[Quadruple]):
@@ -2348,7 +2458,7 @@ def precheck(evaluator: Evaluator, params, sample, prompts: int, replay_train: l
     for i in range(0, PRECHECK_GROUPS, prompts):
         some = [quads[j % len(quads)] for j in range(i, i + prompts)]
         batch = pack_prompts(evaluator.tokenizer, [revise_prompt(q.x, q.y0, q.f) for q in some], width)
-        out = jax.device_get(sample({k: jax.device_put(v, evaluator.data) for k, v in batch.items()}))
+        out = fetch(sample(put(batch, evaluator.data)))
         std_n += list(outcome_scores(decode_rows(evaluator.tokenizer, out["tokens_MT"], out["len_M"]), some).std(1))
     quads.sort(key=lambda q: len(q.y1))  # those that end together share a batch
     with_f = evaluator.complete(params, [revise_prompt(q.x, q.y0, q.f) for q in quads], width, "with f")
@@ -2371,13 +2481,17 @@ def base_report(
     key = [replay_sha256(evaluator.quads), verifier_sha256(), sorted(evaluator.shapes.items()), *map(str, settings)]
     parts = (Evaluator, generate, first_argmax, score_record, summarize, precheck)
     path = directory / f"report_{sha256(json.dumps(key) + ''.join(inspect.getsource(p) for p in parts))[:16]}.json"
-    if not path.is_file():
-        report = {
-            "summary": summarize(evaluator(params)),
-            "precheck": precheck(evaluator, params, sample, settings[0], train),
-        }
+    known = broadcast(path.read_text() if leads() and path.is_file() else "")
+    if known:
+        return json.loads(known)
+    report = {
+        "summary": summarize(evaluator(params)),
+        "precheck": precheck(evaluator, params, sample, settings[0], train),
+    }
+    report = json.loads(json.dumps(report, indent=1))  # as a later run will read it
+    if leads():
         write_atomic(path, json.dumps(report, indent=1))
-    return json.loads(path.read_text())
+    return report
 
 
 # ---- 11 fairness fingerprint ---------------------------------------------------------------------------------------
@@ -2392,7 +2506,7 @@ def weights_sha256(params) -> str:
     """Digest of names, shapes, dtypes and bytes of a parameter tree."""
     digest = hashlib.sha256()
     for name, leaf in leaf_names(params).items():
-        array = np.asarray(leaf)
+        array = fetch(leaf)
         digest.update(f"{name} {array.shape} {array.dtype}\n".encode() + array.tobytes())
     return digest.hexdigest()
 
@@ -2462,6 +2576,7 @@ NOT_IN_RUN_NAME = (
     "mesh",
     "save_every",
     "save_hf",
+    "hosts",
 )  # they do not change the result
 
 
@@ -2469,6 +2584,8 @@ def cli(main, args_type):
     """Parse the command line and run `main`; bad input prints one line and exits with code 2."""
     args = tyro.cli(args_type)
     try:
+        if hasattr(args, "hosts"):
+            start_hosts(args.hosts)
         return main(args)
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
@@ -2478,16 +2595,20 @@ def cli(main, args_type):
 def open_out_dir(out_dir: str, save_hf_dir: str | None = None) -> None:
     """Make sure `out_dir` can be written and that nothing is at `save_hf_dir` yet. Compiled programs are kept in
     `out_dir`, so that the next run starts at once."""
-    if save_hf_dir:
-        check_save_hf(pathlib.Path(save_hf_dir))
     directory = pathlib.Path(out_dir).absolute()
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".{os.getpid()}.tmp"
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        raise InputError(f"--out_dir {out_dir}: cannot write there ({e.strerror}); choose another") from None
+
+    def check():
+        if save_hf_dir:
+            check_save_hf(pathlib.Path(save_hf_dir))
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            probe = directory / f".{os.getpid()}.tmp"
+            probe.touch()
+            probe.unlink()
+        except OSError as e:
+            raise InputError(f"--out_dir {out_dir}: cannot write there ({e.strerror}); choose another") from None
+
+    on_leader(check)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(directory / "xla_cache"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
@@ -2577,19 +2698,23 @@ class Run:
         self.name = f"{method}__{args.task}__s{args.seed}__{sha256(json.dumps(settings))[:8]}"
         self.dir = pathlib.Path(args.out_dir).absolute() / self.name
         self.args, self.method, self.stopped_by = args, method, None
-        if self.dir.exists() and not args.resume:
-            what = "has finished" if (self.dir / "result.json").is_file() else "has not finished"
-            raise InputError(f"{self.dir} is there already and {what}: add --resume, or choose another --out_dir")
-        if args.resume and not self.dir.exists():
-            self._refuse_other_flags(settings)
-        (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        on_leader(self._open, settings)
         self._ocp = ocp
-        write_atomic(self.dir / "args.json", json.dumps(settings, indent=1))
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         self.checkpoints = ocp.CheckpointManager(self.dir / "checkpoints", options=options)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
         self.wandb = None
+
+    def _open(self, settings: dict[str, Any]) -> None:
+        """Make the directory; InputError if it holds another run, or none where --resume asks for one."""
+        if self.dir.exists() and not self.args.resume:
+            what = "has finished" if (self.dir / "result.json").is_file() else "has not finished"
+            raise InputError(f"{self.dir} is there already and {what}: add --resume, or choose another --out_dir")
+        if self.args.resume and not self.dir.exists():
+            self._refuse_other_flags(settings)
+        (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_atomic(self.dir / "args.json", json.dumps(settings, indent=1))
 
     def _refuse_other_flags(self, settings: dict[str, Any]) -> None:
         """InputError if there is an unfinished run of the same method, task and seed with other flags: it is what
@@ -2622,14 +2747,14 @@ class Run:
         """Open W&B (offline where nobody is logged in); its run id lives in the directory, so a resumed run goes on."""
         import wandb
 
-        mode, id_file = wandb_mode(self.args.wandb), self.dir / "wandb_id"
-        if not id_file.is_file():
+        mode, id_file = wandb_mode(self.args.wandb) if leads() else "disabled", self.dir / "wandb_id"
+        if leads() and not id_file.is_file():
             write_atomic(id_file, f"{self.name[:100]}__{os.urandom(3).hex()}".replace("/", "-"))
         wandb_settings = wandb.Settings(silent=True, console="off", init_timeout=60)
         common = dict(
             project="cts",
             name=self.name,
-            id=id_file.read_text(),
+            id=id_file.read_text() if leads() else None,
             resume="allow",
             dir=str(self.dir),
             config=config,
@@ -2646,6 +2771,8 @@ class Run:
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         """One line of metrics.jsonl and one W&B call for one step."""
+        if not leads():
+            return
         row = {"step": step, **metrics}
         with open(self.dir / "metrics.jsonl", "a", encoding="utf-8") as f:
             f.write(json.dumps(row) + "\n")
@@ -2655,6 +2782,8 @@ class Run:
         """A small W&B table: the first completion of every prompt and its reward."""
         import wandb
 
+        if not leads():
+            return
         table = wandb.Table(columns=["step", "prompt", "completion", "reward"])
         for q, text, reward in zip(quads, texts, rewards):
             table.add_data(step, revise_prompt(q.x, q.y0, q.f)[:2000], text[:2000], float(reward))
@@ -2686,9 +2815,7 @@ class Run:
                 )
             except Exception as e:  # a cut-off data file makes Orbax raise plain Exception
                 reason = " ".join(str(e).split())[:80]
-                print(
-                    f"checkpoint {step} in {self.dir} is damaged ({type(e).__name__}: {reason}); trying the one before"
-                )
+                say(f"checkpoint {step} in {self.dir} is damaged ({type(e).__name__}: {reason}); trying the one before")
                 damaged.append(step)
                 continue
             changed = [k for k in identity if k != "digest" and saved["identity"].get(k) != identity[k]]
@@ -2706,7 +2833,7 @@ class Run:
             self.checkpoints.delete(step)
         if damaged:
             gc.collect()  # ends the coroutines that Orbax leaves behind now, not inside ast.parse (a CPython 3.11 bug)
-        self._truncate_metrics(done)
+        on_leader(self._truncate_metrics, done)
         return state, done
 
     def _truncate_metrics(self, step: int) -> None:
@@ -2716,13 +2843,17 @@ class Run:
             write_atomic(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] < step))
 
     def stop_if_asked(self, step: int, state, identity: dict[str, Any]) -> None:
-        """After SIGTERM or SIGUSR1: save, mark the W&B run preempting, exit with 128 + signal (schedulers requeue)."""
-        if self.stopped_by is not None:
+        """After SIGTERM or SIGUSR1: save, mark the W&B run preempting, exit with 128 + signal (schedulers requeue). The
+        signal may have reached one host only."""
+        number = self.stopped_by or 0
+        if jax.process_count() > 1:
+            number = int(multihost_utils.process_allgather(np.int32(number)).max())
+        if number:
             self.save(step, state, identity)
             self.wandb.mark_preempting()
-            self.wandb.finish(exit_code=128 + self.stopped_by)
-            print(f"stopped by signal {self.stopped_by} after step {step}; continue with --resume")
-            sys.exit(128 + self.stopped_by)
+            self.wandb.finish(exit_code=128 + number)
+            say(f"stopped by signal {number} after step {step}; continue with --resume")
+            sys.exit(128 + number)
 
     def check_finite(self, metrics: dict[str, float], step: int, ids: list[str]) -> None:
         """Stop on a NaN or infinite loss or gradient, naming the step, the batch and the last good checkpoint."""
@@ -2738,6 +2869,9 @@ class Run:
         """Write result.json (last, atomically) and curves.png, log both to W&B, print the summary."""
         import wandb
 
+        if not leads():
+            self.wandb.finish()
+            return
         plot_curves(self.dir, base, final)
         write_atomic(self.dir / "result.json", json.dumps(result, indent=1))
         self.wandb.summary.update({f"eval/{k}": v for k, v in final.items() if isinstance(v, float)})
@@ -2825,15 +2959,15 @@ def plot_curves(directory: pathlib.Path, base: dict[str, Any], final: dict[str, 
 def print_precheck(check: dict[str, float]) -> None:
     """The base model's pre-check, and in plain words whether the critique helps it."""
     gain = check["accuracy_with_f"] - check["accuracy_without_f"]
-    print(
+    say(
         f"Pre-check of the base on {check['n']} training problems: y0 right {check['accuracy_y0']:.1%}; revised with f"
         f" {check['accuracy_with_f']:.1%}, without f {check['accuracy_without_f']:.1%}; answer leaked by f"
         f" {check['leak_rate']:.1%}; groups without variance {check['zero_std_frac']:.1%} of {check['groups']}."
     )
     if gain >= 0.03:
-        print(f"The critique carries signal: {100 * gain:+.1f} points for this base.")
+        say(f"The critique carries signal: {100 * gain:+.1f} points for this base.")
     else:
-        print(
+        say(
             f"WARNING: the critique carries no usable signal for this base ({100 * gain:+.1f} points; 3 are wanted):"
             " there is little to transport, whatever the method."
         )

@@ -10,6 +10,7 @@ evaluation are put in place from here.
     python benchmarks/step_time.py --model nano --prompt_tokens 512
 """
 
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -79,9 +80,9 @@ class Numbers:
         return [" ".join(f"t{i}" for i in ids) for ids in ids_MT]
 
 
-def trajectories(rng, args: Args, vocab: int) -> dict[str, np.ndarray]:
+def trajectories(rng, B: int, P: int, T: int, vocab: int) -> dict[str, np.ndarray]:
     """b5's part of a batch: y0 and y1 of full length in eight steps each, a critique over a quarter of the prompt."""
-    B, P, T, J = args.prompts, args.prompt_tokens, args.new_tokens, cts.MAX_STEPS
+    J = cts.MAX_STEPS
     n_steps = min(8, T, J)
     steps_BJT = np.zeros((B, J, T), np.float32)
     for j, of_step in enumerate(np.array_split(np.arange(T), n_steps)):
@@ -121,6 +122,39 @@ def matmul_ceiling(dtype, n: int = 2048) -> float:
     return 2 * n**3 / float(np.median(seconds))
 
 
+def in_place(vocab: int, B: int, P: int, T: int) -> dict:
+    """What stands in for the script's data and evaluation: {name in cts_common: replacement}."""
+    meta = {"task_id": "random", "answer": "0", "horizon": 1, "edit_distance": 0, "error_tags": [], "error_span": None}
+    quads, rng = [cts.Quadruple("x", "y0", "f", "y1", meta)] * (4 * B), np.random.default_rng(0)
+    return {
+        "load_replay": lambda *_: dict.fromkeys(("train", "val", "test"), quads),
+        "fixed_shapes": lambda *_: {"P_attempt": P, "P_revise": P, "T": T, "T_replay": T},
+        "base_report": lambda *_: {"precheck": {}, "summary": {}},
+        "print_precheck": lambda *_: None,
+        "pack_revise": lambda *_: {
+            "prompt": rng.integers(3, vocab, (B, P)).astype(np.int32), "prompt_len": np.full(B, P, np.int32)
+        },
+        "pack_trajectories": lambda *_: trajectories(rng, B, P, T, vocab),
+        "outcome_scores": lambda texts, quads: np.array([t.count("7") for t in texts], np.float32).reshape(B, -1),
+        "process_scores": lambda texts, quads: np.zeros((B, len(texts) // B), np.float32),
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def placed(places: dict, folder: str):
+    """`places` in cts_common, no evaluation, and no compiled program from before."""
+
+    def stop(*_):
+        raise Finished
+
+    with (
+        mock.patch.multiple(cts, **places),
+        mock.patch.multiple(cts.Evaluator, attempt_logp=lambda *_: ([], []), __call__=stop),
+        mock.patch.dict(os.environ, {"JAX_COMPILATION_CACHE_DIR": folder}),
+    ):
+        yield
+
+
 def measure(args: Args) -> dict:
     """Run the script's `main` on the work; returns the JSON line's content."""
     if args.model not in SIZES and not pathlib.Path(args.model).is_dir():
@@ -128,46 +162,20 @@ def measure(args: Args) -> dict:
     cts.check_args(args, ("prompts", "group", "prompt_tokens", "new_tokens", "steps"), ("micro_batch", "warmup"))
     known = args.model in SIZES
     cfg = cts.ModelConfig(**SIZES[args.model]) if known else cts.read_hf_config(pathlib.Path(args.model))
-    script, rng, clocks = importlib.import_module(args.method), np.random.default_rng(0), []
-    tokenizer, B, P, T = Numbers(cfg.vocab_size), args.prompts, args.prompt_tokens, args.new_tokens
-    meta = {"task_id": "random", "answer": "0", "horizon": 1, "edit_distance": 0, "error_tags": [], "error_span": None}
-    quads = [cts.Quadruple("x", "y0", "f", "y1", meta)] * (4 * B)
-    prompts = lambda *_: {
-        "prompt": rng.integers(3, cfg.vocab_size, (B, P)).astype(np.int32), "prompt_len": np.full(B, P, np.int32)
-    }  # fmt: skip
-    sevens = lambda texts, quads: np.array([t.count("7") for t in texts], np.float32).reshape(len(quads), -1)
-    nothing = lambda texts, quads: np.zeros((len(quads), len(texts) // len(quads)), np.float32)
+    script, clocks = importlib.import_module(args.method), []
+    B, P, T = args.prompts, args.prompt_tokens, args.new_tokens
 
     def params_of(name, task, replay, out_dir, mesh):
         params = jax.jit(lambda: nnx.state(cts.Decoder(cfg, nnx.Rngs(0)), nnx.Param))()
-        return cfg, jax.device_put(params, cts.shard_rule(mesh, params)), tokenizer, pathlib.Path(out_dir)
+        return cfg, cts.put(params, cts.shard_rule(mesh, params)), Numbers(cfg.vocab_size), pathlib.Path(out_dir)
 
     class Clock(cts.StepClock):
         def __init__(self):
             super().__init__()
             clocks.append(self)
 
-    def stop(*_):
-        raise Finished
-
-    places = {
-        "load_replay": lambda *_: dict.fromkeys(("train", "val", "test"), quads),
-        "load_model": params_of,
-        "fixed_shapes": lambda *_: {"P_attempt": P, "P_revise": P, "T": T, "T_replay": T},
-        "base_report": lambda *_: {"precheck": {}, "summary": {}},
-        "print_precheck": lambda *_: None,
-        "pack_revise": prompts,
-        "pack_trajectories": lambda *_: trajectories(rng, args, cfg.vocab_size),
-        "outcome_scores": sevens,
-        "process_scores": nothing,
-        "StepClock": Clock,
-    }
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        mock.patch.multiple(cts, **places),
-        mock.patch.multiple(cts.Evaluator, attempt_logp=lambda *_: ([], []), __call__=stop),
-        mock.patch.dict(os.environ, {"JAX_COMPILATION_CACHE_DIR": folder}),
-    ):
+    places = in_place(cfg.vocab_size, B, P, T) | {"load_model": params_of, "StepClock": Clock}
+    with tempfile.TemporaryDirectory() as folder, placed(places, folder):
         flags = dict(steps=args.warmup + args.steps, save_every=0, wandb="disabled", temperature=1.0, truncated="keep")
         try:
             script.main(script.Args(prompts=B, group=args.group, micro_batch=args.micro_batch, out_dir=folder, **flags))
