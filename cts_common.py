@@ -1114,6 +1114,8 @@ def start_hosts(spec: str) -> None:
         jax.distributed.initialize(**given)
     except (ValueError, RuntimeError) as e:
         raise InputError(f"--hosts {spec}: the hosts did not meet ({' '.join(str(e).split())[:200]})") from None
+    if jax.default_backend() == "cpu":  # a CPU program from the cache and one compiled here order collectives otherwise
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def leads() -> bool:
