@@ -853,7 +853,7 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = True
     tie_embeddings: bool = True
-    remat: Literal["none", "matmuls", "full"] = "matmuls"  # what the backward pass computes again: all but ..., or all
+    remat: Literal["none", "matmuls", "full"] = "matmuls"  # what the backward pass recomputes: nothing, all else, all
 
 
 @jax.tree_util.register_dataclass
@@ -1094,7 +1094,7 @@ def start_hosts(spec: str) -> None:
     meet."""
     if jax.distributed.is_initialized():
         return
-    env, given = os.environ, {}
+    env, vfio, given = os.environ, pathlib.Path("/dev/vfio"), {}
     if spec != "auto":
         try:
             address, count, index = spec.split(",")
@@ -1105,8 +1105,7 @@ def start_hosts(spec: str) -> None:
         int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1
         or int(env.get("OMPI_COMM_WORLD_SIZE", 1)) > 1
         or ("KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env)
-        or (importlib.util.find_spec("libtpu") and any(pathlib.Path("/dev").glob("accel*")))
-        or (importlib.util.find_spec("libtpu") and any(pathlib.Path("/dev/vfio").glob("[0-9]*")))
+        or (importlib.util.find_spec("libtpu") and [*pathlib.Path("/dev").glob("accel*"), *vfio.glob("[0-9]*")])
     )
     if not given and not detected:
         return
@@ -2153,12 +2152,12 @@ def write_hf_weights(directory: pathlib.Path | None, params, max_shard_bytes: in
     files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     files = files if len(shards) > 1 else ["model.safetensors"]
     save = functools.partial(safetensors.numpy.save_file, metadata={"format": "pt"})  # transformers 4 asks for it
+    part = lambda names: {name: tensors[name].write(leaves[tensors[name].leaf]) for name in names}
     for file, names in zip(files, shards):
-        if directory:  # the arrays have no name here: they are gone before the next file's are made
-            save({name: tensors[name].write(leaves[tensors[name].leaf]) for name in names}, directory / file)
+        if directory:  # a part has no name here: it is gone before the next file's is made
+            save(part(names), directory / file)
         else:
-            for name in names:
-                tensors[name].write(leaves[tensors[name].leaf])
+            part(names)
     if directory and len(shards) > 1:
         weight_map = {name: file for file, names in zip(files, shards) for name in names}
         total = sum(4 * math.prod(tensor.shape) for tensor in tensors.values())
@@ -2490,10 +2489,10 @@ def base_report(
         "summary": summarize(evaluator(params)),
         "precheck": precheck(evaluator, params, sample, settings[0], train),
     }
-    report = json.loads(json.dumps(report, indent=1))  # as a later run will read it
+    text = json.dumps(report, indent=1)
     if leads():
-        write_atomic(path, json.dumps(report, indent=1))
-    return report
+        write_atomic(path, text)
+    return json.loads(text)  # as a later run will read it
 
 
 # ---- 11 fairness fingerprint ---------------------------------------------------------------------------------------
@@ -2583,7 +2582,7 @@ NOT_IN_RUN_NAME = (
 
 
 def cli(main, args_type):
-    """Parse the command line and run `main`; bad input prints one line and exits with code 2."""
+    """Parse the command line, join the hosts of `--hosts`, run `main`; bad input prints one line and exits with 2."""
     args = tyro.cli(args_type)
     try:
         if hasattr(args, "hosts"):

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import safetensors.numpy
 import step_time
 import workload as wl
 from flax import nnx
@@ -27,19 +28,10 @@ import cts_common as cts
 
 
 def initial_params(cfg: cts.ModelConfig, size: str):
-    """The workload's weights, which have the names and layout of a checkpoint, as the decoder's parameters."""
-    abstract = nnx.eval_shape(lambda: nnx.state(cts.Decoder(cfg, nnx.Rngs(0)), nnx.Param))
-    leaves, stored, parts = cts.leaf_names(abstract), wl.initial_weights(size), {}
-    for theirs, tensor in cts.hf_tensors(leaves).items():
-        value = tensor.read(stored.pop(theirs), [(0, n) for n in tensor.axes])
-        parts.setdefault(tensor.leaf, []).append(value)
-    assert not stored, f"weights without a place: {sorted(stored)}"
-    arrays = {name: np.stack(v) if leaves[name].ndim > v[0].ndim else v[0] for name, v in parts.items()}
-    flat, treedef = jax.tree.flatten(abstract)
-    order = cts.leaf_names(jax.tree.unflatten(treedef, range(len(flat))))
-    for name, at in order.items():
-        flat[at] = jnp.asarray(arrays[name], jnp.float32)
-    return jax.tree.unflatten(treedef, flat)
+    """The workload's weights, which have a checkpoint's names and layout, as the decoder's parameters."""
+    with tempfile.TemporaryDirectory() as folder:
+        safetensors.numpy.save_file(wl.initial_weights(size), f"{folder}/model.safetensors")
+        return cts.load_hf_weights(pathlib.Path(folder), cfg, cts.make_mesh("auto"))
 
 
 def mean_nll(cfg: cts.ModelConfig, params, ids) -> float:
