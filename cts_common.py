@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import functools
 import gc
 import hashlib
@@ -382,11 +383,12 @@ def replay_report(quads: list[Quadruple]) -> dict[str, Any]:
 
 
 # ---- 2 tokenizer and packing --------------------------------------------------------------------------------------
-# What: the two prompts, byte-level tokenizers, arrays of fixed shape. Used by: all. Tested in: tests/test_data.py.
+# What: the prompts, byte-level tokenizers, arrays of fixed shape. Used by: all. Tested in: tests/test_data.py.
 ATTEMPT_TEMPLATE = "Problem:\n{x}\nSolve it step by step. End with #### and the answer.\nSolution:\n"
 REVISE_TEMPLATE = (
     "Problem:\n{x}\nAttempt:\n{y0}\nCritique:\n{f}\nRevise the attempt. End with #### and the answer.\nSolution:\n"
 )
+CRITIQUE_TEMPLATE = "Problem:\n{x}\nAttempt:\n{y0}\nSay which step is wrong and why.\nCritique:\n"
 _SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
@@ -398,6 +400,11 @@ def attempt_prompt(x: str) -> str:
 def revise_prompt(x: str, y0: str, f: str) -> str:
     """The prompt of a revision: (x, y0, f) -> y1. With f = "" the critique is left out."""
     return REVISE_TEMPLATE.format(x=x, y0=y0, f=f)
+
+
+def critique_prompt(x: str, y0: str) -> str:
+    """The prompt of a critique: (x, y0) -> f."""
+    return CRITIQUE_TEMPLATE.format(x=x, y0=y0)
 
 
 _KEPT = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's byte alphabet
@@ -784,6 +791,32 @@ def process_score(y: str, reference: str) -> float:
     held = sum(bool(step.equations) for step in steps[:wrong])
     checkable, needed = (sum(bool(step.equations) for step in s) for s in (steps, split_steps(reference)))
     return held / max(checkable, needed, 1)
+
+
+def uptake(completion: str, y0: str, span: tuple[int, int] | None, reference: str) -> float:
+    """1.0 if the completion repaired the place `span` of y0 that the critique points at, else 0.0.
+
+    Repaired: no step under the span is in the completion any more (with the same equations, wherever it stands now),
+    and the first step that stands in its place, all steps before it, hold by `first_wrong_step`. Steps are aligned by
+    their equations, so that other words around the same arithmetic change nothing. Without a span, and for a completion
+    that has nothing in that place (empty, or the bare answer), 0.
+
+    >>> y0, y1 = "So <<2+3=6>>6.\\n#### 6", "So <<2+3=5>>5.\\n#### 5"
+    >>> [uptake(y, y0, (0, 14), y1) for y in (y1, y0, "So <<2+3=7>>7.\\n#### 7", "#### 5", "")]
+    [1.0, 0.0, 0.0, 0.0, 0.0]
+    """
+    old, new = split_steps(y0), split_steps(completion)
+    key = lambda step, text: step.equations or " ".join(text[step.start : step.end].split())
+    old_keys, new_keys = [key(s, y0) for s in old], [key(s, completion) for s in new]
+    flagged = [i for i, s in enumerate(old) if span and s.start < span[1] and s.end > span[0]]
+    if not flagged or any(old_keys[i] in new_keys for i in flagged):
+        return 0.0
+    matcher = difflib.SequenceMatcher(None, old_keys, new_keys, autojunk=False)
+    start = next(j1 for _, i1, i2, j1, _ in matcher.get_opcodes() if i1 <= flagged[0] < i2)
+    fits = lambda step: step.equations and (not step.is_final or old[flagged[0]].is_final)
+    place = next((j for j in range(start, len(new)) if fits(new[j])), None)
+    wrong = first_wrong_step(completion, reference)
+    return float(place is not None and (wrong is None or wrong > place))
 
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
@@ -2427,6 +2460,11 @@ def process_scores(texts: list[str], quads: list[Quadruple]) -> np.ndarray:
     return by_host(lambda text, q: process_score(text, q.y1), texts, quads)
 
 
+def uptake_scores(texts: list[str], quads: list[Quadruple]) -> np.ndarray:
+    """Uptake reward [B, G] of B*G completions, in {0, 1}: `uptake` of the quadruple's own critique."""
+    return by_host(lambda text, q: uptake(text, q.y0, q.meta["error_span"], q.y1), texts, quads)
+
+
 def step_rewards(tokenizer: Tokenizer, tokens_MT, len_M, texts: list[str], quads: list[Quadruple]):
     """(reward, end) [B, G, T]: end is 1 on each step's last token, reward 1 there while all steps so far hold."""
     (M, T), B = np.asarray(tokens_MT).shape, len(quads)
@@ -2518,8 +2556,8 @@ def replay_sha256(quads: list[Quadruple]) -> str:
 
 
 def templates_sha256() -> str:
-    """Digest of both prompt templates."""
-    return sha256(ATTEMPT_TEMPLATE + "\0" + REVISE_TEMPLATE)
+    """Digest of all prompt templates."""
+    return sha256("\0".join([ATTEMPT_TEMPLATE, REVISE_TEMPLATE, CRITIQUE_TEMPLATE]))
 
 
 def verifier_sha256() -> str:
@@ -2536,6 +2574,7 @@ def verifier_sha256() -> str:
         equation_holds,
         first_wrong_step,
         process_score,
+        uptake,
     )
     patterns = (NUMBER, ANNOTATION, _PLAIN_EQUATION, _TOKENS, *(p for p, _ in _LATEX))
     plain = [p if isinstance(p, str) else inspect.getsource(p) for _, p in _LATEX]
@@ -2889,7 +2928,7 @@ class StepClock:
     """Wall time of the parts of a step; the first step holds the compilation and stays out of rates and medians."""
 
     def __init__(self):
-        self.times: dict[str, list[float]] = {"rollout": [], "score": [], "update": [], "step": []}
+        self.times: dict[str, list[float]] = {"step": []}
 
     @property
     def steps(self) -> int:
@@ -2901,7 +2940,7 @@ class StepClock:
     def mark(self, name: str) -> None:
         """End of the part `name`; `update` ends the step."""
         now = time.perf_counter()
-        self.times[name].append(now - self.last)
+        self.times.setdefault(name, []).append(now - self.last)
         self.last = now
         if name == "update":
             self.times["step"].append(now - self.began)
@@ -2935,16 +2974,19 @@ def read_metrics(directory: pathlib.Path) -> list[dict[str, float]]:
 
 
 def plot_curves(directory: pathlib.Path, base: dict[str, Any], final: dict[str, Any]) -> None:
-    """curves.png: reward over steps, and revised accuracy by horizon before and after training."""
+    """curves.png: accuracy of the samples (where nothing is sampled, the loss) over steps, and revised accuracy by
+    horizon before and after training."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    rows = [r for r in read_metrics(directory) if "charts/accuracy" in r]
+    rows = read_metrics(directory)
+    sampled = "charts/accuracy" in rows[0]
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
-    left.plot([r["step"] for r in rows], [r["charts/accuracy"] for r in rows], lw=1)
-    left.set(xlabel="step", ylabel="accuracy of sampled revisions", ylim=(0, 1), title="training")
+    left.plot([r["step"] for r in rows], [r["charts/accuracy" if sampled else "losses/loss"] for r in rows], lw=1)
+    left.set(xlabel="step", ylabel="accuracy of sampled revisions" if sampled else "loss", title="training")
+    left.set_ylim(0, 1 if sampled else None)
     horizons = list(final["by_horizon"])
     for summary, label in ((base, "base"), (final, "trained")):
         right.plot(horizons, [summary["by_horizon"][h]["accuracy_revised"] for h in horizons], marker="o", label=label)
@@ -3000,21 +3042,23 @@ def print_summary(
             f"  credit localization: AUC {final['credit_auc']:.3f} (0.5 = chance), gap {final['credit_gap']:+.3f} nats"
         )
     t = result["timings"]
-    print(
-        f"  time: {t['total']:.0f} s in all; a step {t['step']:.2f} s (rollout {t['rollout']:.2f},"
-        f" score {t['score']:.2f}, update {t['update']:.2f})"
-    )
+    parts = ", ".join(f"{k} {v:.2f}" for k, v in t.items() if k not in ("step", "first_step", "total"))
+    print(f"  time: {t['total']:.0f} s in all; a step {t['step']:.2f} s ({parts})")
     print(
         f"  fingerprint {result['fingerprint']['digest'][:16]}; result.json, metrics.jsonl, curves.png in {directory}"
     )
 
 
 def count_budgets(steps: int, B: int, G: int, shapes: dict[str, int], n_test: int) -> dict[str, Any]:
-    """The budgets that `steps` finished steps and one evaluation have spent; tokens are those of the fixed shapes."""
+    """The budgets that `steps` finished steps and one evaluation have spent; tokens are those of the fixed shapes.
+
+    A step learns from B * G completions of T tokens, sampled or taken from the replay: training_tokens are the
+    positions that its loss covers, rollout_budget the shape they come in.
+    """
     T = shapes["T"]
     return {
         "optimizer_steps": steps,
-        "training_tokens": steps * B * (shapes["P_revise"] + G * T),
+        "training_tokens": steps * B * G * T,
         "rollout_budget": [steps, B, G, T],
         "test_compute_budget": n_test * 2 * T,
     }

@@ -24,7 +24,13 @@ import cts_common as cts
 import teacher
 
 ROOT = pathlib.Path(__file__).parents[1]
-SCRIPTS = ("b3_grpo_verifier", "b5_cts")
+SCRIPTS = ("b0_sft", "b1_dpo", "b2_grpo", "b3_grpo_verifier", "b4_grpo_critique", "b5_cts")
+SCRIPT = {**{name[:2]: name for name in SCRIPTS}, "a1": "b5_cts"}
+FAMILY = (  # parent, child, what opens every block that the child adds
+    ("b2_grpo", "b3_grpo_verifier", "# VERIFIER:"),
+    ("b2_grpo", "b4_grpo_critique", "# CRITIQUE:"),
+    ("b3_grpo_verifier", "b5_cts", "# CTS:"),
+)
 IN_TINY = (  # opens the other processes' programs
     "import functools, sys; sys.path.insert(0, 'tests'); import cts_common as cts, tiny\n"
     "tiny.install(functools.partial(setattr, cts))\n"
@@ -56,7 +62,7 @@ def run(space, script, out, **changes):
         (space / out / "base").symlink_to(space / "base", target_is_directory=True)
     module = importlib.import_module(script)
     return module.main(
-        module.Args(**{**tiny.FLAGS, "replay": str(space / "replay"), "out_dir": str(space / out), **changes})
+        module.Args(**{**tiny.flags(module), "replay": str(space / "replay"), "out_dir": str(space / out), **changes})
     )
 
 
@@ -83,12 +89,15 @@ def metrics(directory):
 
 @pytest.fixture(scope="session")
 def runs(space, tiny_session):
-    """One b3, one b5 and one b5 with every lam at 0, all of the same seed."""
-    return {
-        "b3": run(space, "b3_grpo_verifier", "b3"),
-        "b5": run(space, "b5_cts", "b5"),
-        "a1": run(space, "b5_cts", "a1", lam_align=0.0, lam_decode=0.0, lam_energy=0.0),
-    }
+    """Results by output folder, of one seed: b0 to b5, and a1 (b5 with every lam at 0). Run when first asked for."""
+
+    class Runs(dict):
+        def __missing__(self, out):
+            script, flags = SCRIPT[out], dict(lam_align=0.0, lam_decode=0.0, lam_energy=0.0) if out == "a1" else {}
+            self[out] = run(space, script, out, **flags)
+            return self[out]
+
+    return Runs()
 
 
 # ---- the rules of the family ----------------------------------------------------------------------------------------
@@ -97,7 +106,7 @@ def body(script):
     return text.splitlines()[ast.parse(text).body[0].end_lineno :]
 
 
-@pytest.mark.parametrize("parent, child, marker", [("b3_grpo_verifier", "b5_cts", "# CTS:")])
+@pytest.mark.parametrize("parent, child, marker", FAMILY)
 def test_a_child_is_its_parent_plus_marked_insertions(parent, child, marker):
     a, b = body(parent), body(child)
     changes = [op for op in difflib.SequenceMatcher(None, a, b, autojunk=False).get_opcodes() if op[0] != "equal"]
@@ -128,16 +137,17 @@ def test_the_common_module_knows_no_method():
     tree = ast.parse((ROOT / "cts_common.py").read_text())
     strings = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     names = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name)]
-    for word in ("b3_grpo_verifier", "b5_cts", "grpo"):
+    for word in (*SCRIPTS, "sft", "dpo", "grpo"):
         assert not [s for s in strings + names if word in s.lower() and "\n" not in s and len(s) < 60]
 
 
 # ---- what a run leaves behind ---------------------------------------------------------------------------------------
 def test_the_policy_gets_a_gradient(space, runs):
     """Without it the comparisons below would compare 0 with 0."""
-    for out, script in (("b3", "b3_grpo_verifier"), ("b5", "b5_cts"), ("a1", "b5_cts")):
+    for out, script in SCRIPT.items():
+        assert runs[out]["summary"]["n"] == 24
         rows = metrics(run_dir(space, out, script))
-        assert all(row["losses/grad_norm"] > 0 and row["losses/policy_loss"] != 0 for row in rows[:2]), out
+        assert all(row["losses/grad_norm"] > 0 and row["losses/loss"] != 0 for row in rows[:2]), out
 
 
 def test_a_run_writes_its_result(space, runs):
@@ -162,23 +172,30 @@ def test_a_run_writes_its_result(space, runs):
 
 
 def test_the_step_compiles_once(runs):
-    for name in ("b3", "b5"):
+    for name in SCRIPT:
         assert runs[name]["traces"]["train_step"] == 1
         assert runs[name]["traces"].get("rollout", 1) == 1
 
 
-def test_the_child_logs_the_parents_keys_and_its_own(space, runs):
-    b3, b5 = (set(metrics(run_dir(space, o, s))[0]) for o, s in (("b3", "b3_grpo_verifier"), ("b5", "b5_cts")))
-    assert b3 <= b5
+def test_a_child_logs_its_parents_keys_and_its_own(space, runs):
+    keys = {out: set(metrics(run_dir(space, out, SCRIPT[out]))[0]) for out in SCRIPT if runs[out]}
+    assert keys["b3"] - keys["b2"] == {"rollout/process_mean"} and keys["b2"] <= keys["b3"]
+    assert keys["b4"] - keys["b2"] == {"rollout/uptake_mean"} and keys["b2"] <= keys["b4"]
     own = {"align_loss", "decode_loss", "energy_loss", "energy_gap", "edit_norm", "align_converged", "align_ref"}
-    assert b5 - b3 == {f"losses/{k}" for k in own}
+    assert keys["b5"] - keys["b3"] == {f"losses/{k}" for k in own} and keys["b3"] <= keys["b5"]
+    shared = {"step", "losses/loss", "losses/entropy", "losses/grad_norm", "charts/learning_rate", "charts/tokens"}
+    assert keys["b0"] == shared == keys["b0"] & keys["b1"] & keys["b2"]
 
 
-def test_methods_share_one_fingerprint(runs):
-    assert runs["b3"]["fingerprint"] == runs["b5"]["fingerprint"]
+def test_methods_share_one_fingerprint_and_one_report_on_the_base(runs):
+    for out in SCRIPT:
+        assert runs[out]["fingerprint"] == runs["b2"]["fingerprint"]
+        assert runs[out]["base"] == runs["b2"]["base"] and runs[out]["precheck"] == runs["b2"]["precheck"]
+    assert None not in runs["b2"]["fingerprint"].values()
 
 
 def test_all_lam_zero_is_the_parent(space, runs):
+    assert runs["a1"] and runs["b3"]
     b3 = checkpoint(run_dir(space, "b3", "b3_grpo_verifier"))["params"]
     a1 = checkpoint(run_dir(space, "a1", "b5_cts"))["params"]
     for name, leaf in b3.items():
@@ -186,29 +203,34 @@ def test_all_lam_zero_is_the_parent(space, runs):
 
 
 def test_every_trainable_leaf_moves(space, runs):
-    directory = run_dir(space, "b5", "b5_cts")
-    (base,) = (space / "b5" / "base").glob("*/model.safetensors")
     import safetensors.numpy
 
-    start, end = safetensors.numpy.load_file(base), checkpoint(directory)["params"]
-    for name, leaf in start.items():
-        assert np.abs(end[f"policy/{name}"] - leaf).max() > 0, name
-    early, late = checkpoint(directory, 2)["params"], end
+    for out in ("b0", "b1", "b2", "b4", "b5"):
+        assert runs[out]
+        (base,) = (space / out / "base").glob("*/model.safetensors")
+        end = checkpoint(run_dir(space, out, SCRIPT[out]))["params"]
+        for name, leaf in safetensors.numpy.load_file(base).items():
+            assert np.abs(end[f"policy/{name}"] - leaf).max() > 0, (out, name)
+    early, late = checkpoint(run_dir(space, "b5", "b5_cts"), 2)["params"], end
     critic = [name for name in late if name.startswith("critic/")]
     assert len(critic) == 5
     for name in critic:
         assert np.abs(late[name] - early[name]).max() > 0, name
 
 
-def test_micro_batches_give_the_same_step(space, runs):
-    run(space, "b3_grpo_verifier", "micro", micro_batch=4)  # the others: one prompt at a time, the choice on a CPU
-    whole, parts = (metrics(run_dir(space, out, "b3_grpo_verifier")) for out in ("micro", "b3"))
+@pytest.mark.parametrize("script", ["b0_sft", "b1_dpo", "b3_grpo_verifier"])
+def test_micro_batches_give_the_same_step(space, runs, script):
+    """All prompts at once; in the other runs one prompt at a time, the choice on a CPU."""
+    assert runs[script[:2]]
+    run(space, script, "micro", micro_batch=4)
+    whole, parts = (metrics(run_dir(space, out, script)) for out in ("micro", script[:2]))
     assert whole[0].keys() == parts[0].keys()
     for key, value in whole[0].items():
         assert parts[0][key] == pytest.approx(value, rel=2e-4, abs=1e-5), key
 
 
 def test_four_devices_equal_one(space, runs):
+    assert runs["b5"]
     driver = (
         f"{IN_TINY}import b5_cts\n"
         f"flags = dict({tiny.FLAGS!r}, replay={str(space / 'replay')!r}, out_dir={str(space / 'four')!r}, mesh='2,2')\n"
@@ -271,6 +293,7 @@ def test_step_level_credit_and_validation_run(space):
 # ---- stopping and going on ------------------------------------------------------------------------------------------
 def test_stop_and_resume_is_bit_identical(space, runs, monkeypatch):
     """And with it: the same seed twice gives the same result."""
+    assert runs["b5"]
     log = cts.Run.log
 
     def log_and_stop(self, row, step):
@@ -302,32 +325,35 @@ def test_stop_and_resume_is_bit_identical(space, runs, monkeypatch):
 
 
 @pytest.mark.slow
-def test_killed_at_four_steps_and_in_a_save(space, runs):
-    """SIGKILL five times, once half-way through a save; resumed each time, it ends as one that was never killed."""
-    flags = dict(tiny.FLAGS, steps=8, save_every=1, replay=str(space / "replay"), resume=True)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_killed_and_resumed_is_bit_identical(space, script):
+    """SIGKILL after a step and half-way through a save (b3: after four steps); it ends as one that was never killed."""
+    module = importlib.import_module(script)
+    flags = dict(tiny.flags(module), steps=8, save_every=1, replay=str(space / "replay"), resume=True)
     for name in ("never", "killed"):
-        (space / name).mkdir()
-        (space / name / "base").symlink_to(space / "base")
-    module = importlib.import_module("b3_grpo_verifier")
+        (space / name).mkdir(exist_ok=True)
+        if not (space / name / "base").exists():
+            (space / name / "base").symlink_to(space / "base")
     module.main(module.Args(**flags, out_dir=str(space / "never")))
     driver = (
-        f"{IN_TINY}import glob, os, signal, threading, time, cts_common as cts, b3_grpo_verifier as b3\n"
+        f"{IN_TINY}import glob, os, signal, threading, time, cts_common as cts, {script} as script\n"
         "def die(*args, **kwargs): os.kill(os.getpid(), signal.SIGKILL)\n"
         "{where}\n"
-        f"b3.main(b3.Args(**{flags!r}, out_dir={str(space / 'killed')!r}))\n"
+        f"script.main(script.Args(**{flags!r}, out_dir={str(space / 'killed')!r}))\n"
     )
     in_log = "log = cts.Run.log\ncts.Run.log = lambda self, row, step: (log(self, row, step), step == {at} and die())"
-    half = f"{space / 'killed'}/b3*/checkpoints/*tmp*"  # where Orbax writes before it renames
+    half = f"{space / 'killed'}/{script}*/checkpoints/*tmp*"  # where Orbax writes before it renames
     in_save = (
         f"def watch():\n    while not glob.glob({half!r}): time.sleep(0.001)\n    die()\n"
         "save = cts.Run.save\ncts.Run.save = lambda *a: (threading.Thread(target=watch).start(), save(*a))"
     )
-    for where in (*(in_log.format(at=at) for at in (0, 1, 3, 6)), in_save):
+    steps = (0, 1, 3, 6) if script == "b3_grpo_verifier" else (2,)
+    for where in (*(in_log.format(at=at) for at in steps), in_save):
         done = subprocess.run([sys.executable, "-c", driver.replace("{where}", where)], cwd=ROOT, timeout=300)
         assert done.returncode == -signal.SIGKILL
     assert glob.glob(half)
     module.main(module.Args(**flags, out_dir=str(space / "killed")))
-    whole, killed = (run_dir(space, name, "b3_grpo_verifier") for name in ("never", "killed"))
+    whole, killed = (run_dir(space, name, script) for name in ("never", "killed"))
     assert metrics(whole) == metrics(killed)
     a, b = checkpoint(whole), checkpoint(killed)
     for part in a:
@@ -337,6 +363,7 @@ def test_killed_at_four_steps_and_in_a_save(space, runs):
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(space, runs, capsys):
     """A b3 run without its result, its last checkpoint cut off: it goes on from the one before, to the same bits."""
+    assert runs["b3"]
     whole = run_dir(space, "b3", "b3_grpo_verifier")
     for damage in ("cut", "gone"):
         copy = space / damage / whole.name
@@ -358,6 +385,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(space, runs, c
 
 
 def test_no_readable_checkpoint_is_refused_and_none_removed(space, runs):
+    assert runs["b3"]
     whole = run_dir(space, "b3", "b3_grpo_verifier")
     copy = space / "unreadable" / whole.name
     shutil.copytree(whole, copy)
@@ -370,6 +398,7 @@ def test_no_readable_checkpoint_is_refused_and_none_removed(space, runs):
 
 
 def test_resume_with_another_flag_names_it(space, runs):
+    assert runs["b3"]
     whole = run_dir(space, "b3", "b3_grpo_verifier")
     shutil.copytree(whole, space / "flag" / whole.name)
     (space / "flag" / whole.name / "result.json").unlink()

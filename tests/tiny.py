@@ -13,6 +13,11 @@ FLAGS = dict(
 )
 
 
+def flags(script) -> dict:
+    """FLAGS as far as the script has them."""
+    return {k: v for k, v in FLAGS.items() if k in {field.name for field in dataclasses.fields(script.Args)}}
+
+
 @dataclasses.dataclass(frozen=True)
 class TinyConfig(cts.ModelConfig):
     """The nano model's architecture at a fraction of its size."""

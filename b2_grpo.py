@@ -1,0 +1,297 @@
+"""B2: GRPO on the outcome alone. Reward = 1 if the final answer is right, else 0.
+
+    A       = r - mean(r over the group)                                    group-centred advantage (Dr. GRPO)
+    L       = -sum min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) / budget  + kl_coef * kl
+    r       = outcome in {0, 1}
+
+Prompts are replay's (x, y0, f): revise the flawed attempt y0 under the critique f. One optimizer step per batch of
+`prompts` x `group` completions, so the ratio is that of trainer to sampler and the clip guards only numerics. b3 adds a
+process reward to this file, b4 a critique-uptake reward, in marked blocks.
+
+Papers: GRPO https://arxiv.org/abs/2402.03300, Dr. GRPO https://arxiv.org/abs/2503.20783, DAPO
+https://arxiv.org/abs/2503.14476.
+
+    python b2_grpo.py --task fixtures_math --seed 0      (2 to 4 minutes on 2 CPU cores, 6 to 9 the first time)
+"""
+
+import dataclasses
+import functools
+import os
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import cts_common as cts
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    # ---- run ----
+    task: str = "fixtures_math"
+    """task to train on: fixtures_math (generated, needs nothing) or gsm8k"""
+    data_dir: str | None = None
+    """folder with the task's source files (gsm8k: train.jsonl, test.jsonl); none = the hub"""
+    replay: str | None = None
+    """folder with {train,val,test}.jsonl quadruples; none = data/replay/<task>, made if it is not there"""
+    model: str = "nano"
+    """nano (1M parameters, its base trained once per task), or a Qwen2, Qwen3 or Llama checkpoint: folder or hub id"""
+    seed: int = 0
+    """seed of data order and sampling (the base has its own, fixed)"""
+    out_dir: str = "runs"
+    """folder for the run's directory, the cached bases and compiled programs"""
+    resume: bool = False
+    """continue this very command's run from its last checkpoint"""
+    save_hf: str | None = None
+    """folder to write the trained policy to, as transformers loads it; none = off"""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """W&B mode; auto = online where you are logged in, else offline"""
+    # ---- shared by all methods ----
+    steps: int = 50
+    """optimizer steps"""
+    prompts: int = 8
+    """prompts per step"""
+    group: int = 8
+    """completions per prompt"""
+    max_prompt_tokens: int = 1024
+    """longest prompt allowed, in tokens; a longer one is an error"""
+    max_new_tokens: int = 0
+    """longest completion, in tokens; 0 = the task's (fixtures_math 128, gsm8k 256)"""
+    temperature: float = 0.7
+    """sampling temperature; the same in sampling and in training"""
+    learning_rate: float = 3e-4
+    """peak AdamW learning rate, decayed linearly to 0 over the run"""
+    micro_batch: int = 0
+    """prompts per micro-batch; 0 = one per device on CPUs (what fits the cache is fastest), elsewhere all at once"""
+    hosts: str = "auto"
+    """hosts of this run: auto = what a TPU pod, srun, Kubernetes or Open MPI tells; else ADDRESS:PORT,COUNT,INDEX"""
+    mesh: str = "auto"
+    """device mesh DATA,MODEL, e.g. 4,2; auto = all devices on data"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """compute dtype; auto = bfloat16 on accelerators, float32 on CPU; weights and reductions are float32 always"""
+    eval_every: int = 0
+    """steps between evaluations on the validation split; 0 = only the final one, on test"""
+    save_every: int = 25
+    """steps between checkpoints; 0 = only the last"""
+    # ---- GRPO ----
+    adv_norm: Literal["center", "std"] = "center"
+    """center = reward minus group mean (Dr. GRPO); std = also divided by the group's standard deviation (GRPO)"""
+    clip_low: float = 0.2
+    """lower clip of the ratio, 1 - clip_low (PPO, GRPO)"""
+    clip_high: float = 0.28
+    """upper clip of the ratio, 1 + clip_high (DAPO's clip-higher)"""
+    kl_coef: float = 0.0
+    """weight of the k3 KL to the frozen base; 0 = off, no reference forward (DAPO, Dr. GRPO)"""
+    loss_norm: Literal["constant", "token"] = "constant"
+    """divide the summed loss by the constant token budget (Dr. GRPO) or by the batch's tokens (DAPO)"""
+    truncated: Literal["mask", "keep"] = "mask"
+    """completions cut at max_new_tokens: leave them out of loss and baseline (DAPO) or keep them with their reward"""
+
+
+# ---- method pieces ------------------------------------------------------------------------------------------------
+def group_advantages(reward_BG: np.ndarray, valid_BG: np.ndarray, norm: str) -> np.ndarray:
+    """Advantages within each group, over its valid completions; invalid ones get 0.
+
+    Rewards [1, 0, 0, 1] with all valid: center -> [.5, -.5, -.5, .5], std -> [1, -1, -1, 1].
+    Rewards [1, 0, 9] with the last one invalid: center -> [.5, -.5, 0].
+    """
+    n_B1 = np.maximum(valid_BG.sum(1, keepdims=True), 1)
+    centred_BG = (reward_BG - (reward_BG * valid_BG).sum(1, keepdims=True) / n_B1) * valid_BG
+    if norm == "std":
+        centred_BG = centred_BG / (np.sqrt((centred_BG**2).sum(1, keepdims=True) / n_B1) + 1e-6)
+    return centred_BG.astype(np.float32)
+
+
+# ---- loss ---------------------------------------------------------------------------------------------------------
+def grpo_loss(logp_MT, old_logp_MT, adv_MT, mask_MT, clip_low: float, clip_high: float, denom):
+    """Clipped policy-gradient loss, summed over tokens and divided by `denom`; also its metrics as (sum, count)."""
+    log_ratio_MT = (logp_MT - old_logp_MT) * mask_MT
+    ratio_MT = jnp.exp(log_ratio_MT)
+    clipped_MT = jnp.clip(ratio_MT, 1 - clip_low, 1 + clip_high)
+    pg_loss_MT = -jnp.minimum(ratio_MT * adv_MT, clipped_MT * adv_MT)
+    loss = (pg_loss_MT * mask_MT).sum() / denom
+    n_tokens = mask_MT.sum()
+    metrics = {
+        "losses/clipfrac": (((ratio_MT * adv_MT > clipped_MT * adv_MT) * mask_MT).sum(), n_tokens),
+        "losses/ratio_dev": (jnp.abs(ratio_MT - 1).sum(), n_tokens),
+        "rollout/sampler_kl": ((ratio_MT - 1 - log_ratio_MT).sum(), n_tokens),
+    }
+    return loss, metrics
+
+
+def k3_kl(logp_MT, ref_logp_MT, mask_MT, denom):
+    """Schulman's k3 estimate of KL(pi || base) (http://joschu.net/blog/kl-approx.html), summed and divided by denom."""
+    diff_MT = (ref_logp_MT - logp_MT) * mask_MT
+    return ((jnp.exp(diff_MT) - 1 - diff_MT) * mask_MT).sum() / denom
+
+
+def main(args: Args) -> dict:
+    # ---- checks, data, model --------------------------------------------------------------------------------------
+    method = os.path.basename(__file__)[: -len(".py")]
+    above_zero = ("steps", "prompts", "group", "max_prompt_tokens", "temperature", "learning_rate")
+    cts.check_args(args, above_zero, ("seed", "micro_batch", "max_new_tokens", "eval_every", "save_every", "kl_coef"))
+    cts.open_out_dir(args.out_dir, args.save_hf)
+    mesh, dtype = cts.make_mesh(args.mesh), cts.pick_dtype(args.dtype)
+    n_micro = cts.count_micro_batches(mesh, args.prompts, args.micro_batch)
+    replay = cts.load_replay(args.task, args.replay, args.data_dir)
+    cfg, base_params, tokenizer, base_dir = cts.load_model(args.model, args.task, replay, args.out_dir, mesh)
+    max_new = args.max_new_tokens or cts.TASKS[args.task].max_new_tokens
+    shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new)
+    B, G, T = args.prompts, args.group, shapes["T"]
+    M = B * G
+    run = cts.Run(args, method)
+    if run.finished:
+        cts.say(f"{run.name} has finished already: {run.dir / 'result.json'}")
+        return run.result()
+
+    # ---- parameters, optimizer, shardings -------------------------------------------------------------------------
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: cts.Decoder(cfg, nnx.Rngs(0))))
+    root = jax.random.key(args.seed)
+    rollout_key = jax.random.fold_in(root, cts.STREAM_ROLLOUT)
+    params = {"policy": jax.tree.map(jnp.copy, base_params)}  # a copy: the step donates its parameters
+    # one optimizer per subtree, so that nothing but the policy's gradient enters the policy's clipping
+    tx = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(optax.linear_schedule(args.learning_rate, 0.0, args.steps), b2=0.99, weight_decay=0.0),
+    )
+    opt_state = {name: tx.init(subtree) for name, subtree in params.items()}
+    state_sharding = cts.shard_rule(mesh, (params, opt_state))
+    params, opt_state = cts.put((params, opt_state), state_sharding)
+    by_row, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+
+    # ---- jitted functions -----------------------------------------------------------------------------------------
+    @jax.jit
+    def rollout(policy, prompt_BP, prompt_len_B, key):
+        cts.count_trace("rollout")
+        policy = jax.lax.with_sharding_constraint(policy, cts.shard_rule(mesh, policy, at_rest=False))
+        model = nnx.merge(graphdef, policy)
+        ids = (tokenizer.eos_ids, tokenizer.pad_id)
+        return cts.generate(model, prompt_BP, prompt_len_B, key, G, T, args.temperature, *ids, dtype=dtype)
+
+    def forward(policy, batch):
+        """((log-probs, entropies) of the completions, states on the way); the prompt is computed once per group."""
+        model, last_B = nnx.merge(graphdef, policy), cts.last_tokens(batch["prompt"], batch["prompt_len"])
+        prefix, prompt_hidden_BPD = model.prefill(batch["prompt"], batch["prompt_len"], dtype)
+        tokens_MT = batch["tokens"].reshape(-1, T)
+        hidden_MTD = model(last_B, tokens_MT, prefix, dtype)
+        out = cts.token_logp(hidden_MTD, tokens_MT, model.head_VD(), args.temperature)
+        return out, (model, last_B, prefix, prompt_hidden_BPD)
+
+    def loss_fn(params, batch, denom, base_params):
+        (logp_MT, entropy_MT), states = forward(params["policy"], batch)
+        old_logp_MT, adv_MT, mask_MT = (batch[name].reshape(-1, T) for name in ("old_logp", "adv", "mask"))
+        loss, metrics = grpo_loss(logp_MT, old_logp_MT, adv_MT, mask_MT, args.clip_low, args.clip_high, denom)
+        share = len(batch["prompt"]) / B  # of the batch: summed over micro-batches, losses stay losses
+        metrics["losses/policy_loss"] = (loss, share)
+        metrics["losses/entropy"] = ((entropy_MT * mask_MT).sum(), mask_MT.sum())
+        if args.kl_coef:
+            (base_logp_MT, _), _ = forward(base_params, batch)
+            kl = k3_kl(logp_MT, base_logp_MT, mask_MT, denom)
+            loss = loss + args.kl_coef * kl
+            metrics["losses/kl"] = (kl, share)
+        metrics["losses/loss"] = (loss, share)
+        return loss, metrics
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*state_sharding, replicated))
+    def train_step(params, opt_state, batch, denom, base_params):
+        cts.count_trace("train_step")
+        micro = jax.tree.map(lambda a: a.reshape(B // n_micro, n_micro, *a.shape[1:]).swapaxes(0, 1), batch)
+
+        def add(grads, one):
+            new, metrics = jax.grad(loss_fn, has_aux=True)(params, one, denom, base_params)
+            return jax.tree.map(jnp.add, grads, new), metrics
+        grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
+        metrics = jax.tree.map(lambda a: a.sum(0), metrics)
+        metrics["losses/grad_norm"] = (optax.tree.norm(grads["policy"]), 1.0)
+        for name in params:
+            updates, opt_state[name] = tx.update(grads[name], opt_state[name], params[name])
+            params[name] = optax.apply_updates(params[name], updates)
+        return params, opt_state, metrics
+
+    # ---- base: what there is to improve ---------------------------------------------------------------------------
+    evaluator = cts.Evaluator(graphdef, tokenizer, replay["test"], shapes, mesh, dtype)
+    validation = cts.Evaluator(graphdef, tokenizer, replay["val"], shapes, mesh, dtype)
+    eval_key = jax.random.key(cts.STREAM_EVAL)  # fixed, so that all seeds and methods share one report on the base
+    sample = lambda batch: rollout(base_params, batch["prompt"], batch["prompt_len"], eval_key)
+    base = cts.base_report(base_dir, evaluator, base_params, sample, replay["train"], (B, G, args.temperature, dtype))
+    cts.print_precheck(base["precheck"])
+    base_attempt_logp, _ = evaluator.attempt_logp(base_params)
+    cts.reset_traces()
+
+    # ---- loop -----------------------------------------------------------------------------------------------------
+    identity = cts.run_identity(base_params, tokenizer, replay, shapes, args.steps, args.temperature, dtype)
+    run.start({**dataclasses.asdict(args), "identity": identity})
+    (params, opt_state), first_step = run.restore((params, opt_state), identity)
+    clock = cts.StepClock()
+    progress = cts.progress(range(first_step, args.steps), initial=first_step, total=args.steps, desc=method)
+    for step in progress:
+        clock.start()
+        quads = [replay["train"][i] for i in cts.data_indices(len(replay["train"]), B, args.seed, step)]
+        batch = cts.pack_revise(tokenizer, quads, shapes)
+
+        # ---- rollout ----
+        device_batch = cts.put(batch, by_row)
+        step_key = jax.random.fold_in(rollout_key, step)
+        out = cts.fetch(rollout(params["policy"], device_batch["prompt"], device_batch["prompt_len"], step_key))
+        clock.mark("rollout")
+
+        # ---- score ----
+        texts = cts.decode_rows(tokenizer, out["tokens_MT"], out["len_M"])
+        outcome_BG = cts.outcome_scores(texts, quads)
+        truncated_BG = out["truncated_M"].reshape(B, G)
+        reward_BG = outcome_BG
+
+        # ---- advantages ----
+        valid_BG = 1.0 - truncated_BG if args.truncated == "mask" else np.ones((B, G))
+        adv_BG = group_advantages(reward_BG, valid_BG, args.adv_norm)
+        mask_BGT = np.asarray(cts.length_mask(out["len_M"], T)).reshape(B, G, T) * valid_BG[..., None]
+        adv_BGT = np.repeat(adv_BG[..., None], T, axis=-1)
+        batch["tokens"] = out["tokens_MT"].reshape(B, G, T)
+        batch["old_logp"] = out["logp_MT"].reshape(B, G, T)
+        batch["adv"] = adv_BGT.astype(np.float32)
+        batch["mask"] = mask_BGT.astype(np.float32)
+        denom = np.float32(M * T if args.loss_norm == "constant" else max(mask_BGT.sum(), 1.0))
+        clock.mark("score")
+
+        # ---- update ----
+        params, opt_state, sums = train_step(params, opt_state, cts.put(batch, by_row), denom, base_params)
+        metrics = cts.reduce(cts.fetch(sums))
+        clock.mark("update")
+
+        # ---- log, save ----
+        metrics["charts/reward"] = float(reward_BG.mean())
+        metrics["charts/accuracy"] = float(outcome_BG.mean())
+        metrics["charts/learning_rate"] = args.learning_rate * (1 - step / args.steps)
+        metrics["charts/tokens"] = (step + 1) * B * (shapes["P_revise"] + G * T)
+        metrics |= clock.metrics(M) | cts.rollout_metrics(out, texts, reward_BG)
+        run.check_finite(metrics, step, [q.meta["task_id"] for q in quads])
+        if args.eval_every and (step + 1) % args.eval_every == 0:
+            summary = cts.summarize(validation(params["policy"]))
+            metrics |= {f"eval/{k}": summary[k] for k in ("accuracy", "accuracy_revised", "delta_critique")}
+        run.log(metrics, step)
+        progress.set_postfix({k: f"{metrics[f'charts/{k}']:.3f}" for k in ("reward", "accuracy")})
+        if step % max(1, args.steps // 4) == 0:
+            run.log_samples(quads, texts[::G], reward_BG[:, 0], step)
+        if args.save_every and (step + 1) % args.save_every == 0:
+            run.save(step + 1, (params, opt_state), identity)
+        run.stop_if_asked(step + 1, (params, opt_state), identity)
+
+    # ---- final evaluation, result ---------------------------------------------------------------------------------
+    run.save(args.steps, (params, opt_state), identity)
+    records = evaluator(params["policy"], base_attempt_logp)
+    final = cts.summarize(records)
+    counted = cts.count_budgets(first_step + clock.steps, B, G, shapes, len(records))
+    result = cts.make_result(args, method, identity, counted, replay, base, records, final, clock.summary(run))
+    run.finish(result, base["summary"], final)
+    if args.save_hf:
+        cts.save_hf(args.save_hf, cfg, params["policy"], tokenizer, cts.model_source(args.model))
+    return result
+
+
+if __name__ == "__main__":
+    cts.cli(main, Args)
