@@ -210,7 +210,7 @@ def test_fingerprint_changes_with_the_weights(weights):
     assert digest(weights=weights) != digest()
 
 
-@pytest.mark.parametrize("name", ["ATTEMPT_TEMPLATE", "REVISE_TEMPLATE"])
+@pytest.mark.parametrize("name", ["ATTEMPT_TEMPLATE", "REVISE_TEMPLATE", "CRITIQUE_TEMPLATE"])
 def test_fingerprint_changes_with_one_character_of_a_template(monkeypatch, name):
     """A space more is another prompt."""
     before = digest()
@@ -235,7 +235,7 @@ def test_fingerprint_changes_with_what_latex_is_rewritten_to(monkeypatch):
 
 
 FUNCTIONS = ["to_fraction", "numbers_in", "final_answers", "score_math", "evaluate_arithmetic", "Step", "split_steps",
-             "equation_holds", "first_wrong_step", "process_score", "show"]  # fmt: skip
+             "equation_holds", "first_wrong_step", "process_score", "uptake", "show"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
@@ -248,6 +248,37 @@ def test_fingerprint_changes_with_a_rule_of_the_verifier(monkeypatch, name):
     before = digest()
     monkeypatch.setattr(cts, name, changed)
     assert digest() != before
+
+
+IDENTITY = dict(params=WEIGHTS, replay={"train": [QUAD], "test": [OTHER]}, shapes={"P_revise": 64, "T": 32}, steps=50,
+                temperature=0.7, dtype=np.float32)  # fmt: skip
+BUDGETS = dict(steps=50, B=8, G=8, shapes={"P_revise": 64, "T": 32}, n_test=10)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        dict(params={**WEIGHTS, "embed": np.zeros(2, np.float32)}),
+        dict(replay={"train": [dataclasses.replace(QUAD, f="No!")], "test": [OTHER]}),
+        dict(replay={"train": [QUAD], "test": [dataclasses.replace(OTHER, f="No!")]}),
+        dict(shapes={"P_revise": 64, "T": 33}),
+        dict(steps=51),
+        dict(temperature=0.8),
+        dict(dtype=np.float16),
+    ],
+)
+def test_identity_changes_with_what_was_loaded(tokenizer, changes):
+    identity = lambda params, **rest: cts.run_identity(params, tokenizer, **rest)["digest"]
+    assert identity(**{**IDENTITY, **changes}) != identity(**IDENTITY) == identity(**IDENTITY)
+
+
+@pytest.mark.parametrize(
+    "changes", [dict(steps=49), dict(B=4), dict(G=4), dict(B=16, G=4), dict(n_test=9), dict(shapes={"T": 16})]
+)
+def test_fingerprint_changes_with_what_was_counted(changes):
+    """The group size even where the number of completions stays."""
+    digest = lambda budgets: cts.fingerprint(**cts.count_budgets(**budgets))["digest"]
+    assert digest({**BUDGETS, **changes}) != digest(BUDGETS) == digest(BUDGETS)
 
 
 def test_fingerprint_fields():

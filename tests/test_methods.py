@@ -13,11 +13,16 @@ import pytest
 from flax import nnx
 from scipy.optimize import linear_sum_assignment
 
+import b0_sft as b0
+import b1_dpo as b1
+import b2_grpo as b2
 import b3_grpo_verifier as b3
+import b4_grpo_critique as b4
 import b5_cts as b5
 import cts_common as cts
 
-SCRIPTS = pytest.mark.parametrize("script", [b3, b5])
+SCRIPTS = pytest.mark.parametrize("script", [b2, b3, b4, b5])
+PROCESS = pytest.mark.parametrize("script", [b3, b5])
 LOG = math.log
 
 
@@ -52,7 +57,7 @@ def test_group_advantages(script, norm, reward, valid, expected):
     assert out.dtype == np.float32
 
 
-@SCRIPTS
+@PROCESS
 def test_step_advantages_worked_example(script):
     reward, end = floats([[0, 1, 0, 0], [1, 0, 0, 0]]), floats([[0, 1, 0, 1], [1, 0, 0, 0]])
     out = script.step_advantages(reward, end, "center")
@@ -62,7 +67,7 @@ def test_step_advantages_worked_example(script):
     np.testing.assert_allclose(out[0] * 2**0.5 / 3, [[-1 / 3, -1 / 3, -2 / 3, -2 / 3], [1 / 3, 0, 0, 0]], atol=1e-5)
 
 
-@SCRIPTS
+@PROCESS
 @pytest.mark.parametrize("norm", ["center", "std"])
 def test_step_advantages_by_loops(script, norm):
     rng = np.random.default_rng(0)
@@ -155,6 +160,95 @@ def test_k3_kl_is_unbiased():
     p, q = np.array([0.5, 0.3, 0.2]), np.array([0.2, 0.2, 0.6])
     terms = [float(b3.k3_kl(np.log(floats([a])), np.log(floats([b])), floats([1]), 1.0)) for a, b in zip(p, q)]
     assert p @ terms == pytest.approx((p * np.log(p / q)).sum(), abs=1e-6)
+
+
+# ---- supervised losses --------------------------------------------------------------------------------------------
+def test_sft_loss_by_hand():
+    """(1 + 2 + 3) / 3; its gradient is -mask / denom, whatever the log-probs."""
+    logp, mask = floats([-1, -2], [-3, -9]), floats([1, 1], [1, 0])
+    loss, grad = jax.value_and_grad(b0.sft_loss)(logp, mask, 3.0)
+    assert loss == pytest.approx(2.0)
+    np.testing.assert_allclose(grad, [[-1 / 3, -1 / 3], [-1 / 3, 0]], atol=1e-7)
+
+
+def test_dpo_loss_by_hand():
+    """Margins 2, 0 and -40 at beta 0.1: -log sigmoid of 0.2, 0 and -4."""
+    logp, ref = floats([-10, -12], [-5, -7], [-50, -10]), floats([-11, -11], [-5, -7], [-20, -20])
+    loss, margin = b1.dpo_loss(logp, ref, 0.1)
+    np.testing.assert_allclose(margin, [2, 0, -40], atol=1e-5)
+    np.testing.assert_allclose(loss, [math.log(1 + math.exp(-m)) for m in (0.2, 0.0, -4.0)], rtol=1e-5)
+    assert loss[0] == pytest.approx(0.598139, abs=1e-6)
+    # dL/dlogp = -beta * sigmoid(-beta * margin) on the chosen, the opposite on the rejected
+    grad = jax.grad(lambda l: b1.dpo_loss(l, ref, 0.1)[0].sum())(logp)
+    pull = np.array([0.1 / (1 + math.exp(0.1 * m)) for m in (2, 0, -40)])
+    np.testing.assert_allclose(grad, np.stack([-pull, pull], 1), rtol=1e-5)
+
+
+def test_dpo_loss_at_the_reference_is_log_2():
+    """The policy starts as its own reference; there the gradient is beta / 2, not 0."""
+    logp = floats([-3, -4])
+    assert b1.dpo_loss(logp, logp, 0.3)[0][0] == pytest.approx(math.log(2))
+    grad = jax.grad(lambda l: b1.dpo_loss(l, logp, 0.3)[0][0])(logp)
+    np.testing.assert_allclose(grad, [[-0.15, 0.15]], atol=1e-6)
+
+
+QUADS = [
+    cts.Quadruple("A has 2.", "So <<2+3=6>>6.\n#### 6", "The first step is wrong.", "So <<2+3=5>>5.\n#### 5", {}),
+    cts.Quadruple("B?", "#### 1", "No.", "<<4*5=20>>20\n#### 20", {}),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return cts.train_tokenizer([cts.revise_prompt(q.x, q.y0, q.f) + q.y1 for q in QUADS], 300)
+
+
+@pytest.mark.parametrize("objective", ["revision", "critique"])
+def test_pack_examples(tokenizer, objective):
+    """What is given and what is learnt, read back from the arrays."""
+    batch = b0.pack_examples(tokenizer, QUADS, {"P_revise": 120, "T": 40}, objective)
+    assert {k: v.shape for k, v in batch.items()} == {
+        "prompt": (2, 120), "prompt_len": (2,), "tokens": (2, 40), "mask": (2, 40)
+    }  # fmt: skip
+    for q, prompt, n, tokens, mask in zip(QUADS, *(batch[k] for k in ("prompt", "prompt_len", "tokens", "mask"))):
+        given, learnt = tokenizer.decode([prompt[:n].tolist(), tokens[mask > 0].tolist()])
+        assert tokens[int(mask.sum()) - 1] == tokenizer.eos_id
+        assert learnt == (q.y1 if objective == "revision" else q.f)
+        assert q.x in given and q.y0 in given and (q.f in given) == (objective == "revision") and q.y1 not in given
+
+
+def test_pack_pairs(tokenizer):
+    batch = b1.pack_pairs(tokenizer, QUADS, {"P_revise": 120, "T": 40})
+    assert batch["tokens"].shape == batch["mask"].shape == (2, 2, 40)
+    for q, prompt, n, pair, masks in zip(QUADS, *(batch[k] for k in ("prompt", "prompt_len", "tokens", "mask"))):
+        assert tokenizer.decode([prompt[:n].tolist()]) == [cts.revise_prompt(q.x, q.y0, q.f)]
+        assert tokenizer.decode([t[m > 0].tolist() for t, m in zip(pair, masks)]) == [q.y1, q.y0]
+
+
+def sequence_logp(model, prompt, completion):
+    """log pi(completion | prompt), token by token, from one plain sequence and float64 log-softmax in NumPy."""
+    ids = [*prompt, *completion]
+    padded = jnp.array([ids + [0] * (160 - len(ids))])  # one shape for all
+    hidden = np.asarray(model.packed(padded, jnp.ones((1, 160), int))[0], np.float64)
+    logits = hidden @ np.asarray(model.head_VD(), np.float64).T
+    logits -= logits.max(-1, keepdims=True)
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    return [logp[t, ids[t + 1]] for t in range(len(prompt) - 1, len(ids) - 1)]
+
+
+def test_supervised_log_probs_equal_plain_sequences(tokenizer):
+    """b0's and b1's forward share a prompt and pad; the log-probs are those of each sequence by itself."""
+    cfg = cts.ModelConfig(tokenizer.vocab_size, d_model=32, n_layers=2, head_dim=8, d_ff=48)
+    model, encode = cts.Decoder(cfg, nnx.Rngs(0)), tokenizer.encode
+    batch = b1.pack_pairs(tokenizer, QUADS, {"P_revise": 128, "T": 48})
+    prefix, _ = model.prefill(batch["prompt"], batch["prompt_len"])
+    tokens_MT = batch["tokens"].reshape(-1, 48)
+    hidden = model(cts.last_tokens(batch["prompt"], batch["prompt_len"]), tokens_MT, prefix)
+    logp_MT, _ = cts.token_logp(hidden, tokens_MT, model.head_VD())
+    for q, pair, mask in zip(QUADS, logp_MT.reshape(2, 2, 48), batch["mask"]):
+        for y, row, on in zip((q.y1, q.y0), pair, mask):
+            expected = sequence_logp(model, encode(cts.revise_prompt(q.x, q.y0, q.f)), [*encode(y), tokenizer.eos_id])
+            np.testing.assert_allclose(np.asarray(row)[on > 0], expected, atol=2e-5)
 
 
 # ---- CTS: steps and weights ---------------------------------------------------------------------------------------

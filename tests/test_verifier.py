@@ -370,3 +370,55 @@ def test_hostile_text_is_scored_in_reasonable_time(text):
     assert cts.score_math(text, "57", lenient=True) == 0
     assert 0 <= cts.process_score(text, REFERENCE) < 1
     assert isinstance(cts.check_critique(text, REFERENCE)[0], str)
+
+
+# ---- uptake ---------------------------------------------------------------------------------------------------------
+Y1 = "Ben has <<13*2=26>>26.\nAnn has <<26+4=30>>30.\nBoth have <<30+26=56>>56.\n#### 56"
+Y0 = "Ben has <<13*2=26>>26.\nAnn has <<26+4=31>>31.\nBoth have <<31+26=57>>57.\n#### 57"
+SPAN = (Y0.index("Ann"), Y0.index("Both") - 1)
+DROPPED = "Ben has <<13*2=26>>26.\nBoth have <<26+26=52>>52.\n#### 52"
+
+
+@pytest.mark.parametrize(
+    ("completion", "expected"),
+    [
+        (Y1, 1.0),  # repaired
+        (Y1.replace("Ann has", "So Ann then has"), 1.0),  # in other words
+        (Y1.replace("56", "99"), 1.0),  # repaired there, wrong later
+        ("\n".join(Y1.split("\n")[:2]), 1.0),  # repaired, then cut off
+        (Y0, 0.0),  # untouched
+        (Y0.replace("Ann has", "So Ann then has"), 0.0),  # other words around the same slip
+        (Y0.replace("31", "32").replace("57", "58"), 0.0),  # changed, still wrong arithmetic
+        (Y0.replace("26+4=31>>31", "26-4=22>>22").replace("31+26=57>>57", "22+26=48>>48"), 0.0),  # holds, off the way
+        ("Ann has <<26+4=31>>31.\n" + Y1, 0.0),  # the slip moved to the front, beside its repair
+        (Y1.replace("\n####", "\nAnn has <<26+4=31>>31.\n####"), 0.0),  # moved to the end
+        (Y1.replace("13*2=26", "13*2=27"), 0.0),  # repaired, and another step before it broken
+        (Y0.replace("Ann has <<26+4=31>>31.\n", ""), 0.0),  # gone, and what follows in its place is wrong
+        ("Ben has <<13*2=26>>26.\n#### 56", 0.0),  # gone, and nothing in its place but the answer
+        ("#### 56", 0.0),
+        ("Ben has <<13*2=26>>26.", 0.0),  # cut off before the place
+        ("", 0.0),
+        ("Nothing is wrong here.", 0.0),
+    ],
+)  # fmt: skip
+def test_uptake_of_a_wrong_step(completion, expected):
+    assert cts.uptake(completion, Y0, SPAN, Y1) == expected
+
+
+def test_uptake_of_a_missing_step():
+    """The flagged step follows the gap; putting the missing step before it changes it too."""
+    span = (DROPPED.index("Both"), DROPPED.rindex("\n"))
+    assert cts.uptake(Y1, DROPPED, span, Y1) == 1.0
+    assert cts.uptake(DROPPED, DROPPED, span, Y1) == 0.0
+    assert cts.uptake(DROPPED.replace("26+26=52>>52", "26+25=51>>51"), DROPPED, span, Y1) == 0.0
+
+
+def test_uptake_of_a_wrong_final_line():
+    y0 = Y1.replace("#### 56", "#### 65")
+    span = (y0.index("####"), len(y0))
+    assert cts.uptake(Y1, y0, span, Y1) == 1.0
+    assert cts.uptake(Y1.replace("#### 56", "#### 57"), y0, span, Y1) == 0.0
+
+
+def test_uptake_needs_a_place():
+    assert cts.uptake(Y1, Y0, None, Y1) == 0.0
