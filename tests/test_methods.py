@@ -162,6 +162,71 @@ def test_k3_kl_is_unbiased():
     assert p @ terms == pytest.approx((p * np.log(p / q)).sum(), abs=1e-6)
 
 
+# ---- the same numbers by TRL 1.16.0 (python tests/golden/make_trl_numbers.py) ----------------------------------------
+LOGP = floats([-1.0, -0.2, -3.0, -0.7], [-0.5, -2.0, -0.1, -9.0], [-4.0, -0.3, -1.5, -2.5])
+OLD = floats([-1.2, -0.1, -2.0, -0.7], [-0.4, -2.6, -0.1, -1.0], [-3.0, -0.9, -1.5, -2.0])
+REF = floats([-1.1, -0.3, -2.5, -1.0], [-0.9, -2.2, -0.2, -1.0], [-3.5, -0.5, -1.0, -2.2])
+MASK = floats([1, 1, 1, 0], [1, 1, 0, 0], [1, 1, 1, 1])
+ADV = floats([0.8] * 4, [-0.6] * 4, [-0.2] * 4)
+TRL = {  # (loss, its gradient on LOGP)
+    "dr_grpo": (
+        0.0437751,
+        [
+            [-0.0814269, -0.0603225, -0.0245253, 0.0],
+            [0.0452419, 0.0911059, 0.0, 0.0],
+            [0.0, 0.0303686, 0.0166667, 0.0],
+        ],
+    ),
+    "dr_grpo with beta 0.05": (
+        0.0463313,
+        [
+            [-0.0810303, -0.059926, -0.0272283, 0.0],
+            [0.0466155, 0.0918612, 0.0, 0.0],
+            [-0.002703, 0.0311239, 0.0139637, -0.0014577],
+        ],
+    ),
+    "dapo": (
+        0.0583669,
+        [
+            [-0.1085691, -0.08043, -0.0327004, 0.0],
+            [0.0603225, 0.1214746, 0.0, 0.0],
+            [0.0, 0.0404915, 0.0222222, 0.0],
+        ],
+    ),
+    "dpo": (
+        0.7391593,
+        [
+            [-0.0522485, -0.0522485, -0.0522485, 0.0],
+            [0.0522485, 0.0522485, 0.0, 0.0],
+        ],
+    ),
+}
+
+
+@SCRIPTS
+@pytest.mark.parametrize(
+    ("name", "denom", "beta"), [("dr_grpo", 12, 0), ("dr_grpo with beta 0.05", 12, 0.05), ("dapo", 9, 0)]
+)
+def test_grpo_loss_equals_trl(script, name, denom, beta):
+    """loss_norm constant is TRL's dr_grpo (3 completions of at most 4 tokens), token is its dapo (9 tokens)."""
+
+    def loss_fn(logp):
+        loss, _ = script.grpo_loss(logp, OLD, ADV, MASK, 0.2, 0.28, denom)
+        return loss + beta * script.k3_kl(logp, REF, MASK, denom)
+
+    loss, grad = jax.value_and_grad(loss_fn)(LOGP)
+    assert loss == pytest.approx(TRL[name][0], abs=1e-6)
+    np.testing.assert_allclose(grad, TRL[name][1], atol=1e-6)
+
+
+def test_dpo_loss_equals_trl():
+    """One pair: the first two rows."""
+    sums = lambda rows: (rows[:2] * MASK[:2]).sum(-1)[None]
+    loss, grad = jax.value_and_grad(lambda logp: b1.dpo_loss(sums(logp), sums(REF), 0.1)[0].sum())(LOGP)
+    assert loss == pytest.approx(TRL["dpo"][0], abs=1e-6)
+    np.testing.assert_allclose(grad[:2], TRL["dpo"][1], atol=1e-6)
+
+
 # ---- supervised losses --------------------------------------------------------------------------------------------
 def test_sft_loss_by_hand():
     """(1 + 2 + 3) / 3; its gradient is -mask / denom, whatever the log-probs."""
