@@ -32,7 +32,7 @@ import sys
 import time
 from collections import Counter
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import jax
@@ -886,7 +886,7 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = True
     tie_embeddings: bool = True
-    remat: Literal["none", "matmuls", "full"] = "matmuls"  # what the backward pass recomputes: nothing, all else, all
+    remat: bool = False  # the backward pass computes each layer again: a fifth slower, a fraction of the memory
 
 
 @jax.tree_util.register_dataclass
@@ -983,9 +983,6 @@ def attend_causal(q_MTNH, k_MKHT, v_MKTH, mask, prefix=None):
     return jnp.concatenate(parts, 1)
 
 
-_REMAT = {"matmuls": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "full": None}
-
-
 class Blocks(nnx.Module):
     """All L transformer blocks, their weights stacked on a leading layer axis so that one scan runs them."""
 
@@ -1059,9 +1056,9 @@ class Decoder(nnx.Module):
             x, new_kv = self._layer(w, x, rope, mask, None if kv is None else (*kv, prefix.len_B), None, None)
             return x, new_kv if keep_kv else None
 
-        if self.cfg.remat != "none":
-            layer = jax.checkpoint(layer, policy=_REMAT[self.cfg.remat])
-        x, kept = jax.lax.scan(layer, x, (weights, kv_L))
+        # unrolled, what the layers keep for the backward pass is not copied into one stacked array
+        unroll = 1 if self.cfg.remat else self.cfg.n_layers
+        x, kept = jax.lax.scan(jax.checkpoint(layer) if self.cfg.remat else layer, x, (weights, kv_L), unroll=unroll)
         return rms_norm(x, self.final_norm[...], self.cfg.norm_eps), kept
 
     def packed(self, tokens_MT, segment_MT, dtype=jnp.float32):
@@ -1283,7 +1280,8 @@ def token_logp(hidden_MTD, tokens_MT, head_VD, temperature=1.0, chunk: int = 32)
     Computed in chunks over time and recomputed in the backward pass, so that no [M, T, V] array ever exists.
     """
     M, T, D = hidden_MTD.shape
-    chunk = max(c for c in range(1, min(chunk, T) + 1) if T % c == 0)
+    n = -(-T // chunk)
+    chunk = -(-T // n)  # as even as may be; the last chunk is filled up
     head_VD = head_VD.astype(hidden_MTD.dtype)
 
     @jax.checkpoint
@@ -1297,9 +1295,10 @@ def token_logp(hidden_MTD, tokens_MT, head_VD, temperature=1.0, chunk: int = 32)
         entropy = norm - (probs * logits).sum(-1)
         return None, (picked - norm, jax.lax.stop_gradient(entropy))
 
-    split = lambda a: a.reshape(M, T // chunk, chunk, *a.shape[2:]).swapaxes(0, 1)
+    fill = lambda a: jnp.pad(a, [(0, 0), (0, n * chunk - T)] + [(0, 0)] * (a.ndim - 2))
+    split = lambda a: fill(a).reshape(M, n, chunk, *a.shape[2:]).swapaxes(0, 1)
     _, outs = jax.lax.scan(one, None, (split(hidden_MTD), split(tokens_MT)))
-    return tuple(a.swapaxes(0, 1).reshape(M, T) for a in outs)
+    return tuple(a.swapaxes(0, 1).reshape(M, n * chunk)[:, :T] for a in outs)
 
 
 def first_argmax(z_MV):
@@ -1770,7 +1769,7 @@ def read_hf_config(directory: pathlib.Path) -> ModelConfig:
     theta, scaling = read_hf_rope(config, path)
     return ModelConfig(
         **sizes, rope_theta=theta, rope_scaling=scaling, norm_eps=hf_number(config, "rms_norm_eps", path),
-        qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3", tie_embeddings=tied, remat="full",
+        qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3", tie_embeddings=tied, remat=True,
     )  # fmt: skip
 
 

@@ -155,13 +155,17 @@ def placed(places: dict, folder: str):
         yield
 
 
+def config_of(model: str) -> cts.ModelConfig:
+    """The decoder's shape of `--model`; InputError if there is none of that name."""
+    if model not in SIZES and not pathlib.Path(model).is_dir():
+        raise cts.InputError(f"--model {model}: choose nano, small or the folder of a checkpoint")
+    return cts.ModelConfig(**SIZES[model]) if model in SIZES else cts.read_hf_config(pathlib.Path(model))
+
+
 def measure(args: Args) -> dict:
     """Run the script's `main` on the work; returns the JSON line's content."""
-    if args.model not in SIZES and not pathlib.Path(args.model).is_dir():
-        raise cts.InputError(f"--model {args.model}: choose nano, small or the folder of a checkpoint")
     cts.check_args(args, ("prompts", "group", "prompt_tokens", "new_tokens", "steps"), ("micro_batch", "warmup"))
-    known = args.model in SIZES
-    cfg = cts.ModelConfig(**SIZES[args.model]) if known else cts.read_hf_config(pathlib.Path(args.model))
+    cfg = config_of(args.model)
     script, clocks = importlib.import_module(args.method), []
     B, P, T = args.prompts, args.prompt_tokens, args.new_tokens
 

@@ -149,7 +149,7 @@ def test_logits_of_completions_equal_transformers(name, path):
 # ---- config.json --------------------------------------------------------------------------------------------------
 def test_config_of_each_family():
     """Both spellings of RoPE, defaults of absent fields, tied and untied."""
-    small = dict(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24, remat="full")
+    small = dict(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24, remat=True)
     llama = cts.ModelConfig(
         320, **small, head_dim=8, rope_theta=100.0, rope_scaling=(8.0, 1.0, 4.0, 32), norm_eps=1e-5, qk_norm=False,
         tie_embeddings=False,
@@ -729,7 +729,7 @@ def test_nano_is_written_as_a_checkpoint_of_its_own(tmp_path):
     out.mkdir()  # an empty directory may be there
     cts.save_hf(out, cfg, params, tokenizer)
     assert json.loads((out / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
-    assert cts.read_hf_config(out) == dataclasses.replace(cfg, remat="full")
+    assert cts.read_hf_config(out) == dataclasses.replace(cfg, remat=True)
     assert_equal_trees(cts.load_hf_weights(out, cfg, mesh()), params)
     again = load_tokenizer(out)
     assert again.sha256() == tokenizer.sha256() and again.pad_id == tokenizer.pad_id
@@ -750,7 +750,7 @@ def test_other_shapes_without_a_source(tmp_path, kind, changes):
     cts.save_hf(tmp_path / "out", cfg, params, tokenizer)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == kind and config["max_position_embeddings"] >= 32768
-    assert cts.read_hf_config(tmp_path / "out") == dataclasses.replace(cfg, remat="full")
+    assert cts.read_hf_config(tmp_path / "out") == dataclasses.replace(cfg, remat=True)
     assert_equal_trees(load(tmp_path / "out"), params)
 
 

@@ -261,20 +261,19 @@ def test_gradient_equals_finite_differences_of_naive():
     assert slope == pytest.approx((naive(h) - naive(-h)) / (2 * h), rel=1e-3)
 
 
-@pytest.mark.parametrize("remat", ["matmuls", "full"])
-def test_remat_gives_the_same_gradient(remat):
-    plain, again = (gradient(dataclasses.replace(CONFIGS["all"], remat=r)) for r in ("none", remat))
+def test_remat_gives_the_same_gradient():
+    plain, again = (gradient(dataclasses.replace(CONFIGS["all"], remat=r)) for r in (False, True))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), plain, again)
 
 
 def test_remat_is_in_the_program():
-    """Each kind of remat is another program, which keeps less: without this the test above could not fail."""
+    """It is another program, which keeps less: without this the test above could not fail."""
     temporary = {}
-    for remat in ("none", "matmuls", "full"):
+    for remat in (False, True):
         graphdef, params = split(decoder(dataclasses.replace(CONFIGS["all"], remat=remat)))
         loss = lambda p, graphdef=graphdef: nnx.merge(graphdef, p).packed(*[jnp.ones((4, 256), int)] * 2).sum()
         temporary[remat] = jax.jit(jax.grad(loss)).lower(params).compile().memory_analysis().temp_size_in_bytes
-    assert temporary["full"] < temporary["matmuls"] < temporary["none"]
+    assert temporary[True] < 0.8 * temporary[False]
 
 
 @pytest.mark.parametrize("T_", [127, 200])
