@@ -1,4 +1,4 @@
-"""docs/methods.md says what the scripts say: its diffs, its line numbers, its metrics."""
+"""docs/methods.md says what the scripts say: its diffs, its line numbers, its metrics; the table of results."""
 
 import importlib.util
 import pathlib
@@ -7,9 +7,17 @@ import re
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-spec = importlib.util.spec_from_file_location("update_methods", ROOT / "docs" / "update_methods.py")
-update_methods = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(update_methods)
+
+
+def load(name):
+    """A script of docs/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+update_methods, results_table = load("update_methods"), load("results_table")
 PAGE = update_methods.PAGE.read_text()
 SCRIPTS = sorted(path.name for path in ROOT.glob("b?_*.py"))
 
@@ -34,3 +42,30 @@ def test_every_logged_metric_is_explained_and_none_else():
     logged |= {f"eval/{name}" for name in ("accuracy", "accuracy_revised", "delta_critique")}
     explained = re.findall(r"^\| `([\w/]+)` \| [^|]+ \| .{10,} \|$", PAGE, re.MULTILINE)
     assert sorted(explained) == sorted(logged)
+
+
+# ---- the table of results -------------------------------------------------------------------------------------------
+def result(method, seed, revised, **fields):
+    """A result.json's content: ten problems of horizon 2, thirty of horizons 6 and 7."""
+    part = lambda n, value: {"n": n, "accuracy_revised": value}
+    summary = {
+        "accuracy_revised": revised, "delta_critique": revised, "wrong_to_right": revised, "right_to_wrong": None,
+        "accuracy": 0.5, "credit_auc": 0.6123,
+        "by_horizon": {"2": part(10, revised), "6": part(10, 0.3), "7": part(20, 0.0)},
+    }  # fmt: skip
+    fingerprint = {"tokenizer": "t", "optimizer_steps": 50, **fields, "digest": "d" * 64}
+    return {"method": method, "args": {"seed": seed}, "fingerprint": fingerprint, "summary": summary, "base": summary}
+
+
+def test_table_of_results():
+    lines = results_table.table([result("b2_grpo", 0, 0.25), result("b0_sft", 1, 0.5), result("b2_grpo", 1, 0.35)])
+    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines.split("\n")}
+    assert list(cells)[2:] == ["base", "B0, 1", "B2, 0", "B2, 1", "**B0**, mean of 1", "**B2**, mean of 2"]
+    assert cells["B2, 0"] == ["25.0", "25.0", "25.0", "\u2013", "50.0", "0.612", "25.0", "0.0", "0.0", "0.0", "10.0"]
+    assert cells["**B2**, mean of 2"][0] == cells["**B2**, mean of 2"][6] == "30.0"
+    assert cells["base"][5] == "\u2013"
+
+
+def test_no_table_of_runs_that_are_not_comparable():
+    with pytest.raises(ValueError, match="b3_grpo_verifier seed 2 differs in optimizer_steps"):
+        results_table.table([result("b2_grpo", 0, 0.2), result("b3_grpo_verifier", 2, 0.3, optimizer_steps=60)])
