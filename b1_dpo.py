@@ -35,9 +35,9 @@ import cts_common as cts
 class Args:
     # ---- run ----
     task: str = "fixtures_math"
-    """task to train on: fixtures_math (generated, needs nothing) or gsm8k"""
+    """task to train on: fixtures_math or fixtures_code (generated, they need nothing), gsm8k, mbpp or apps"""
     data_dir: str | None = None
-    """folder with the task's source files (gsm8k: train.jsonl, test.jsonl); none = the hub"""
+    """folder with the task's source files (gsm8k, apps: train.jsonl, test.jsonl; mbpp: mbpp.jsonl); none = the hub"""
     replay: str | None = None
     """folder with {train,val,test}.jsonl quadruples; none = data/replay/<task>, made if it is not there"""
     model: str = "nano"
@@ -62,7 +62,7 @@ class Args:
     max_prompt_tokens: int = 1024
     """longest prompt allowed, in tokens; a longer one is an error"""
     max_new_tokens: int = 0
-    """longest completion, in tokens; 0 = the task's (fixtures_math 128, gsm8k 256)"""
+    """longest completion, in tokens; 0 = the task's (fixtures_math 128, gsm8k and mbpp 256, ...)"""
     temperature: float = 0.7
     """sampling temperature; the same in sampling and in training"""
     learning_rate: float = 3e-4

@@ -35,9 +35,9 @@ import cts_common as cts
 class Args:
     # ---- run ----
     task: str = "fixtures_math"
-    """task to train on: fixtures_math (generated, needs nothing) or gsm8k"""
+    """task to train on: fixtures_math or fixtures_code (generated, they need nothing), gsm8k, mbpp or apps"""
     data_dir: str | None = None
-    """folder with the task's source files (gsm8k: train.jsonl, test.jsonl); none = the hub"""
+    """folder with the task's source files (gsm8k, apps: train.jsonl, test.jsonl; mbpp: mbpp.jsonl); none = the hub"""
     replay: str | None = None
     """folder with {train,val,test}.jsonl quadruples; none = data/replay/<task>, made if it is not there"""
     model: str = "nano"
@@ -62,7 +62,7 @@ class Args:
     max_prompt_tokens: int = 1024
     """longest prompt allowed, in tokens; a longer one is an error"""
     max_new_tokens: int = 0
-    """longest completion, in tokens; 0 = the task's (fixtures_math 128, gsm8k 256)"""
+    """longest completion, in tokens; 0 = the task's (fixtures_math 128, gsm8k and mbpp 256, ...)"""
     temperature: float = 0.7
     """sampling temperature; the same in sampling and in training"""
     learning_rate: float = 3e-4
@@ -254,8 +254,8 @@ def main(args: Args) -> dict:
         reward_BG = reward_BG + args.uptake_coef * uptake_BG
 
         # ---- advantages ----
-        valid_BG = 1.0 - truncated_BG if args.truncated == "mask" else np.ones((B, G))
-        adv_BG = group_advantages(reward_BG, valid_BG, args.adv_norm)
+        valid_BG = ~np.isnan(reward_BG) * (1.0 - truncated_BG if args.truncated == "mask" else np.ones((B, G)))
+        adv_BG = group_advantages(np.nan_to_num(reward_BG), valid_BG, args.adv_norm)  # NaN: not scored, harness error
         mask_BGT = np.asarray(cts.length_mask(out["len_M"], T)).reshape(B, G, T) * valid_BG[..., None]
         adv_BGT = np.repeat(adv_BG[..., None], T, axis=-1)
         batch["tokens"] = out["tokens_MT"].reshape(B, G, T)
@@ -271,13 +271,13 @@ def main(args: Args) -> dict:
         clock.mark("update")
 
         # ---- log, save ----
-        metrics["charts/reward"] = float(reward_BG.mean())
-        metrics["charts/accuracy"] = float(outcome_BG.mean())
+        metrics["charts/reward"] = float(np.nanmean(reward_BG))
+        metrics["charts/accuracy"] = float(np.nanmean(outcome_BG))
         metrics["charts/learning_rate"] = args.learning_rate * (1 - step / args.steps)
         metrics["charts/tokens"] = (step + 1) * B * (shapes["P_revise"] + G * T)
-        metrics |= clock.metrics(M) | cts.rollout_metrics(out, texts, reward_BG)
+        metrics |= clock.metrics(M) | cts.rollout_metrics(out, texts, reward_BG, quads)
         # CRITIQUE: how often the flagged place is repaired, whether or not the answer is right.
-        metrics["rollout/uptake_mean"] = float(uptake_BG.mean())
+        metrics["rollout/uptake_mean"] = float(np.nanmean(uptake_BG))
         run.check_finite(metrics, step, [q.meta["task_id"] for q in quads])
         if args.eval_every and (step + 1) % args.eval_every == 0:
             summary = cts.summarize(validation(params["policy"]))

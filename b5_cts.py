@@ -34,9 +34,9 @@ import cts_common as cts
 class Args:
     # ---- run ----
     task: str = "fixtures_math"
-    """task to train on: fixtures_math (generated, needs nothing) or gsm8k"""
+    """task to train on: fixtures_math or fixtures_code (generated, they need nothing), gsm8k, mbpp or apps"""
     data_dir: str | None = None
-    """folder with the task's source files (gsm8k: train.jsonl, test.jsonl); none = the hub"""
+    """folder with the task's source files (gsm8k, apps: train.jsonl, test.jsonl; mbpp: mbpp.jsonl); none = the hub"""
     replay: str | None = None
     """folder with {train,val,test}.jsonl quadruples; none = data/replay/<task>, made if it is not there"""
     model: str = "nano"
@@ -61,7 +61,7 @@ class Args:
     max_prompt_tokens: int = 1024
     """longest prompt allowed, in tokens; a longer one is an error"""
     max_new_tokens: int = 0
-    """longest completion, in tokens; 0 = the task's (fixtures_math 128, gsm8k 256)"""
+    """longest completion, in tokens; 0 = the task's (fixtures_math 128, gsm8k and mbpp 256, ...)"""
     temperature: float = 0.7
     """sampling temperature; the same in sampling and in training"""
     learning_rate: float = 3e-4
@@ -218,7 +218,6 @@ def cts_losses(states, critic: Critic, batch, dtype, args: Args):
     """({"align", "decode", "energy"}, metrics) of a micro-batch; each loss is a sum whose weights add up to 1 over the
     whole batch. y1 is decoded from `prefix`, the revise prompts' own, without computing the prompt again."""
     (model, last_B, prefix, prompt_hidden_BPD), stop = states, jax.lax.stop_gradient
-    # L_decode: y1 is one more completion of the revise prompt
     y1_logp_BT, _ = cts.token_logp(model(last_B, batch["y1"], prefix, dtype), batch["y1"], model.head_VD())
     decode_loss = -(y1_logp_BT * batch["decode_weight"]).sum()
     y0_BJD, y1_BJD, f_BD = step_states(model, batch, prompt_hidden_BPD, dtype)
@@ -280,6 +279,8 @@ def main(args: Args) -> dict:
     method = os.path.basename(__file__)[: -len(".py")]
     above_zero = ("steps", "prompts", "group", "max_prompt_tokens", "temperature", "learning_rate")
     cts.check_args(args, above_zero, ("seed", "micro_batch", "max_new_tokens", "eval_every", "save_every", "kl_coef"))
+    # VERIFIER: step-level credit needs steps that can be checked one by one.
+    cts.check_step_credit(args.task, args.process_credit)
     cts.open_out_dir(args.out_dir, args.save_hf)
     mesh, dtype = cts.make_mesh(args.mesh), cts.pick_dtype(args.dtype)
     n_micro = cts.count_micro_batches(mesh, args.prompts, args.micro_batch)
@@ -405,10 +406,9 @@ def main(args: Args) -> dict:
         if args.critique == "redacted":
             quads = [dataclasses.replace(q, f=cts.redact(q.f)) for q in quads]
         if args.critique == "online":
-            prompts = [cts.attempt_prompt(q.x) for q in quads]
-            attempts = own.complete(params["policy"], prompts, shapes["P_attempt"])
+            attempts = own.complete(params["policy"], [cts.attempt_prompt(q.x) for q in quads], shapes["P_attempt"])
             fits = lambda prompt: len(tokenizer.encode_prompt(prompt)) <= shapes["P_revise"]
-            quads = [cts.with_attempt(q, a["text"], fits) for q, a in zip(quads, attempts)]
+            quads = cts.with_attempts(quads, [a["text"] for a in attempts], fits)
         batch = cts.pack_revise(tokenizer, quads, shapes)
 
         # ---- rollout ----
@@ -428,8 +428,8 @@ def main(args: Args) -> dict:
             reward_BG = reward_BG + args.process_coef * process_BG
 
         # ---- advantages ----
-        valid_BG = 1.0 - truncated_BG if args.truncated == "mask" else np.ones((B, G))
-        adv_BG = group_advantages(reward_BG, valid_BG, args.adv_norm)
+        valid_BG = ~np.isnan(reward_BG) * (1.0 - truncated_BG if args.truncated == "mask" else np.ones((B, G)))
+        adv_BG = group_advantages(np.nan_to_num(reward_BG), valid_BG, args.adv_norm)  # NaN: not scored, harness error
         mask_BGT = np.asarray(cts.length_mask(out["len_M"], T)).reshape(B, G, T) * valid_BG[..., None]
         adv_BGT = np.repeat(adv_BG[..., None], T, axis=-1)
         # VERIFIER: or each step's own reward goes to the tokens before its end.
@@ -456,13 +456,13 @@ def main(args: Args) -> dict:
         clock.mark("update")
 
         # ---- log, save ----
-        metrics["charts/reward"] = float(reward_BG.mean())
-        metrics["charts/accuracy"] = float(outcome_BG.mean())
+        metrics["charts/reward"] = float(np.nanmean(reward_BG))
+        metrics["charts/accuracy"] = float(np.nanmean(outcome_BG))
         metrics["charts/learning_rate"] = args.learning_rate * (1 - step / args.steps)
         metrics["charts/tokens"] = (step + 1) * B * (shapes["P_revise"] + G * T)
-        metrics |= clock.metrics(M) | cts.rollout_metrics(out, texts, reward_BG)
+        metrics |= clock.metrics(M) | cts.rollout_metrics(out, texts, reward_BG, quads)
         # VERIFIER: how far the steps hold, whether or not the answer is right.
-        metrics["rollout/process_mean"] = float(process_BG.mean())
+        metrics["rollout/process_mean"] = float(np.nanmean(process_BG))
         run.check_finite(metrics, step, [q.meta["task_id"] for q in quads])
         if args.eval_every and (step + 1) % args.eval_every == 0:
             summary = cts.summarize(validation(params["policy"]))

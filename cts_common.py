@@ -11,6 +11,8 @@ J reasoning steps of a trajectory, R latent dim. Masks are 0/1 float32 and come 
 
 from __future__ import annotations
 
+import ast
+import builtins
 import contextlib
 import dataclasses
 import datetime
@@ -30,6 +32,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections import Counter
 from fractions import Fraction
 from typing import Any
@@ -46,6 +49,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
+
+from tmp_sandbox import Verdict, extract_program, run_program, run_programs  # TEMPORARY
 
 # ---- 0 constants --------------------------------------------------------------------------------------------------
 # What: names that stand in more than one place. Used by: all sections and scripts.
@@ -69,13 +74,18 @@ class InputError(Exception):
 # Tested in: tests/test_data.py.
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """One source problem: question x, reference solution, final answer, and the split its source gives it (or None)."""
+    """One source problem: question x, reference solution, final answer (math) or tests (code), its source's split.
+
+    `reference` is "" and `tests` None where the source has none; `notes` go into the quadruple's meta.
+    """
 
     task_id: str
     x: str
     reference: str
     answer: str
     split: str | None
+    tests: dict[str, Any] | None = None
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,8 +149,31 @@ def parse_quadruple(line: str, where: str) -> Quadruple:
             "must be a string with one number (math)",
         )
     else:
-        need(isinstance(meta.get("tests"), dict), "meta.tests", "must be an object (code)")
+        wrong = flaw_of_tests(meta.get("tests"))
+        need(wrong is None, "meta.tests", f"{wrong} (code)")
+    ends = row["x"].endswith(CODE_LINE)  # the prompts take their wording from it
+    need(ends == (meta["domain"] == "code"), "x", f"must end with {CODE_LINE.strip()!r} if and only if domain is code")
     return Quadruple(row["x"], row["y0"], row["f"], row["y1"], meta)
+
+
+def flaw_of_tests(tests: Any) -> str | None:
+    """What is wrong with a problem's tests, or None: {"setup", "asserts"}, or {"inputs", "outputs"} for standard input,
+    with "fn_name" for calls of that function."""
+    texts = lambda a: isinstance(a, list) and all(isinstance(t, str) for t in a)
+    if not isinstance(tests, dict):
+        return "must be an object"
+    if "asserts" in tests:
+        fine = texts(tests["asserts"]) and tests["asserts"] and isinstance(tests.get("setup", ""), str)
+        return None if fine else "needs asserts, a list of one string or more, and setup, a string"
+    if "inputs" not in tests:
+        return "needs asserts, or inputs and outputs"
+    inputs, outputs = tests["inputs"], tests.get("outputs")
+    if not isinstance(inputs, list) or not isinstance(outputs, list) or not 0 < len(inputs) == len(outputs):
+        return "needs inputs and outputs, two lists of one length"
+    if "fn_name" in tests:
+        fine = isinstance(tests["fn_name"], str) and all(isinstance(args, list) for args in inputs)
+        return None if fine else "needs fn_name, a string, and inputs that are lists of arguments"
+    return None if texts(inputs) and texts(outputs) else "needs inputs and outputs that are strings"
 
 
 def read_replay(path: str | os.PathLike) -> list[Quadruple]:
@@ -307,6 +340,219 @@ def gsm8k(data_dir: str | None) -> list[Problem]:
     return problems
 
 
+# The last line of every code problem. It asks for a program and tells the prompts' wording; no math problem ends so.
+CODE_LINE = "\nAnswer in Python."
+FUNCTIONS = ("base", "calc", "find", "gain", "make", "part", "size", "work")
+OPERATIONS = {"+": ("Add {}.", "plus"), "-": ("Subtract {}.", "minus"), "*": ("Multiply by {}.", "times")}
+
+
+def fixtures_code(seed: int = 0, size: int = 3000) -> list[Problem]:
+    """Generated small functions with four asserts each, horizons 2 to 8 (statements below the def).
+
+    Two templates, each sentence of x a statement or two: arithmetic on two numbers, and a loop over a list followed by
+    the same. `size` problems, no text twice; deterministic in `seed`.
+    """
+    rng = np.random.default_rng((seed, 73))
+    problems: dict[str, Problem] = {}
+    while len(problems) < size:
+        horizon = int(rng.choice(np.arange(2, 9), p=np.array([1, 3, 4, 4, 3, 2, 1]) / 18))
+        name, loops = FUNCTIONS[rng.integers(len(FUNCTIONS))], horizon >= 4 and rng.random() < 0.5
+        parameters, sentences, lines = (_loop if loops else _arithmetic)(rng, horizon)
+        x = f"{name}({parameters}): {' '.join(sentences)}{CODE_LINE}"
+        if normalize_x(x) in problems:
+            continue
+        program = "\n    ".join([f"def {name}({parameters}):", *lines, "return r"])
+        space: dict[str, Any] = {}
+        exec(program, space)  # of the templates below and nothing else
+        asserts = []
+        while len(asserts) < 4:
+            draw = lambda n: [int(i) for i in rng.integers(0, 13, n)]
+            call = f"{name}({draw(rng.integers(1, 6)) if loops else ', '.join(map(str, draw(2)))})"
+            asserts.append(f"assert {call} == {eval(call, space)}")
+        tests = {"setup": "", "asserts": asserts}
+        problems[normalize_x(x)] = Problem(f"fixtures_code/{len(problems):05d}", x, program, "", None, tests)
+    return list(problems.values())
+
+
+def _operations(rng, count: int, operands: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Sentences and lines of `count` statements on r; an `if` and what it guards are two."""
+    sentences, lines = [], []
+    while len(lines) < count:
+        op = str(rng.choice(list(OPERATIONS)))
+        n = str(rng.choice(operands)) if op != "*" and rng.random() < 0.3 else str(rng.integers(2, 10))
+        sentence, line = OPERATIONS[op][0].format(n), f"r = r {op} {n}"
+        if len(lines) + 2 <= count and rng.random() < 0.4:
+            sign, word = ((">", "above"), ("<", "below"))[rng.integers(2)]
+            limit = rng.integers(5, 20)
+            sentences.append(f"If it is {word} {limit}, {sentence[0].lower()}{sentence[1:]}")
+            lines += [f"if r {sign} {limit}:", f"    {line}"]
+        else:
+            sentences.append(sentence)
+            lines.append(line)
+    return sentences, lines
+
+
+def _arithmetic(rng, horizon: int) -> tuple[str, list[str], list[str]]:
+    a, b = (("a", "b"), ("m", "n"), ("p", "q"))[rng.integers(3)]
+    op, n = str(rng.choice(list(OPERATIONS))), b if rng.random() < 0.5 else rng.integers(2, 10)
+    sentences, lines = _operations(rng, horizon - 2, (a, b))
+    return f"{a}, {b}", [f"Start with {a} {OPERATIONS[op][1]} {n}.", *sentences], [f"r = {a} {op} {n}", *lines]
+
+
+def _loop(rng, horizon: int) -> tuple[str, list[str], list[str]]:
+    start, op = rng.integers(0, 10), ("+", "-")[rng.integers(2)]
+    lines, sentences, pad = [f"r = {start}", "for x in xs:"], [f"Start with {start}."], "    "
+    each = "each x"
+    if horizon >= 5 and rng.random() < 0.6:
+        sign, word = ((">", "above"), ("<", "below"))[rng.integers(2)]
+        limit = rng.integers(2, 11)
+        lines.append(f"    if x {sign} {limit}:")
+        each, pad = f"each x {word} {limit}", "        "
+    times = rng.integers(2, 6) if rng.random() < 0.4 else None
+    lines.append(f"{pad}r = r {op} x" + (f" * {times}" if times else ""))
+    sentences.append(f"For {each}, {'add' if op == '+' else 'subtract'} x{f' times {times}' if times else ''}.")
+    more, after = _operations(rng, horizon - 1 - len(lines), ("len(xs)",))
+    return "xs", [*sentences, *more], [*lines, *after]
+
+
+def parse_program(program: str) -> ast.Module | None:
+    """The syntax tree of a program, or None where it is not Python 3 (or nested too deep to be read)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # "invalid escape sequence": the programs are not ours
+            return ast.parse(program)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+
+
+def tidy_program(program: str) -> str:
+    """A reference program with plain line ends, no white space at line ends and spaces for leading tabs.
+
+    Returned as it came where that would make it another program. "def f():\\r\\n\\treturn 1 \\r\\n" gives
+    "def f():\\n        return 1".
+    """
+    lines = program.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    strip = lambda line: line[: len(line) - len(line.lstrip())].expandtabs() + line.strip()
+    tidy, plain = "\n".join(map(strip, lines)).strip("\n"), "\n".join(lines)
+    trees = [parse_program(tidy), parse_program(plain)]
+    return tidy if None not in trees and ast.dump(trees[0]) == ast.dump(trees[1]) else plain
+
+
+def mbpp(data_dir: str | None) -> list[Problem]:
+    """MBPP from `data_dir`/mbpp.jsonl, else from the hub (google-research-datasets/mbpp). https://arxiv.org/abs/2108.07732
+
+    Its task ids 11 to 510 are test; the rest (few-shot prompts, validation, training) is train. x shows one assert of
+    three: it fixes name and form, and a program that only knows the shown one fails.
+    """
+    if data_dir:
+        path = pathlib.Path(data_dir) / "mbpp.jsonl"
+        rows = [(f"{path}:{i}", row) for i, row in enumerate(read_jsonl(path, ("text", "code")), 1)]
+    else:
+        try:
+            import datasets
+
+            parts = datasets.load_dataset("google-research-datasets/mbpp", "full")
+        except Exception as e:  # whatever the hub client raises, the user needs the one way out
+            raise InputError(
+                f"mbpp: no answer from the hub ({type(e).__name__}); pass --data_dir with mbpp.jsonl"
+            ) from None
+        rows = [(f"mbpp {name} row {i}", row) for name, part in parts.items() for i, row in enumerate(part, 1)]
+    problems = []
+    for where, row in sorted(rows, key=lambda r: r[1]["task_id"] if isinstance(r[1].get("task_id"), int) else -1):
+        number, asserts, setup = row.get("task_id"), row.get("test_list"), row.get("test_setup_code") or ""
+        if not isinstance(number, int):
+            raise InputError(f"{where}: field 'task_id' must be an integer")
+        tests = {"setup": setup, "asserts": asserts}
+        if asserts and flaw_of_tests(tests):
+            raise InputError(f"{where}: fields 'test_list', 'test_setup_code': {flaw_of_tests(tests)}")
+        shown = f"\nIt has to pass, among others:\n{asserts[0]}" if asserts else ""
+        x, split = f"{row['text'].strip()}{shown}{CODE_LINE}", "test" if 11 <= number <= 510 else "train"
+        reference = tidy_program(row["code"])
+        problems.append(Problem(f"mbpp/{number:05d}", x, reference, "", split, tests if asserts else None))
+    return problems
+
+
+MOST_TESTS, MOST_TEST_CHARS = 32, 65_536  # kept of one APPS problem: some have hundreds, some of a megabyte
+
+
+def apps(data_dir: str | None) -> list[Problem]:
+    """APPS from `data_dir`/{train,test}.jsonl (one of them is enough), else those files from the hub (codeparrot/apps;
+    it is a script data set, which `datasets` no longer runs). https://arxiv.org/abs/2105.09938
+
+    Both kinds of tests: programs on standard input, and calls of `fn_name`. The reference is the first of the solutions
+    that is Python 3. A problem without tests or solutions is returned as such; the teacher drops and counts it.
+    """
+    problems = []
+    for split, beside in (("train", "test"), ("test", "train")):
+        if data_dir:
+            path, other = (pathlib.Path(data_dir) / f"{name}.jsonl" for name in (split, beside))
+            if not path.is_file() and other.is_file():
+                continue
+        else:
+            try:
+                import huggingface_hub
+
+                path = pathlib.Path(
+                    huggingface_hub.hf_hub_download("codeparrot/apps", f"{split}.jsonl", repo_type="dataset")
+                )
+            except Exception as e:  # whatever the hub client raises, the user needs the one way out
+                raise InputError(
+                    f"apps: no answer from the hub ({type(e).__name__}); pass --data_dir with train.jsonl, test.jsonl"
+                ) from None
+        for i, row in enumerate(read_jsonl(path, ("question", "difficulty")), 1):
+            number = row.get("problem_id", row.get("id", i - 1))
+            tests, left_out = apps_tests(row, f"{path}:{i}")
+            solutions = json_field(row, "solutions", list, f"{path}:{i}") or []
+            tidy = (tidy_program(p) for p in solutions if isinstance(p, str) and p.strip())
+            reference = next((p for p in tidy if parse_program(p)), "")
+            starter = str(row.get("starter_code") or "").strip("\n")
+            if tests and "fn_name" in tests:
+                how = f"Complete this program:\n{starter}" if starter else f"Write the function {tests['fn_name']}."
+            else:
+                how = "Read from standard input and write to standard output."
+            x = f"{row['question'].strip()}\n{how}{CODE_LINE}"
+            notes = {"difficulty": row["difficulty"], "tests_left_out": left_out}
+            problems.append(Problem(f"apps/{split}/{number}", x, reference, "", split, tests, notes))
+    return problems
+
+
+def json_field(row: dict, field: str, kind: type, where: str) -> Any:
+    """The JSON text in a field of a source row, read; None where it is empty or holds an integer too long to read."""
+    text = row.get(field) or ""
+    try:
+        value = json.loads(text) if isinstance(text, str) and text.strip() else text or None
+    except (json.JSONDecodeError, RecursionError) as e:
+        raise InputError(f"{where}: field {field!r} is not JSON ({e})") from None
+    except ValueError:  # more digits than Python reads by default
+        return None
+    if value is not None and not isinstance(value, kind):
+        raise InputError(f"{where}: field {field!r} must hold a JSON {'object' if kind is dict else 'list'}")
+    return value
+
+
+def apps_tests(row: dict, where: str) -> tuple[dict[str, Any] | None, int]:
+    """(tests, how many were left out) of an APPS row: the first ones that fit the bounds; None where none is usable."""
+    source = json_field(row, "input_output", dict, where) or {}
+    inputs, outputs = source.get("inputs") or [], source.get("outputs") or []
+    if not inputs and not outputs:
+        return None, 0
+    call = {"fn_name": source["fn_name"]} if source.get("fn_name") else {}
+    if not call:  # some rows hold a text as the list of its lines
+        whole = lambda text: "\n".join(map(str, text)) if isinstance(text, list) else text
+        inputs, outputs = ([whole(text) for text in part] for part in (inputs, outputs))
+    wrong = flaw_of_tests({**call, "inputs": inputs, "outputs": outputs})
+    if wrong:
+        raise InputError(f"{where}: field 'input_output' {wrong}")
+    kept, room = [], MOST_TEST_CHARS
+    for pair in zip(inputs, outputs):
+        size = len(json.dumps(pair))
+        if size <= room and len(kept) < MOST_TESTS:
+            kept.append(pair)
+            room -= size
+    tests = {**call, "inputs": [a for a, _ in kept], "outputs": [b for _, b in kept]}
+    return tests if kept else None, len(inputs) - len(kept)
+
+
 def read_jsonl(path: pathlib.Path, fields: tuple[str, ...]) -> list[dict]:
     """Rows of a JSONL source file, each checked to hold `fields` as strings."""
     try:
@@ -341,6 +587,9 @@ class Task:
 TASKS = {
     "fixtures_math": Task("math", lambda data_dir: fixtures_math(), 128, 512, 480, 288),
     "gsm8k": Task("math", gsm8k, 256, 2048, 100, 768),
+    "fixtures_code": Task("code", lambda data_dir: fixtures_code(), 96, 512, 300, 320),
+    "mbpp": Task("code", mbpp, 256, 2048, 100, 768),
+    "apps": Task("code", apps, 512, 4096, 100, 2048),
 }
 
 
@@ -367,13 +616,24 @@ def load_replay(task: str, replay_dir: str | None, data_dir: str | None) -> dict
         say(f"No replay for {task} in {directory} yet: making it with the keyless perturb teacher (teacher.py --help).")
         on_leader(teacher.main, teacher.Args(task=task, data_dir=data_dir, out=str(directory)))
     replay = {split: read_replay(directory / f"{split}.jsonl") for split in ("train", "val", "test")}
+    domains = sorted({q.meta["domain"] for quads in replay.values() for q in quads})
+    if domains != [TASKS[task].domain]:
+        raise InputError(f"{directory}: --task {task} is {TASKS[task].domain}, this replay {' and '.join(domains)}")
     check_leakage(replay)
     return replay
 
 
 def replay_report(quads: list[Quadruple]) -> dict[str, Any]:
-    """Counts by tag and horizon, and the leak rate: the share of critiques in which the final answer stands."""
-    leaks = [numbers_in(q.meta["answer"])[0] in numbers_in(q.f) for q in quads if "answer" in q.meta]
+    """Counts by tag and horizon, and the leak rate: the share of critiques that say what the revision has to say, its
+    final answer (math) or a line of its program that the attempt lacks (code)."""
+
+    def leak(q: Quadruple) -> bool:
+        if q.meta["domain"] == "math":
+            return numbers_in(q.meta["answer"])[0] in numbers_in(q.f)
+        lines = lambda text: {" ".join(line.split()) for line in text.split("\n")}
+        return any(len(line) > 5 and line in " ".join(q.f.split()) for line in lines(q.y1) - lines(q.y0))
+
+    leaks = [leak(q) for q in quads if q.meta["domain"] == "code" or "answer" in q.meta]
     return {
         "quadruples": len(quads),
         "leak_rate": sum(leaks) / max(1, len(leaks)),
@@ -389,22 +649,27 @@ REVISE_TEMPLATE = (
     "Problem:\n{x}\nAttempt:\n{y0}\nCritique:\n{f}\nRevise the attempt. End with #### and the answer.\nSolution:\n"
 )
 CRITIQUE_TEMPLATE = "Problem:\n{x}\nAttempt:\n{y0}\nSay which step is wrong and why.\nCritique:\n"
+CODE_ATTEMPT_TEMPLATE = "Problem:\n{x}\nWrite the program.\nSolution:\n"
+CODE_REVISE_TEMPLATE = (
+    "Problem:\n{x}\nAttempt:\n{y0}\nCritique:\n{f}\nRevise the attempt. Write the whole program.\nSolution:\n"
+)
+CODE_CRITIQUE_TEMPLATE = "Problem:\n{x}\nAttempt:\n{y0}\nSay which line is wrong and why.\nCritique:\n"
 _SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def attempt_prompt(x: str) -> str:
-    """The prompt of a first attempt: x -> y."""
-    return ATTEMPT_TEMPLATE.format(x=x)
+    """The prompt of a first attempt: x -> y. As in all three, x's last line says whether it is a code problem."""
+    return (CODE_ATTEMPT_TEMPLATE if x.endswith(CODE_LINE) else ATTEMPT_TEMPLATE).format(x=x)
 
 
 def revise_prompt(x: str, y0: str, f: str) -> str:
     """The prompt of a revision: (x, y0, f) -> y1. With f = "" the critique is left out."""
-    return REVISE_TEMPLATE.format(x=x, y0=y0, f=f)
+    return (CODE_REVISE_TEMPLATE if x.endswith(CODE_LINE) else REVISE_TEMPLATE).format(x=x, y0=y0, f=f)
 
 
 def critique_prompt(x: str, y0: str) -> str:
     """The prompt of a critique: (x, y0) -> f."""
-    return CRITIQUE_TEMPLATE.format(x=x, y0=y0)
+    return (CODE_CRITIQUE_TEMPLATE if x.endswith(CODE_LINE) else CRITIQUE_TEMPLATE).format(x=x, y0=y0)
 
 
 _KEPT = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's byte alphabet
@@ -642,9 +907,12 @@ def score_math(completion: str, answer: str, *, lenient: bool = False) -> float:
     return float(found == gold)
 
 
-def format_valid(completion: str) -> bool:
-    """Does the completion commit to exactly one final answer?"""
-    return len(final_answers(completion)) == 1
+def format_valid(completion: str, domain: str) -> bool:
+    """Does the completion commit to exactly one final answer (math), or hold a program that can be read (code)?"""
+    if domain == "math":
+        return len(final_answers(completion)) == 1
+    program = parse_program(extract_program(completion))
+    return program is not None and bool(program.body)
 
 
 _TOKENS = re.compile(rf"\s*(?:({_NUMBER})\s*(%?)|([-+*/()x\u00d7\u00f7]))")
@@ -864,6 +1132,172 @@ def with_attempt(q: Quadruple, y0: str, fits) -> Quadruple:
         f, span = check_critique(y0, q.y1)
     right = score_math(y0, q.meta["answer"]) == 1.0
     return dataclasses.replace(q, y0=y0, f=f, meta={**q.meta, "error_span": span, "y0_correct": right})
+
+
+# Programs. A verdict comes from running them: `run_programs` says what is covered. What it says of the harness and not
+# of the program (`harness_error`) is no score: it is NaN or None here, is masked in training and counted.
+CODE_LIMITS = {"timeout_s": 4.0, "memory_mb": 512}
+_VERDICTS: dict[str, Verdict] = {}  # of programs that this process has run, so that no second score runs them again
+
+
+def grade(texts: list[str], tests: list[dict[str, Any]]) -> list[Verdict]:
+    """The verdict of each completion's program on its tests; what is not known yet runs in one batch.
+
+    Harness errors are tried once more and not remembered; InputError if eight programs or more ran and all are such.
+    """
+    jobs = [(extract_program(text), t) for text, t in zip(texts, tests, strict=True)]
+    keys = [sha256(json.dumps([job, CODE_LIMITS], sort_keys=True)) for job in jobs]
+    if len(_VERDICTS) > 100_000:
+        _VERDICTS.clear()
+    fresh = {key: job for key, job in zip(keys, jobs) if key not in _VERDICTS}
+    verdicts: dict[str, Verdict] = {}
+    for _ in range(2):
+        again = [key for key in fresh if key not in verdicts or verdicts[key].outcome == "harness_error"]
+        if again:
+            workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+            verdicts |= zip(again, run_programs([fresh[key] for key in again], workers=workers, **CODE_LIMITS))
+    failed = [v for v in verdicts.values() if v.outcome == "harness_error"]
+    if len(failed) == len(fresh) >= 8:
+        raise InputError(f"none of {len(failed)} programs could be run: {failed[0].detail}")
+    _VERDICTS.update({key: v for key, v in verdicts.items() if v.outcome != "harness_error"})
+    return [_VERDICTS[key] if key in _VERDICTS else verdicts[key] for key in keys]
+
+
+def one_test(tests: dict[str, Any], i: int) -> dict[str, Any]:
+    """The i-th test alone: {"asserts": [a, b]}, 1 -> {"asserts": [b]}."""
+    return {k: [v[i]] if k in ("asserts", "inputs", "outputs") else v for k, v in tests.items()}
+
+
+def count_tests(tests: dict[str, Any]) -> int:
+    """How many tests there are."""
+    return len(tests["asserts"] if "asserts" in tests else tests["inputs"])
+
+
+def first_failures(texts: list[str], tests: list[dict[str, Any]], tried: int = 8) -> list[int | None]:
+    """The first test that each program fails when it is run alone, among the first `tried`; None if it fails none."""
+    found: list[int | None] = [None] * len(texts)
+    for at in range(tried):
+        rows = [i for i, t in enumerate(tests) if found[i] is None and at < count_tests(t)]
+        for i, verdict in zip(rows, grade([texts[i] for i in rows], [one_test(tests[i], at) for i in rows])):
+            if verdict.outcome not in ("pass", "harness_error"):
+                found[i] = at
+    return found
+
+
+def describe_call(tests: dict[str, Any], i: int | None, longest: int = 60) -> str:
+    """What the i-th test calls, without what it expects; long ones are cut. "This" where no single test is known.
+
+    >>> describe_call({"asserts": ["assert f([3], 1) == 4"]}, 0), describe_call({"inputs": ["1 2"], "outputs": [""]}, 0)
+    ('f([3], 1)', "the input '1 2'")
+    """
+    if i is None:
+        return "This"
+    if "asserts" not in tests:
+        given = tests["inputs"][i]
+        text = f"{tests['fn_name']}({', '.join(map(repr, given))})" if "fn_name" in tests else f"the input {given!r}"
+    else:
+        tree = parse_program(tests["asserts"][i])
+        own = lambda n: isinstance(n, ast.Call) and not (isinstance(n.func, ast.Name) and n.func.id in dir(builtins))
+        compared = lambda n: n.left if isinstance(n, ast.Compare) else n
+        asserted = [compared(n.test) for n in ast.walk(tree or ast.Module([], [])) if isinstance(n, ast.Assert)]
+        calls = [n for part in asserted for n in ast.walk(part) if own(n)]
+        if not calls:
+            return "This"
+        inner = [n for n in calls if isinstance(n.func, ast.Name)] or calls  # f(...) in math.isclose(f(...), 0.5)
+        text = ast.unparse(inner[0])
+    return text if len(text) <= longest else f"{text[:longest]}..."
+
+
+def write_code_critique(line: int | None, flaw: str, call: str) -> str:
+    """The critique sentences of the rule-based teachers on a program: the line, the flaw and the call that fails.
+
+    >>> write_code_critique(3, "it uses the wrong operator", "f(3, 4)")
+    'Line 3 is wrong: it uses the wrong operator. f(3, 4) fails.'
+    """
+    return f"{call} fails: {flaw}." if line is None else f"Line {line} is wrong: {flaw}. {call} fails."
+
+
+def code_lines(program: str) -> list[tuple[int, int, str]]:
+    """(start, end, key) of the lines of a program that say something. The key keeps the indent; other white space does
+    not count, nor do blank lines and comments.
+
+    >>> code_lines("if x:\\n    # why\\n    y  = 1")
+    [(0, 5, 'if x:'), (20, 26, '    y = 1')]
+    """
+    found = []
+    for m in re.finditer(r"[^\n]+", program):
+        text = m.group().strip()
+        if text and not text.startswith("#"):
+            indent = m.group()[: m.group().index(text[0])]
+            start = m.start() + len(indent)
+            found.append((start, start + len(text), " " * len(indent.expandtabs()) + " ".join(text.split())))
+    return found
+
+
+def line_changes(old: list[tuple[int, int, str]], new: list[tuple[int, int, str]]) -> list[tuple[int, int]]:
+    """Runs [i, j) of lines of `old` that `new` replaces or deletes; empty ones where it inserts before line i."""
+    matcher = difflib.SequenceMatcher(None, [k for *_, k in old], [k for *_, k in new], autojunk=False)
+    return [(i1, i2) for op, i1, i2, _, _ in matcher.get_opcodes() if op != "equal"]
+
+
+def code_uptake(completion: str, y0: str, span: list[int] | None, now: Verdict, before: Verdict) -> float:
+    """1.0 if the completion's program repaired the place `span` of y0 that the critique points at, else 0.0.
+
+    Repaired: a line under the span is gone or changed, or another stands directly before or behind it (a missing
+    statement has no line of its own), and the program passes more tests than y0 did (`now`, `before`). NaN where one of
+    the two verdicts is a harness error.
+    """
+    if "harness_error" in (now.outcome, before.outcome):
+        return math.nan
+    old, new = code_lines(y0), code_lines(extract_program(completion))
+    flagged = [i for i, (start, end, _) in enumerate(old) if span and start < span[1] and end > span[0]]
+    if not flagged or now.passed <= before.passed:
+        return 0.0
+    first, behind = flagged[0], flagged[-1] + 1
+    touched = lambda i, j: first <= i <= behind if i == j else i < behind and j > first
+    return float(any(touched(i, j) for i, j in line_changes(old, new)))
+
+
+def check_program(y0: str, y1: str, verdict: Verdict, call: str) -> tuple[str, list[int] | None]:
+    """(critique, error_span) of any attempt at a program, from its verdict and the call that fails.
+
+    The line is the first that differs from the reference y1. Where the two share less than half of their lines the
+    attempt goes another way and no rule says where it is wrong: the critique names the call alone and span is None.
+    """
+    if verdict.outcome == "pass":
+        return "No line is found wrong.", None
+    flaw = {"wrong": "the result is wrong", "timeout": "it does not end in time", "oom": "it needs too much memory"}
+    flaw = flaw.get(verdict.outcome, "it stops with an error")
+    program = extract_program(y0)
+    at, old, new = y0.find(program), code_lines(program), code_lines(y1)
+    matcher = difflib.SequenceMatcher(None, [k for *_, k in old], [k for *_, k in new], autojunk=False)
+    changes = line_changes(old, new)
+    if at < 0 or not old or not changes or matcher.ratio() < 0.5:
+        return write_code_critique(None, flaw, call), None
+    start, end, _ = old[min(changes[0][0], len(old) - 1)]
+    flaw = flaw if verdict.outcome != "wrong" else "it leaves the way to the result"
+    return write_code_critique(y0[: at + start].count("\n") + 1, flaw, call), [at + start, at + end]
+
+
+def with_attempts(quads: list[Quadruple], attempts: list[str], fits) -> list[Quadruple]:
+    """`with_attempt` for a batch. Programs run in one batch and are criticised by `check_program`; one whose verdict is
+    a harness error leaves its quadruple as it was."""
+    if any(q.meta["domain"] == "math" for q in quads):
+        return [with_attempt(q, y0, fits) for q, y0 in zip(quads, attempts)]
+    cut = []
+    for q, y0 in zip(quads, attempts):
+        room = write_code_critique(999, "it leaves the way to the result", "x" * 80)  # none of them is longer
+        while y0 and not fits(revise_prompt(q.x, y0, room)):
+            y0 = y0[: int(0.9 * len(y0))]
+        cut.append(y0)
+    tests = [q.meta["tests"] for q in quads]
+    verdicts, failures, out = grade(cut, tests), first_failures(cut, tests), []
+    for q, y0, verdict, i in zip(quads, cut, verdicts, failures):
+        f, span = check_program(y0, q.y1, verdict, describe_call(q.meta["tests"], i))
+        meta = {**q.meta, "error_span": span, "y0_correct": verdict.outcome == "pass"}
+        known = verdict.outcome != "harness_error"
+        out.append(dataclasses.replace(q, y0=y0, f=f, meta=meta) if known else q)
+    return out
 
 
 # ---- 4 decoder ----------------------------------------------------------------------------------------------------
@@ -1212,12 +1646,13 @@ def fetch(tree):
 
 
 def by_host(score, texts: list[str], quads: list[Quadruple]) -> np.ndarray:
-    """[B, G] of `score(text, quadruple)` over B*G texts: every host scores its own prompts, then all know all."""
+    """[B, G] of `score(texts, a quadruple for each)` over B*G texts: every host scores its own prompts, then all know
+    all."""
     B, G, hosts = len(quads), len(texts) // len(quads), jax.process_count()
     mine = range(jax.process_index() * B // hosts, (jax.process_index() + 1) * B // hosts)
     scores = np.zeros((B, G), np.float32)
-    for b in mine:
-        scores[b] = [score(text, quads[b]) for text in texts[b * G : (b + 1) * G]]
+    some = texts[mine.start * G : mine.stop * G]
+    scores[mine.start : mine.stop] = np.reshape(score(some, [quads[b] for b in mine for _ in range(G)]), (-1, G))
     return scores if hosts == 1 else multihost_utils.process_allgather(scores).sum(0)
 
 
@@ -1438,20 +1873,23 @@ def base_documents(tokenizer: Tokenizer, quads: list[Quadruple], epoch: int) -> 
 
     The base has habits, as models have before they are trained, and they are the headroom of all methods. Solutions of
     problems that open with a letter up to L mostly state their answer in prose, not after #### (most of what RL first
-    wins on GSM8K is that form), the others seldom do. Without a critique (every other revision) it keeps the answer it
-    has (https://arxiv.org/abs/2310.01798). The first pass goes roughly from short to long (copying is learnt much
+    wins on GSM8K is that form), the others seldom do; in programs the same slip is to print what should be returned.
+    Without a critique (every other revision) it keeps the answer it has (https://arxiv.org/abs/2310.01798), in code the
+    whole attempt. The first pass goes roughly from short to long (copying is learnt much
     faster on short documents), later ones shuffle.
     """
     documents, rng = [], np.random.default_rng((BASE_SEED, STREAM_BASE, epoch))
     for i, q in enumerate(quads):
         with_f = (i + epoch) % 2 == 0
-        revision = q.y1 if with_f else q.y0.strip().split("\n")[-1]
+        code = q.meta["domain"] == "code"
+        revision = q.y1 if with_f else q.y0 if code else q.y0.strip().split("\n")[-1]
         for prompt, answer in (
             (attempt_prompt(q.x), q.y1),
             (revise_prompt(q.x, q.y0, q.f if with_f else ""), revision),
         ):
             if rng.random() < BASE_PROSE[q.x[0].upper() > "L"]:
-                answer = re.sub(r"####\s*(.+)", r"The answer is \1.", answer)
+                slip = (r"\breturn (.+)", r"print(\1)") if code else (r"####\s*(.+)", r"The answer is \1.")
+                answer = re.sub(*slip, answer)
             documents.append((tokenizer.encode(prompt), [*tokenizer.encode(answer), tokenizer.eos_id]))
     noise = rng.standard_normal(len(documents))
     lengths = np.array([len(p) + len(a) for p, a in documents])
@@ -2319,7 +2757,7 @@ class Evaluator:
         )
         prompts = [revise_prompt(q.x, q.y0, q.f) for q in self.quads]
         revisions = self.complete(params, prompts, self.shapes["P_revise"], "revisions")
-        records = [score_record(*row) for row in zip(self.quads, attempts, revisions)]
+        records = score_records(self.quads, attempts, revisions)
         if base_logp is not None:
             now, ids = self.attempt_logp(params)
             for record, q, a, b, tokens in zip(records, self.quads, now, base_logp, ids):
@@ -2374,24 +2812,28 @@ def decode_rows(tokenizer: Tokenizer, tokens_MT, len_M) -> list[str]:
     return tokenizer.decode([row[:n] for row, n in zip(np.asarray(tokens_MT).tolist(), np.asarray(len_M).tolist())])
 
 
-def score_record(q: Quadruple, attempt: dict, revision: dict) -> dict[str, Any]:
-    """What is kept of one evaluated quadruple: scores of y0, attempt and revision, and their groups."""
-    answer = q.meta["answer"]
-    return {
-        "task_id": q.meta["task_id"],
-        "horizon": q.meta["horizon"],
-        "edit_distance": q.meta["edit_distance"],
-        "error_tags": q.meta["error_tags"],
-        "y0": score_math(q.y0, answer),
-        "attempt": score_math(attempt["text"], answer),
-        "revised": score_math(revision["text"], answer),
-        "revised_tokens": revision["tokens"],
-        "revised_truncated": revision["truncated"],
-        "revised_format": format_valid(revision["text"]),
-        "attempt_tokens": attempt["tokens"],
-        "attempt_truncated": attempt["truncated"],
-        "revision": revision["text"],
-    }
+def score_records(quads: list[Quadruple], attempts: list[dict], revisions: list[dict]) -> list[dict[str, Any]]:
+    """What is kept of evaluated quadruples: scores of y0, attempt and revision (None: harness error), and groups."""
+    texts = [q.y0 for q in quads] + [done["text"] for done in (*attempts, *revisions)]
+    scores = [None if math.isnan(score) else score for score in score_outcomes(texts, [*quads, *quads, *quads])]
+    n, records = len(quads), []
+    for i, (q, attempt, revision) in enumerate(zip(quads, attempts, revisions)):
+        records.append({
+            "task_id": q.meta["task_id"],
+            "horizon": q.meta["horizon"],
+            "edit_distance": q.meta["edit_distance"],
+            "error_tags": q.meta["error_tags"],
+            "y0": scores[i],
+            "attempt": scores[n + i],
+            "revised": scores[2 * n + i],
+            "revised_tokens": revision["tokens"],
+            "revised_truncated": revision["truncated"],
+            "revised_format": format_valid(revision["text"], q.meta["domain"]),
+            "attempt_tokens": attempt["tokens"],
+            "attempt_truncated": attempt["truncated"],
+            "revision": revision["text"],
+        })  # fmt: skip
+    return records
 
 
 def credit_record(tokenizer: Tokenizer, q: Quadruple, shift_T: np.ndarray, ids: list[int]) -> dict[str, float | None]:
@@ -2409,20 +2851,22 @@ def credit_record(tokenizer: Tokenizer, q: Quadruple, shift_T: np.ndarray, ids: 
 
 
 def mean(values) -> float | None:
-    """Mean of the values that are not None; None if there are none."""
-    values = [v for v in values if v is not None]
+    """Mean of the values that are not None (nor NaN); None if there are none."""
+    values = [v for v in values if v is not None and not math.isnan(v)]
     return float(np.mean(values)) if values else None
 
 
 def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Accuracies and rates of one evaluation, whole and by horizon, edit distance and error tag."""
+    """Accuracies and rates of one evaluation, whole and by horizon, edit distance and error tag; over what was scored:
+    harness_errors counts the records in which a score is missing."""
+    known = lambda r: None not in (r["y0"], r["revised"])
 
     def rates(rows):
         return {
             "n": len(rows),
             "accuracy": mean(r["attempt"] for r in rows),
             "accuracy_revised": mean(r["revised"] for r in rows),
-            "delta_critique": mean(r["revised"] - r["y0"] for r in rows),
+            "delta_critique": mean(r["revised"] - r["y0"] for r in rows if known(r)),
         }
 
     bucket = lambda r: next(
@@ -2436,8 +2880,9 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         **rates(records),
         "accuracy_y0": mean(r["y0"] for r in records),
-        "wrong_to_right": mean(r["revised"] for r in records if not r["y0"]),
-        "right_to_wrong": mean(1 - r["revised"] for r in records if r["y0"]),
+        "wrong_to_right": mean(r["revised"] for r in records if r["y0"] == 0),
+        "right_to_wrong": mean(1 - r["revised"] for r in records if known(r) and r["y0"]),
+        "harness_errors": sum(None in (r["y0"], r["attempt"], r["revised"]) for r in records),
         "format_frac": mean(r["revised_format"] for r in records),
         "truncated_frac": mean(r["revised_truncated"] for r in records),
         "tokens_mean": mean(r["revised_tokens"] for r in records),
@@ -2449,23 +2894,67 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def verdicts_of(texts: list[str], quads: list[Quadruple]) -> list[Verdict | None]:
+    """The verdict of each text's program under its own quadruple, in one batch; None for a math problem."""
+    code = [i for i, q in enumerate(quads) if q.meta["domain"] == "code"]
+    found = dict(zip(code, grade([texts[i] for i in code], [quads[i].meta["tests"] for i in code])))
+    return [found.get(i) for i in range(len(texts))]
+
+
+def score_outcomes(texts: list[str], quads: list[Quadruple]) -> list[float]:
+    """The outcome of each text under its own quadruple: 1.0 if the final answer is right (math) or all tests pass
+    (code), else 0.0; NaN if the harness failed."""
+
+    def one(text: str, q: Quadruple, verdict: Verdict | None) -> float:
+        if verdict is None:
+            return score_math(text, q.meta["answer"])
+        return math.nan if verdict.outcome == "harness_error" else float(verdict.outcome == "pass")
+
+    return list(map(one, texts, quads, verdicts_of(texts, quads)))
+
+
 def outcome_scores(texts: list[str], quads: list[Quadruple]) -> np.ndarray:
-    """Outcome reward [B, G] of B*G completions, in {0, 1}."""
-    return by_host(lambda text, q: score_math(text, q.meta["answer"]), texts, quads)
+    """Outcome reward [B, G] of B*G completions, in {0, 1}, or NaN (`score_outcomes`)."""
+    return by_host(score_outcomes, texts, quads)
 
 
 def process_scores(texts: list[str], quads: list[Quadruple]) -> np.ndarray:
-    """Process reward [B, G] of B*G completions, in [0, 1]: `process_score` against the replay's revision."""
-    return by_host(lambda text, q: process_score(text, q.y1), texts, quads)
+    """Process reward [B, G] of B*G completions, in [0, 1]: `process_score` against the replay's revision (math), the
+    fraction of tests passed, NaN if the harness failed (code)."""
+
+    def one(text: str, q: Quadruple, verdict: Verdict | None) -> float:
+        if verdict is None:
+            return process_score(text, q.y1)
+        return math.nan if verdict.outcome == "harness_error" else verdict.passed / count_tests(q.meta["tests"])
+
+    return by_host(lambda some, owners: list(map(one, some, owners, verdicts_of(some, owners))), texts, quads)
 
 
 def uptake_scores(texts: list[str], quads: list[Quadruple]) -> np.ndarray:
-    """Uptake reward [B, G] of B*G completions, in {0, 1}: `uptake` of the quadruple's own critique."""
-    return by_host(lambda text, q: uptake(text, q.y0, q.meta["error_span"], q.y1), texts, quads)
+    """Uptake reward [B, G] of B*G completions, in {0, 1}, or NaN: `uptake` or `code_uptake` of the quadruple's own
+    critique."""
+
+    def one(text: str, q: Quadruple, now: Verdict | None, before: Verdict | None) -> float:
+        span = q.meta["error_span"]
+        return uptake(text, q.y0, span, q.y1) if now is None else code_uptake(text, q.y0, span, now, before)
+
+    def all_of(some: list[str], owners: list[Quadruple]) -> list[float]:
+        verdicts = verdicts_of([*some, *(q.y0 for q in owners)], [*owners, *owners])
+        return list(map(one, some, owners, verdicts[: len(some)], verdicts[len(some) :]))
+
+    return by_host(all_of, texts, quads)
+
+
+def check_step_credit(task: str, credit: str) -> None:
+    """Rewards of single steps need steps that can be checked one by one; InputError for a code task."""
+    if credit == "per_step" and get_task(task).domain != "math":
+        raise InputError(f"--process_credit per_step: works on math tasks, {task} is code; use rolled_up")
 
 
 def step_rewards(tokenizer: Tokenizer, tokens_MT, len_M, texts: list[str], quads: list[Quadruple]):
-    """(reward, end) [B, G, T]: end is 1 on each step's last token, reward 1 there while all steps so far hold."""
+    """(reward, end) [B, G, T]: end is 1 on each step's last token, reward 1 there while all steps so far hold. Math."""
+    if any(q.meta["domain"] != "math" for q in quads):
+        raise InputError("rewards of single steps: math only; use --process_credit rolled_up")
     (M, T), B = np.asarray(tokens_MT).shape, len(quads)
     reward_MT, end_MT = np.zeros((M, T), np.float32), np.zeros((M, T), np.float32)
     for m, text in enumerate(texts):
@@ -2491,19 +2980,20 @@ def precheck(evaluator: Evaluator, params, sample, prompts: int, replay_train: l
     index = np.random.default_rng((BASE_SEED, STREAM_EVAL)).permutation(len(replay_train))[:PRECHECK_N]
     quads = [replay_train[i] for i in index]
     width = evaluator.shapes["P_revise"]
-    score = lambda done: mean(score_math(c["text"], q.meta["answer"]) for c, q in zip(done, quads))
+    score = lambda done: mean(score_outcomes([c["text"] for c in done], quads))
     std_n = []
     for i in range(0, PRECHECK_GROUPS, prompts):
         some = [quads[j % len(quads)] for j in range(i, i + prompts)]
         batch = pack_prompts(evaluator.tokenizer, [revise_prompt(q.x, q.y0, q.f) for q in some], width)
         out = fetch(sample(put(batch, evaluator.data)))
-        std_n += list(outcome_scores(decode_rows(evaluator.tokenizer, out["tokens_MT"], out["len_M"]), some).std(1))
+        scores_BG = outcome_scores(decode_rows(evaluator.tokenizer, out["tokens_MT"], out["len_M"]), some)
+        std_n += [float(np.std(row[~np.isnan(row)])) if not np.isnan(row).all() else 0.0 for row in scores_BG]
     quads.sort(key=lambda q: len(q.y1))  # those that end together share a batch
     with_f = evaluator.complete(params, [revise_prompt(q.x, q.y0, q.f) for q in quads], width, "with f")
     without = evaluator.complete(params, [revise_prompt(q.x, q.y0, "") for q in quads], width, "without f")
     return {
         "n": len(quads),
-        "accuracy_y0": mean(score_math(q.y0, q.meta["answer"]) for q in quads),
+        "accuracy_y0": score([{"text": q.y0} for q in quads]),
         "accuracy_with_f": score(with_f),
         "accuracy_without_f": score(without),
         "leak_rate": replay_report(quads)["leak_rate"],
@@ -2517,7 +3007,7 @@ def base_report(
 ) -> dict[str, Any]:
     """{"summary", "precheck"} of the base, cached beside it under a key of everything the numbers depend on."""
     key = [replay_sha256(evaluator.quads), verifier_sha256(), sorted(evaluator.shapes.items()), *map(str, settings)]
-    parts = (Evaluator, generate, first_argmax, score_record, summarize, precheck)
+    parts = (Evaluator, generate, first_argmax, score_records, summarize, precheck)
     path = directory / f"report_{sha256(json.dumps(key) + ''.join(inspect.getsource(p) for p in parts))[:16]}.json"
     known = broadcast(path.read_text() if leads() and path.is_file() else "")
     if known:
@@ -2556,7 +3046,8 @@ def replay_sha256(quads: list[Quadruple]) -> str:
 
 def templates_sha256() -> str:
     """Digest of all prompt templates."""
-    return sha256("\0".join([ATTEMPT_TEMPLATE, REVISE_TEMPLATE, CRITIQUE_TEMPLATE]))
+    code = [CODE_ATTEMPT_TEMPLATE, CODE_REVISE_TEMPLATE, CODE_CRITIQUE_TEMPLATE, CODE_LINE]
+    return sha256("\0".join([ATTEMPT_TEMPLATE, REVISE_TEMPLATE, CRITIQUE_TEMPLATE, *code]))
 
 
 def verifier_sha256() -> str:
@@ -2574,9 +3065,22 @@ def verifier_sha256() -> str:
         first_wrong_step,
         process_score,
         uptake,
+        Verdict,
+        run_program,
+        run_programs,
+        extract_program,
+        grade,
+        code_lines,
+        line_changes,
+        code_uptake,
+        score_outcomes,
+        process_scores,
+        uptake_scores,
+        parse_program,
     )
     patterns = (NUMBER, ANNOTATION, _PLAIN_EQUATION, _TOKENS, *(p for p, _ in _LATEX))
     plain = [p if isinstance(p, str) else inspect.getsource(p) for _, p in _LATEX]
+    plain.append(json.dumps(CODE_LIMITS))
     return sha256("".join(inspect.getsource(f) for f in parts) + "".join([p.pattern for p in patterns] + plain))
 
 
@@ -2957,13 +3461,20 @@ class StepClock:
         return {**steady, "first_step": (self.times["step"] or [0.0])[0], "total": run.seconds()}
 
 
-def rollout_metrics(out: dict[str, np.ndarray], texts: list[str], reward_BG: np.ndarray) -> dict[str, float]:
-    """rollout/*: completion length, share cut off, share of groups without variance, share with one final answer."""
+def rollout_metrics(
+    out: dict[str, np.ndarray], texts: list[str], reward_BG: np.ndarray, quads: list[Quadruple]
+) -> dict[str, float]:
+    """rollout/*: completion length, share cut off, share of groups without variance, share well-formed, completions
+    that the harness failed to score (their reward is NaN)."""
+    G, unscored_BG = reward_BG.shape[1], np.isnan(reward_BG)
+    well_formed = [format_valid(text, quads[m // G].meta["domain"]) for m, text in enumerate(texts)]
+    spread_B = np.where(unscored_BG, -np.inf, reward_BG).max(1) - np.where(unscored_BG, np.inf, reward_BG).min(1)
     return {
         "rollout/len_mean": float(out["len_M"].mean()),
         "rollout/truncated_frac": float(out["truncated_M"].mean()),
-        "rollout/zero_std_frac": float((reward_BG.std(1) == 0).mean()),
-        "rollout/format_frac": float(np.mean([format_valid(t) for t in texts])),
+        "rollout/zero_std_frac": float((spread_B <= 0).mean()),
+        "rollout/format_frac": float(np.mean(well_formed)),
+        "rollout/harness_errors": float(unscored_BG.sum()),
     }
 
 
@@ -3035,7 +3546,10 @@ def print_summary(
         print(f"  {label:28}{percent(base[key]):>8}{percent(final[key]):>10}{change:>9}")
     for h in final["by_horizon"]:
         before, after = base["by_horizon"][h]["accuracy_revised"], final["by_horizon"][h]["accuracy_revised"]
-        print(f"    horizon {h!s:18}{percent(before):>10}{percent(after):>10}{100 * (after - before):>+9.1f}")
+        change = "" if None in (before, after) else f"{100 * (after - before):+.1f}"
+        print(f"    horizon {h!s:18}{percent(before):>10}{percent(after):>10}{change:>9}")
+    if final["harness_errors"]:
+        print(f"  {final['harness_errors']} of {final['n']} could not be scored (harness errors) and are left out")
     if final["credit_auc"] is not None:
         print(
             f"  credit localization: AUC {final['credit_auc']:.3f} (0.5 = chance), gap {final['credit_gap']:+.3f} nats"

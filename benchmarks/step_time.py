@@ -124,7 +124,8 @@ def matmul_ceiling(dtype, n: int = 2048) -> float:
 
 def in_place(vocab: int, B: int, P: int, T: int) -> dict:
     """What stands in for the script's data and evaluation: {name in cts_common: replacement}."""
-    meta = {"task_id": "random", "answer": "0", "horizon": 1, "edit_distance": 0, "error_tags": [], "error_span": None}
+    meta = {"task_id": "random", "domain": "math", "answer": "0", "horizon": 1, "edit_distance": 0, "error_tags": [],
+            "error_span": None}  # fmt: skip
     quads, rng = [cts.Quadruple("x", "y0", "f", "y1", meta)] * (4 * B), np.random.default_rng(0)
     return {
         "load_replay": lambda *_: dict.fromkeys(("train", "val", "test"), quads),
