@@ -364,12 +364,12 @@ def fixtures_code(seed: int = 0, size: int = 3000) -> list[Problem]:
         program = "\n    ".join([f"def {name}({parameters}):", *lines, "return r"])
         space: dict[str, Any] = {}
         exec(program, space)  # of the templates below and nothing else
-        asserts = []
+        asserts: dict[str, None] = {}
         while len(asserts) < 4:
             draw = lambda n: [int(i) for i in rng.integers(0, 13, n)]
             call = f"{name}({draw(rng.integers(1, 6)) if loops else ', '.join(map(str, draw(2)))})"
-            asserts.append(f"assert {call} == {eval(call, space)}")
-        tests = {"setup": "", "asserts": asserts}
+            asserts[f"assert {call} == {eval(call, space)}"] = None
+        tests = {"setup": "", "asserts": list(asserts)}
         problems[normalize_x(x)] = Problem(f"fixtures_code/{len(problems):05d}", x, program, "", None, tests)
     return list(problems.values())
 
@@ -426,16 +426,18 @@ def parse_program(program: str) -> ast.Module | None:
 
 
 def tidy_program(program: str) -> str:
-    """A reference program with plain line ends, no white space at line ends and spaces for leading tabs.
-
-    Returned as it came where that would make it another program. "def f():\\r\\n\\treturn 1 \\r\\n" gives
-    "def f():\\n        return 1".
+    """A reference program with plain line ends, no white space at line ends and spaces for leading tabs, as far as it
+    stays the same program. "def f():\\r\\n\\treturn 1 \\r\\n" gives "def f():\\n    return 1".
     """
     lines = program.replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    strip = lambda line: line[: len(line) - len(line.lstrip())].expandtabs() + line.strip()
-    tidy, plain = "\n".join(map(strip, lines)).strip("\n"), "\n".join(lines)
-    trees = [parse_program(tidy), parse_program(plain)]
-    return tidy if None not in trees and ast.dump(trees[0]) == ast.dump(trees[1]) else plain
+    plain = parse_program("\n".join(lines))
+    for width in (4, 8):  # 8 is Python's own reading of a tab that stands among spaces
+        indents = [line[: len(line) - len(line.lstrip())].expandtabs(width) for line in lines]
+        text = "\n".join(f"{a}{b.strip()}".rstrip() for a, b in zip(indents, lines)).strip("\n")
+        tree = parse_program(text)
+        if plain and tree and ast.dump(tree) == ast.dump(plain):
+            return text
+    return "\n".join(lines)
 
 
 def mbpp(data_dir: str | None) -> list[Problem]:

@@ -13,6 +13,7 @@ every later step is recomputed, so that the attempt is consistent after its one 
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
 import hashlib
@@ -36,11 +37,11 @@ import cts_common as cts
 @dataclasses.dataclass(frozen=True)
 class Args:
     task: str = "fixtures_math"
-    """source of the problems: fixtures_math or gsm8k"""
+    """source of the problems: fixtures_math, fixtures_code, gsm8k, mbpp or apps"""
     teacher: Literal["perturb"] = "perturb"
     """who makes y0 and f; perturb = rules, no key and no network"""
     data_dir: str | None = None
-    """folder with the source's own files (gsm8k: train.jsonl, test.jsonl); none = the hub"""
+    """folder with the source's own files (gsm8k, apps: train.jsonl, test.jsonl; mbpp: mbpp.jsonl); none = the hub"""
     out: str | None = None
     """folder for {train,val,test}.jsonl and report.json; none = data/replay/<task>"""
     seed: int = 0
@@ -438,6 +439,279 @@ def perturb(problem: cts.Problem, seed: int = 0, keep_unverified: bool = False) 
     return cts.Quadruple(problem.x, y0, f, problem.reference, meta)
 
 
+# ---- programs -------------------------------------------------------------------------------------------------------
+FLAWS = {  # kind of mutation: (tag, what the critique says of it; never what would be right)
+    "comparison": ("invalid_assumption", "it compares in the wrong way"),
+    "condition": ("invalid_assumption", "its condition is put together in the wrong way"),
+    "off_by_one": ("local_arithmetic", "a number in it is off by one"),
+    "operator": ("local_arithmetic", "it uses the wrong operator"),
+    "dropped_statement": ("missing_case", "a statement is missing here"),
+    "dropped_branch": ("missing_case", "a case is missing here"),
+    "wrong_variable": ("state_tracking", "it uses the wrong variable"),
+    "swapped": ("wrong_decomposition", "two of its parts stand in the wrong order"),
+    "early_return": ("wrong_decomposition", "it returns too early"),
+    "wrong_call": ("tool_misuse", "it calls the wrong function"),
+}
+COMPARISONS = {"<": ("<=", ">"), "<=": ("<", ">="), ">": (">=", "<"), ">=": (">", "<="), "==": ("!=",), "!=": ("==",),
+               "in": ("not in",), "not in": ("in",), "is": ("is not",), "is not": ("is",)}  # fmt: skip
+OPERATORS = {"+": ("-",), "-": ("+",), "*": ("+",), "/": ("*", "//"), "//": ("/", "*"), "%": ("//",), "**": ("*",),
+             "<<": (">>",), ">>": ("<<",), "&": ("|",), "|": ("&",), "^": ("|",)}  # fmt: skip
+TWINS = (("min", "max"), ("any", "all"), ("upper", "lower"), ("append", "extend"), ("floor", "ceil"), ("find", "rfind"),
+         ("startswith", "endswith"), ("lstrip", "rstrip"), ("sum", "len"), ("union", "intersection"),
+         ("popleft", "pop"), ("isdigit", "isalpha"), ("sorted", "list"), ("islower", "isupper"))  # fmt: skip
+TWIN = {a: b for pair in TWINS for a, b in (pair, pair[::-1])}
+SYMBOL = re.compile(r"not\s+in\b|is\s+not\b|in\b|is\b|\*\*|//|<<|>>|[<>=!]=|[-+*/%<>&|^@]")
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """A program with one flaw: its kind, its text, and the character span of the statement that is wrong in it."""
+
+    kind: str
+    program: str
+    span: tuple[int, int]
+
+
+class Source:
+    """A program's text and tree; offsets are characters of the text (the tree's columns are UTF-8 bytes)."""
+
+    def __init__(self, program: str):
+        self.text, self.tree = program, ast.parse(program)
+        self.starts = list(itertools.accumulate((len(line) + 1 for line in program.split("\n")), initial=0))
+        self.nodes = list(ast.walk(self.tree))
+        self.parent = {child: node for node in self.nodes for child in ast.iter_child_nodes(node)}
+
+    def at(self, line: int, column: int) -> int:
+        start = self.starts[line - 1]
+        return start + len(self.text[start : self.starts[line]].encode()[:column].decode())
+
+    def start(self, node) -> int:
+        first = node.decorator_list[0] if getattr(node, "decorator_list", None) else node
+        return self.at(first.lineno, first.col_offset) - (first is not node)  # the @ stands before its decorator
+
+    def end(self, node) -> int:
+        return self.at(node.end_lineno, node.end_col_offset)
+
+    def cut(self, node) -> str:
+        return self.text[self.start(node) : self.end(node)]
+
+    def statement(self, node) -> ast.stmt:
+        """The innermost statement around a node."""
+        while not isinstance(node, ast.stmt):
+            node = self.parent[node]
+        return node
+
+    def head(self, statement: ast.stmt) -> tuple[int, int]:
+        """The span of a statement, of a compound one (`if`, `for`, ...) that of its head."""
+        start, body = self.start(statement), getattr(statement, "body", None) or getattr(statement, "cases", None)
+        if not body:
+            return start, self.end(statement)
+        first = body[0] if isinstance(body[0], ast.stmt) else body[0].pattern
+        rows = [line.split("#")[0].rstrip() for line in self.text[start : self.start(first)].split("\n")]
+        return start, start + len("\n".join(rows).rstrip())
+
+    def symbol(self, left, right) -> tuple[int, str] | None:
+        """(place, text) of the operator between two neighbouring operands; brackets and comments stand there too."""
+        start, end = self.end(left), self.start(right)
+        m = SYMBOL.search(re.sub(r"#[^\n]*", lambda c: " " * len(c.group()), self.text[start:end]))
+        return (start + m.start(), m.group()) if m else None
+
+    def replaced(self, kind: str, node, start: int, end: int, new: str) -> Mutant:
+        """The mutant with text [start, end), inside the head of the statement around `node`, replaced."""
+        a, b = self.head(self.statement(node))
+        return Mutant(kind, self.text[:start] + new + self.text[end:], (a, b + len(new) - (end - start)))
+
+    def blocks(self) -> Iterator[list[ast.stmt]]:
+        """All lists of statements that stand on lines of their own."""
+        for node in self.nodes:
+            for field in ("body", "orelse", "finalbody"):
+                block = getattr(node, field, None)
+                alone = lambda s: not self.text[self.starts[s.lineno - 1] : self.start(s)].strip()
+                if isinstance(block, list) and block and all(isinstance(s, ast.stmt) and alone(s) for s in block):
+                    yield block
+
+
+def expression_mutants(source: Source) -> Iterator[Mutant]:
+    """Other comparisons, operators, numbers, conditions, names, orders and calls in their place."""
+    for node in source.nodes:
+        if isinstance(node, ast.Compare):
+            for left, right in itertools.pairwise([node.left, *node.comparators]):
+                found = source.symbol(left, right)
+                for new in COMPARISONS.get(" ".join(found[1].split()), ()) if found else ():
+                    yield source.replaced("comparison", node, found[0], found[0] + len(found[1]), new)
+        elif isinstance(node, ast.BinOp | ast.AugAssign):
+            left, right = (node.left, node.right) if isinstance(node, ast.BinOp) else (node.target, node.value)
+            found = source.symbol(left, right)
+            for new in OPERATORS.get(found[1], ()) if found else ():
+                yield source.replaced("operator", node, found[0], found[0] + len(found[1]), new)
+            if isinstance(node, ast.BinOp) and not isinstance(node.op, ast.Add | ast.Mult):
+                yield from swapped(source, node, left, right)
+        elif isinstance(node, ast.Constant) and type(node.value) in (int, bool):
+            start, end = source.start(node), source.end(node)
+            news = [node.value + 1, max(node.value - 1, 0)] if type(node.value) is int else [not node.value]
+            for new in dict.fromkeys(n for n in news if n != node.value):
+                yield source.replaced("condition" if new in (True, False) and type(new) is bool else "off_by_one", node,
+                                      start, end, str(new))  # fmt: skip
+        elif isinstance(node, ast.BoolOp):
+            start, end = source.end(node.values[0]), source.start(node.values[1])
+            new = re.sub(r"\b(and|or)\b", lambda m: {"and": "or", "or": "and"}[m.group()], source.text[start:end])
+            if len(node.values) == 2:
+                yield source.replaced("condition", node, start, end, new)
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            yield source.replaced("condition", node, source.start(node), source.start(node.operand), "")
+        elif isinstance(node, ast.Call):
+            end, called = source.end(node.func), getattr(node.func, "attr", getattr(node.func, "id", ""))
+            if called in TWIN:
+                yield source.replaced("wrong_call", node, end - len(called), end, TWIN[called])
+            if len(node.args) > 1 and not any(isinstance(a, ast.Starred) for a in node.args):
+                yield from swapped(source, node, *node.args[:2])
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            yield from other_names(source, node)
+
+
+def swapped(source: Source, node, left, right) -> Iterator[Mutant]:
+    """Two parts of an expression in each other's place; each needs to bind as one (a name, a number, a call, ...)."""
+    a, b = source.cut(left), source.cut(right)
+    whole = ast.Name | ast.Constant | ast.Call | ast.Subscript | ast.Attribute
+    if a != b and isinstance(left, whole) and isinstance(right, whole):
+        start, end = source.start(left), source.end(right)
+        yield source.replaced("swapped", node, start, end, b + source.text[source.end(left) : source.start(right)] + a)
+
+
+def other_names(source: Source, node: ast.Name) -> Iterator[Mutant]:
+    """Another variable of the same function in a name's place."""
+    scope = node
+    while scope in source.parent and not isinstance(scope, ast.FunctionDef):
+        scope = source.parent[scope]
+    inside = list(ast.walk(scope))
+    own = [n.arg for n in inside if isinstance(n, ast.arg)]
+    own += [n.id for n in inside if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    if node.id in own and isinstance(source.parent[node], ast.expr | ast.stmt):
+        for new in sorted(set(own) - {node.id}):
+            yield source.replaced("wrong_variable", node, source.start(node), source.end(node), new)
+
+
+def statement_mutants(source: Source) -> Iterator[Mutant]:
+    """A statement or a branch left out; a return moved into the loop before it."""
+    text = source.text
+    line_start = lambda node: text.rfind("\n", 0, source.start(node)) + 1
+    for block in source.blocks():
+        for i, statement in enumerate(block):
+            start, end = line_start(statement), source.end(statement)
+            whole = end == len(text) or text[end] == "\n"
+            kind = "dropped_branch" if isinstance(statement, ast.If) else "dropped_statement"
+            keep = (ast.FunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom, ast.Return, ast.Global, ast.Nonlocal)
+            docstring = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+            if len(block) > 1 and whole and not isinstance(statement, keep) and not docstring:
+                gone = text[:start] + text[end + 1 :] if end < len(text) else text[: start - 1]
+                if i + 1 < len(block):  # what now stands in its place; behind the last one the statement before it
+                    a, b = (x - (end + 1 - start) for x in source.head(block[i + 1]))
+                else:
+                    a, b = source.head(block[i - 1])
+                yield Mutant(kind, gone, (a, b))
+            if isinstance(statement, ast.If) and statement.orelse and whole:
+                cut = source.end(statement.body[-1])
+                yield Mutant("dropped_branch", text[:cut] + text[end:], source.head(statement))
+            after = block[i + 1] if i + 1 < len(block) else None
+            if isinstance(statement, ast.For | ast.While) and isinstance(after, ast.Return) and not statement.orelse:
+                body = statement.body[-1]
+                pad, line = text[line_start(body) : source.start(body)], source.cut(after)
+                if not pad.strip() and "\n" not in line:
+                    new = text[: line_start(after)] + pad + line
+                    yield Mutant("early_return", new + text[source.end(after) :], (len(new) - len(line), len(new)))
+
+
+def mutants(program: str, key: str) -> list[Mutant]:
+    """All mutants of a program, kinds in turn; kinds and places in an order that depends on `key` alone."""
+    source, rng = Source(program), random.Random(key)
+    by_kind: dict[str, list[Mutant]] = {kind: [] for kind in FLAWS}
+    for mutant in itertools.chain(expression_mutants(source), statement_mutants(source)):
+        tree = cts.parse_program(mutant.program)
+        if tree is not None and ast.dump(tree) != ast.dump(source.tree) and mutant.span[0] < mutant.span[1]:
+            by_kind[mutant.kind].append(mutant)
+    kinds = [rng.sample(by_kind[kind], len(by_kind[kind])) for kind in rng.sample(list(by_kind), len(by_kind))]
+    return [m for turn in itertools.zip_longest(*kinds) for m in turn if m is not None]
+
+
+def count_statements(program: str) -> int:
+    """The horizon of a program: its statements, without imports and the heads of functions and classes."""
+    heads = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom
+    return sum(isinstance(n, ast.stmt) and not isinstance(n, heads) for n in ast.walk(ast.parse(program)))
+
+
+def unfit(problem: cts.Problem, verdict: cts.Verdict | None) -> str | None:
+    """Why a problem yields no quadruple before any mutant is tried, or None; `verdict` is the reference's."""
+    if problem.tests is None:
+        return "no tests"
+    if not problem.reference.strip():
+        return "no reference program"
+    if cts.parse_program(problem.reference) is None:
+        return "reference is not Python 3"
+    if verdict is not None and verdict.outcome != "pass":
+        return "harness error" if verdict.outcome == "harness_error" else "reference fails its tests"
+    return None
+
+
+MOST_MUTANTS = 48  # tried on one problem
+
+
+def perturb_programs(
+    problems: list[cts.Problem], seed: int = 0, keep_unverified: bool = False
+) -> list[cts.Quadruple | str]:
+    """For each problem its first mutant that fails a test, as a quadruple, else why there is none.
+
+    Programs run in batches over all problems: references, then of each open problem its next 1, 2, 4, ... mutants. A
+    mutant that neither ends nor stays within its memory is passed over: it would cost its time limit at every scoring.
+    """
+    done: list[cts.Quadruple | str | None] = [unfit(p, None) for p in problems]
+    todo = [i for i, reason in enumerate(done) if reason is None]
+    verdicts = dict(zip(todo, cts.grade([problems[i].reference for i in todo], [problems[i].tests for i in todo])))
+    for i in todo:
+        reason = unfit(problems[i], verdicts[i])
+        done[i] = None if keep_unverified and reason != "harness error" else reason
+    keys = [hashlib.sha256(f"{seed}\0{p.task_id}".encode()).hexdigest() for p in problems]
+    left = {i: mutants(problems[i].reference, keys[i])[:MOST_MUTANTS] for i in todo if done[i] is None}
+    first = {i: tries[0] for i, tries in left.items() if tries}
+    chosen: dict[int, tuple[Mutant, cts.Verdict]] = {}
+    size = 1
+    while any(left.values()):
+        batch = [(i, mutant) for i, tries in left.items() for mutant in tries[:size]]
+        results = cts.grade([m.program for _, m in batch], [problems[i].tests for i, _ in batch])
+        for (i, mutant), verdict in zip(batch, results):
+            if verdict.outcome in ("wrong", "crash"):
+                chosen.setdefault(i, (mutant, verdict))
+        left = {i: tries[size:] for i, tries in left.items() if i not in chosen}
+        size *= 2
+    if keep_unverified:
+        spare = [i for i in first if i not in chosen]
+        some = cts.grade([first[i].program for i in spare], [problems[i].tests for i in spare])
+        chosen |= {i: (first[i], verdict) for i, verdict in zip(spare, some) if verdict.outcome != "harness_error"}
+    failing = dict(zip(chosen, cts.first_failures([m.program for m, _ in chosen.values()],
+                                                  [problems[i].tests for i in chosen])))  # fmt: skip
+    for i, (mutant, verdict) in chosen.items():
+        done[i] = code_quadruple(problems[i], mutant, verdict, verdicts[i], failing[i])
+    return ["no mutant fails a test" if made is None else made for made in done]
+
+
+def code_quadruple(
+    problem: cts.Problem, mutant: Mutant, verdict: cts.Verdict, reference: cts.Verdict, failing: int | None
+) -> cts.Quadruple:
+    """The quadruple of a mutant, its verdict, the reference's and the number of a test that the mutant fails."""
+    tag, flaw = FLAWS[mutant.kind]
+    line = mutant.program.count("\n", 0, mutant.span[0]) + 1
+    f = cts.write_code_critique(line, flaw, cts.describe_call(problem.tests, failing))
+    y0_correct, y1_correct = verdict.outcome == "pass", reference.outcome == "pass"
+    meta = {
+        "task_id": problem.task_id, "domain": "code", "split": cts.assign_split(problem),
+        "horizon": count_statements(problem.reference),
+        "edit_distance": edit_distance(mutant.program, problem.reference),
+        "error_tags": [tag], "error_span": list(mutant.span), "teacher": "perturb", "y0_correct": y0_correct,
+        "y1_correct": y1_correct, "is_human_audited": False, "tests": problem.tests,
+        "verified": y1_correct and verdict.outcome in ("wrong", "crash"), "mutation": mutant.kind, **problem.notes,
+    }  # fmt: skip
+    return cts.Quadruple(problem.x, mutant.program, f, problem.reference, meta)
+
+
 def check_writable(out: pathlib.Path) -> None:
     """Find out before the work, not after it, that nothing can be written."""
     try:
@@ -461,28 +735,36 @@ def print_summary(report: dict[str, Any], out: pathlib.Path) -> None:
     print(f"  written to {out}/")
 
 
+BATCH = 128  # problems whose programs run together
+
+
 def main(args: Args) -> dict[str, Any]:
     if args.limit < 0:
         raise cts.InputError(f"--limit {args.limit}: must be 0 (all) or more")
     task, out = cts.get_task(args.task), pathlib.Path(args.out or f"data/replay/{args.task}")
-    if task.domain != "math":
-        raise cts.InputError(f"--task {args.task}: --teacher {args.teacher} works on math tasks")
     check_writable(out)
     by_split: dict[str, list[cts.Problem]] = {"train": [], "val": [], "test": []}
-    source = hashlib.sha256()
-    for problem in task.load(args.data_dir):
+    source, problems = hashlib.sha256(), task.load(args.data_dir)
+    for problem in problems:
         by_split[cts.assign_split(problem)].append(problem)
-        source.update(json.dumps([problem.x, problem.reference]).encode())
+        source.update(json.dumps([problem.x, problem.reference, *([problem.tests] if problem.tests else [])]).encode())
     by_split = {split: problems[: args.limit or None] for split, problems in by_split.items()}
     replay: dict[str, list[cts.Quadruple]] = {split: [] for split in by_split}
     rejected: Counter[str] = Counter()
     todo = [(split, problem) for split, problems in by_split.items() for problem in problems]
-    for split, problem in tqdm(todo, desc="perturb", unit="problem"):
-        made = perturb(problem, args.seed, args.keep_unverified == "yes")
-        if isinstance(made, str):
-            rejected[made] += 1
-        else:
-            replay[split].append(made)
+    with tqdm(total=len(todo), desc="perturb", unit="problem") as bar:
+        for i in range(0, len(todo), BATCH):
+            some, keep = [problem for _, problem in todo[i : i + BATCH]], args.keep_unverified == "yes"
+            if task.domain == "math":
+                made = [perturb(problem, args.seed, keep) for problem in some]
+            else:
+                made = perturb_programs(some, args.seed, keep)
+            for (split, _), one in zip(todo[i : i + BATCH], made):
+                if isinstance(one, str):
+                    rejected[one] += 1
+                else:
+                    replay[split].append(one)
+            bar.update(len(some))
     cts.check_leakage(replay)
     quads = list(itertools.chain(*replay.values()))
     report = {
