@@ -589,7 +589,7 @@ class Task:
 TASKS = {
     "fixtures_math": Task("math", lambda data_dir: fixtures_math(), 128, 512, 480, 288),
     "gsm8k": Task("math", gsm8k, 256, 2048, 100, 768),
-    "fixtures_code": Task("code", lambda data_dir: fixtures_code(), 96, 512, 300, 320),
+    "fixtures_code": Task("code", lambda data_dir: fixtures_code(), 80, 512, 240, 288),
     "mbpp": Task("code", mbpp, 256, 2048, 100, 768),
     "apps": Task("code", apps, 512, 4096, 100, 2048),
 }
@@ -1175,11 +1175,17 @@ def count_tests(tests: dict[str, Any]) -> int:
     return len(tests["asserts"] if "asserts" in tests else tests["inputs"])
 
 
-def first_failures(texts: list[str], tests: list[dict[str, Any]], tried: int = 8) -> list[int | None]:
-    """The first test that each program fails when it is run alone, among the first `tried`; None if it fails none."""
-    found: list[int | None] = [None] * len(texts)
+def first_failures(
+    texts: list[str], tests: list[dict[str, Any]], verdicts: list[Verdict], tried: int = 8
+) -> list[int | None]:
+    """The first test that each program fails, given its verdict on all of them; None if it fails none.
+
+    One that passes some is run on the first `tried`, each alone: a verdict does not say which of them it counts.
+    """
+    found: list[int | None] = [None if v.passed else 0 for v in verdicts]
     for at in range(tried):
-        rows = [i for i, t in enumerate(tests) if found[i] is None and at < count_tests(t)]
+        rows = [i for i, t in enumerate(tests) if verdicts[i].outcome != "pass" and found[i] is None]
+        rows = [i for i in rows if at < count_tests(tests[i])]
         for i, verdict in zip(rows, grade([texts[i] for i in rows], [one_test(tests[i], at) for i in rows])):
             if verdict.outcome not in ("pass", "harness_error"):
                 found[i] = at
@@ -1187,13 +1193,13 @@ def first_failures(texts: list[str], tests: list[dict[str, Any]], tried: int = 8
 
 
 def describe_call(tests: dict[str, Any], i: int | None, longest: int = 60) -> str:
-    """What the i-th test calls, without what it expects; long ones are cut. "This" where no single test is known.
+    """What the i-th test calls, without what it expects; long ones are cut. "A test" where none is known or read.
 
     >>> describe_call({"asserts": ["assert f([3], 1) == 4"]}, 0), describe_call({"inputs": ["1 2"], "outputs": [""]}, 0)
     ('f([3], 1)', "the input '1 2'")
     """
     if i is None:
-        return "This"
+        return "A test"
     if "asserts" not in tests:
         given = tests["inputs"][i]
         text = f"{tests['fn_name']}({', '.join(map(repr, given))})" if "fn_name" in tests else f"the input {given!r}"
@@ -1204,7 +1210,7 @@ def describe_call(tests: dict[str, Any], i: int | None, longest: int = 60) -> st
         asserted = [compared(n.test) for n in ast.walk(tree or ast.Module([], [])) if isinstance(n, ast.Assert)]
         calls = [n for part in asserted for n in ast.walk(part) if own(n)]
         if not calls:
-            return "This"
+            return "A test"
         inner = [n for n in calls if isinstance(n.func, ast.Name)] or calls  # f(...) in math.isclose(f(...), 0.5)
         text = ast.unparse(inner[0])
     return text if len(text) <= longest else f"{text[:longest]}..."
@@ -1293,8 +1299,8 @@ def with_attempts(quads: list[Quadruple], attempts: list[str], fits) -> list[Qua
             y0 = y0[: int(0.9 * len(y0))]
         cut.append(y0)
     tests = [q.meta["tests"] for q in quads]
-    verdicts, failures, out = grade(cut, tests), first_failures(cut, tests), []
-    for q, y0, verdict, i in zip(quads, cut, verdicts, failures):
+    verdicts, out = grade(cut, tests), []
+    for q, y0, verdict, i in zip(quads, cut, verdicts, first_failures(cut, tests, verdicts)):
         f, span = check_program(y0, q.y1, verdict, describe_call(q.meta["tests"], i))
         meta = {**q.meta, "error_span": span, "y0_correct": verdict.outcome == "pass"}
         known = verdict.outcome != "harness_error"

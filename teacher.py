@@ -442,7 +442,7 @@ def perturb(problem: cts.Problem, seed: int = 0, keep_unverified: bool = False) 
 # ---- programs -------------------------------------------------------------------------------------------------------
 FLAWS = {  # kind of mutation: (tag, what the critique says of it; never what would be right)
     "comparison": ("invalid_assumption", "it compares in the wrong way"),
-    "condition": ("invalid_assumption", "its condition is put together in the wrong way"),
+    "condition": ("invalid_assumption", "its condition or truth value is wrong"),
     "off_by_one": ("local_arithmetic", "a number in it is off by one"),
     "operator": ("local_arithmetic", "it uses the wrong operator"),
     "dropped_statement": ("missing_case", "a statement is missing here"),
@@ -509,6 +509,12 @@ class Source:
         first = body[0] if isinstance(body[0], ast.stmt) else body[0].pattern
         rows = [line.split("#")[0].rstrip() for line in self.text[start : self.start(first)].split("\n")]
         return start, start + len("\n".join(rows).rstrip())
+
+    def last(self, statement: ast.stmt) -> ast.stmt:
+        """The statement that a compound one ends with, itself if it is none."""
+        inside = [getattr(statement, field, None) for field in ("body", "orelse", "finalbody")]
+        blocks = [block for block in inside if block and isinstance(block, list)]
+        return self.last(max(blocks, key=lambda b: b[-1].lineno)[-1]) if blocks else statement
 
     def symbol(self, left, right) -> tuple[int, str] | None:
         """(place, text) of the operator between two neighbouring operands; brackets and comments stand there too."""
@@ -607,11 +613,11 @@ def statement_mutants(source: Source) -> Iterator[Mutant]:
                 if i + 1 < len(block):  # what now stands in its place; behind the last one the statement before it
                     a, b = (x - (end + 1 - start) for x in source.head(block[i + 1]))
                 else:
-                    a, b = source.head(block[i - 1])
+                    a, b = source.head(source.last(block[i - 1]))
                 yield Mutant(kind, gone, (a, b))
             if isinstance(statement, ast.If) and statement.orelse and whole:
                 cut = source.end(statement.body[-1])
-                yield Mutant("dropped_branch", text[:cut] + text[end:], source.head(statement))
+                yield Mutant("dropped_branch", text[:cut] + text[end:], source.head(source.last(statement.body[-1])))
             after = block[i + 1] if i + 1 < len(block) else None
             if isinstance(statement, ast.For | ast.While) and isinstance(after, ast.Return) and not statement.orelse:
                 body = statement.body[-1]
@@ -686,8 +692,8 @@ def perturb_programs(
         spare = [i for i in first if i not in chosen]
         some = cts.grade([first[i].program for i in spare], [problems[i].tests for i in spare])
         chosen |= {i: (first[i], verdict) for i, verdict in zip(spare, some) if verdict.outcome != "harness_error"}
-    failing = dict(zip(chosen, cts.first_failures([m.program for m, _ in chosen.values()],
-                                                  [problems[i].tests for i in chosen])))  # fmt: skip
+    programs, results = [m.program for m, _ in chosen.values()], [verdict for _, verdict in chosen.values()]
+    failing = dict(zip(chosen, cts.first_failures(programs, [problems[i].tests for i in chosen], results)))
     for i, (mutant, verdict) in chosen.items():
         done[i] = code_quadruple(problems[i], mutant, verdict, verdicts[i], failing[i])
     return ["no mutant fails a test" if made is None else made for made in done]
