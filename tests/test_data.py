@@ -89,8 +89,9 @@ def test_good_lines_are_kept_whole():
     q = cts.parse_quadruple(line_of(extra), "here:1")
     assert q.meta == {**META, **extra}
     assert (q.x, q.y0, q.f, q.y1) == (ROW["x"], ROW["y0"], ROW["f"], ROW["y1"])
-    code = cts.parse_quadruple(line_of({"domain": "code", "tests": {"in": []}}), "here:1")
-    assert code.meta["tests"] == {"in": []}
+    tests = {"inputs": ["1"], "outputs": ["2"]}
+    code = cts.parse_quadruple(line_of({"domain": "code", "tests": tests}, x=f"One more.{cts.CODE_LINE}"), "here:1")
+    assert code.meta["tests"] == tests
     assert cts.parse_quadruple(line_of({"error_span": [0, len(ROW["y0"])]}), "here:1").meta["error_span"][1] == 12
 
 

@@ -135,6 +135,6 @@ def test_hosts_flag_is_checked():
 
 def test_by_host_scores_every_text_once():
     calls = []
-    score = lambda text, q: calls.append((text, q)) or float(text)
+    score = lambda texts, quads: calls.extend(zip(texts, quads)) or [float(text) for text in texts]
     assert cts.by_host(score, ["1", "2", "3", "4"], ["a", "b"]).tolist() == [[1, 2], [3, 4]]
     assert calls == [("1", "a"), ("2", "a"), ("3", "b"), ("4", "b")]

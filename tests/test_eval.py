@@ -58,16 +58,17 @@ def test_credit_record_by_hand(tokenizer):
         assert cts.credit_record(tokenizer, q, shift, ids) == nothing
 
 
-def test_score_record():
+def test_score_records():
     """Every kept figure of one evaluated quadruple."""
     attempt = {"text": "#### 4", "tokens": 6, "truncated": False}
     revision = {"text": "So 5", "tokens": 9, "truncated": True}
-    assert cts.score_record(QUAD, attempt, revision) == {
+    (record,) = cts.score_records([QUAD], [attempt], [revision])
+    assert record == {
         "task_id": "own/1", "horizon": 1, "edit_distance": 2, "error_tags": ["local_arithmetic"], "y0": 0.0,
         "attempt": 0.0, "revised": 0.0, "revised_tokens": 9, "revised_truncated": True, "revised_format": False,
         "attempt_tokens": 6, "attempt_truncated": False, "revision": "So 5",
     }  # fmt: skip
-    good = cts.score_record(QUAD, {**attempt, "text": Y1}, {**revision, "text": Y1})
+    (good,) = cts.score_records([QUAD], [{**attempt, "text": Y1}], [{**revision, "text": Y1}])
     assert (good["y0"], good["attempt"], good["revised"], good["revised_format"]) == (0.0, 1.0, 1.0, True)
 
 
@@ -90,7 +91,7 @@ RECORDS = [
 def test_summarize_by_hand():
     """Every figure of five records."""
     s = cts.summarize(RECORDS)
-    assert s["n"] == 5
+    assert (s["n"], s["harness_errors"]) == (5, 0)
     figures = {
         "accuracy": 3 / 5, "accuracy_revised": 3 / 5, "delta_critique": 1 / 5, "accuracy_y0": 2 / 5,
         "wrong_to_right": 2 / 3, "right_to_wrong": 1 / 2, "format_frac": 4 / 5, "truncated_frac": 1 / 5,
@@ -123,10 +124,10 @@ def test_summarize_without_right_attempts():
 
 
 def test_reduce_and_mean():
-    """(sum, count) divided once; an empty count gives 0; None does not enter a mean."""
+    """(sum, count) divided once; an empty count gives 0; None and NaN do not enter a mean."""
     assert cts.reduce({"a": (6.0, 3.0), "b": (np.float32(1), np.int32(4))}) == {"a": 2.0, "b": 0.25}
     assert cts.reduce({"a": (0.0, 0.0)}) == {"a": 0.0}
-    assert cts.mean([None, 1, 2]) == 1.5
+    assert cts.mean([None, 1, 2, float("nan")]) == 1.5
     assert cts.mean(iter([])) is None is cts.mean([None])
 
 

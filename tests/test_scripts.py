@@ -456,4 +456,4 @@ def test_the_command_line_exits_with_2():
         [sys.executable, "b5_cts.py", "--task", "nope"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.strip() == "error: --task nope: unknown; choose one of fixtures_math, gsm8k"
+    assert done.stderr.strip() == f"error: --task nope: unknown; choose one of {', '.join(cts.TASKS)}"

@@ -41,7 +41,7 @@ def test_grader_table(completion, strict, lenient, valid):
     """The grader self-test table."""
     assert cts.score_math(completion, "1000") == strict
     assert cts.score_math(completion, "1000", lenient=True) == lenient
-    assert cts.format_valid(completion) is valid
+    assert cts.format_valid(completion, "math") is valid
 
 
 @pytest.mark.parametrize(
