@@ -589,7 +589,7 @@ class Task:
 TASKS = {
     "fixtures_math": Task("math", lambda data_dir: fixtures_math(), 128, 512, 480, 288),
     "gsm8k": Task("math", gsm8k, 256, 2048, 100, 768),
-    "fixtures_code": Task("code", lambda data_dir: fixtures_code(), 80, 512, 240, 288),
+    "fixtures_code": Task("code", lambda data_dir: fixtures_code(), 80, 512, 480, 288),
     "mbpp": Task("code", mbpp, 256, 2048, 100, 768),
     "apps": Task("code", apps, 512, 4096, 100, 2048),
 }
