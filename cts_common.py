@@ -913,7 +913,7 @@ def format_valid(completion: str, domain: str) -> bool:
     """Does the completion commit to exactly one final answer (math), or hold a program that can be read (code)?"""
     if domain == "math":
         return len(final_answers(completion)) == 1
-    program = parse_program(extract_program(completion))
+    program = parse_program(program_of(completion))
     return program is not None and bool(program.body)
 
 
@@ -1142,12 +1142,17 @@ CODE_LIMITS = {"timeout_s": 4.0, "memory_mb": 512}
 _VERDICTS: dict[str, Verdict] = {}  # of programs that this process has run, so that no second score runs them again
 
 
+def program_of(completion: str) -> str:
+    """The completion itself where it is a program as it stands, as y0 and y1 are; else what stands in its fences."""
+    return completion if parse_program(completion) is not None else extract_program(completion)
+
+
 def grade(texts: list[str], tests: list[dict[str, Any]]) -> list[Verdict]:
     """The verdict of each completion's program on its tests; what is not known yet runs in one batch.
 
     Harness errors are tried once more and not remembered; InputError if eight programs or more ran and all are such.
     """
-    jobs = [(extract_program(text), t) for text, t in zip(texts, tests, strict=True)]
+    jobs = [(program_of(text), t) for text, t in zip(texts, tests, strict=True)]
     keys = [sha256(json.dumps([job, CODE_LIMITS], sort_keys=True)) for job in jobs]
     if len(_VERDICTS) > 100_000:
         _VERDICTS.clear()
@@ -1257,7 +1262,7 @@ def code_uptake(completion: str, y0: str, span: list[int] | None, now: Verdict, 
     """
     if "harness_error" in (now.outcome, before.outcome):
         return math.nan
-    old, new = code_lines(y0), code_lines(extract_program(completion))
+    old, new = code_lines(y0), code_lines(program_of(completion))
     flagged = [i for i, (start, end, _) in enumerate(old) if span and start < span[1] and end > span[0]]
     if not flagged or now.passed <= before.passed:
         return 0.0
@@ -1276,7 +1281,7 @@ def check_program(y0: str, y1: str, verdict: Verdict, call: str) -> tuple[str, l
         return "No line is found wrong.", None
     flaw = {"wrong": "the result is wrong", "timeout": "it does not end in time", "oom": "it needs too much memory"}
     flaw = flaw.get(verdict.outcome, "it stops with an error")
-    program = extract_program(y0)
+    program = program_of(y0)
     at, old, new = y0.find(program), code_lines(program), code_lines(y1)
     matcher = difflib.SequenceMatcher(None, [k for *_, k in old], [k for *_, k in new], autojunk=False)
     changes = line_changes(old, new)
@@ -3077,6 +3082,7 @@ def verifier_sha256() -> str:
         run_program,
         run_programs,
         extract_program,
+        program_of,
         grade,
         code_lines,
         line_changes,

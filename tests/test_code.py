@@ -428,7 +428,7 @@ def test_what_yields_no_quadruple_is_counted_by_reason(tmp_path, monkeypatch, br
     problems = [
         change(0), change(1, tests=None), change(2, reference=""), change(3, reference="print 'two'"),
         change(4, reference=WRONG), change(5, reference=f"{REFERENCE} # broken"),
-        change(6, reference="print('hello')", tests={"setup": "", "asserts": ["assert True"]}),
+        change(6, reference="def f():\n    return None", tests={"setup": "", "asserts": ["assert f() is None"]}),
     ]  # fmt: skip
     monkeypatch.setitem(cts.TASKS, "apps", dataclasses.replace(cts.TASKS["apps"], load=lambda data_dir: problems))
     report = teacher.main(teacher.Args(task="apps", out=str(tmp_path)))
@@ -512,6 +512,14 @@ def test_programs_run_in_one_batch_and_once(broken_harness):
     cts.process_scores(some, quads)
     cts.uptake_scores(some, quads)
     assert [len(ran) for ran in broken_harness if ran] == [3]
+
+
+def test_a_program_without_a_fence_is_taken_whole():
+    """Also where it does not open with a definition, as programs on standard input do."""
+    tests = {"inputs": ["3\n"], "outputs": ["6\n"]}
+    text = "n = int(input())\nfor _ in range(1):\n    n *= 2\nprint(n)"
+    assert [v.outcome for v in cts.grade([text, f"So:\n```\n{text}\n```"], [tests] * 2)] == ["pass"] * 2
+    assert cts.program_of(text) == text and cts.program_of(f"Say\n```python\n{REFERENCE}\n```").strip() == REFERENCE
 
 
 def test_format_is_a_program_that_can_be_read():
