@@ -533,7 +533,8 @@ def json_field(row: dict, field: str, kind: type, where: str) -> Any:
 
 
 def apps_tests(row: dict, where: str) -> tuple[dict[str, Any] | None, int]:
-    """(tests, how many were left out) of an APPS row: the first ones that fit the bounds; None where none is usable."""
+    """(tests, how many were left out) of an APPS row: the first ones that fit the bounds; None where there are none, or
+    where inputs and outputs do not go together."""
     source = json_field(row, "input_output", dict, where) or {}
     inputs, outputs = source.get("inputs") or [], source.get("outputs") or []
     if not inputs and not outputs:
@@ -542,9 +543,8 @@ def apps_tests(row: dict, where: str) -> tuple[dict[str, Any] | None, int]:
     if not call:  # some rows hold a text as the list of its lines
         whole = lambda text: "\n".join(map(str, text)) if isinstance(text, list) else text
         inputs, outputs = ([whole(text) for text in part] for part in (inputs, outputs))
-    wrong = flaw_of_tests({**call, "inputs": inputs, "outputs": outputs})
-    if wrong:
-        raise InputError(f"{where}: field 'input_output' {wrong}")
+    if flaw_of_tests({**call, "inputs": inputs, "outputs": outputs}):
+        return None, 0
     kept, room = [], MOST_TEST_CHARS
     for pair in zip(inputs, outputs):
         size = len(json.dumps(pair))
@@ -1281,7 +1281,7 @@ def check_program(y0: str, y1: str, verdict: Verdict, call: str) -> tuple[str, l
         return "No line is found wrong.", None
     flaw = {"wrong": "the result is wrong", "timeout": "it does not end in time", "oom": "it needs too much memory"}
     flaw = flaw.get(verdict.outcome, "it stops with an error")
-    program = program_of(y0)
+    program = program_of(y0).rstrip()
     at, old, new = y0.find(program), code_lines(program), code_lines(y1)
     matcher = difflib.SequenceMatcher(None, [k for *_, k in old], [k for *_, k in new], autojunk=False)
     changes = line_changes(old, new)
@@ -1294,12 +1294,11 @@ def check_program(y0: str, y1: str, verdict: Verdict, call: str) -> tuple[str, l
 
 def with_attempts(quads: list[Quadruple], attempts: list[str], fits) -> list[Quadruple]:
     """`with_attempt` for a batch. Programs run in one batch and are criticised by `check_program`; one whose verdict is
-    a harness error leaves its quadruple as it was."""
+    a harness error, or that fits in no way, leaves its quadruple as it was."""
     if any(q.meta["domain"] == "math" for q in quads):
         return [with_attempt(q, y0, fits) for q, y0 in zip(quads, attempts)]
-    cut = []
+    cut, room = [], write_code_critique(999, "it leaves the way to the result", "7" * 66)
     for q, y0 in zip(quads, attempts):
-        room = write_code_critique(999, "it leaves the way to the result", "x" * 80)  # none of them is longer
         while y0 and not fits(revise_prompt(q.x, y0, room)):
             y0 = y0[: int(0.9 * len(y0))]
         cut.append(y0)
@@ -1307,8 +1306,10 @@ def with_attempts(quads: list[Quadruple], attempts: list[str], fits) -> list[Qua
     verdicts, out = grade(cut, tests), []
     for q, y0, verdict, i in zip(quads, cut, verdicts, first_failures(cut, tests, verdicts)):
         f, span = check_program(y0, q.y1, verdict, describe_call(q.meta["tests"], i))
+        if not fits(revise_prompt(q.x, y0, f)):  # a call of many tokens
+            f, span = check_program(y0, q.y1, verdict, describe_call(q.meta["tests"], None))
+        known = verdict.outcome != "harness_error" and fits(revise_prompt(q.x, y0, f))
         meta = {**q.meta, "error_span": span, "y0_correct": verdict.outcome == "pass"}
-        known = verdict.outcome != "harness_error"
         out.append(dataclasses.replace(q, y0=y0, f=f, meta=meta) if known else q)
     return out
 

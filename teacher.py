@@ -656,7 +656,7 @@ def count_statements(program: str) -> int:
 def unfit(problem: cts.Problem, verdict: cts.Verdict | None) -> str | None:
     """Why a problem yields no quadruple before any mutant is tried, or None; `verdict` is the reference's."""
     if problem.tests is None:
-        return "no tests"
+        return "no usable tests"
     if not problem.reference.strip():
         return "no reference program"
     if cts.parse_program(problem.reference) is None:
