@@ -3508,8 +3508,9 @@ def plot_curves(directory: pathlib.Path, base: dict[str, Any], final: dict[str, 
 
     rows = read_metrics(directory)
     sampled = "charts/accuracy" in rows[0]
+    key = "charts/accuracy" if sampled else "losses/loss"
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
-    left.plot([r["step"] for r in rows], [r["charts/accuracy" if sampled else "losses/loss"] for r in rows], lw=1)
+    left.plot([r["step"] for r in rows if key in r], [r[key] for r in rows if key in r], lw=1)
     left.set(xlabel="step", ylabel="accuracy of sampled revisions" if sampled else "loss", title="training")
     left.set_ylim(0, 1 if sampled else None)
     horizons = list(final["by_horizon"])

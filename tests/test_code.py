@@ -143,7 +143,8 @@ def test_apps_rows_without_usable_tests_or_reference(tmp_path):
     """They are passed on as such, for the teacher to count."""
     sources = (
         "", "{}", '{"inputs": [], "outputs": []}', '{"inputs": ["1"], "outputs": []}',
-        '{"inputs": [1], "outputs": [1]}', '{"fn_name": "f", "inputs": [1], "outputs": [1]}', '{"inputs": [' + "9" * 5000 + '], "outputs": [1]}',
+        '{"inputs": [1], "outputs": [1]}',
+        '{"fn_name": "f", "inputs": [1], "outputs": [1]}', '{"inputs": [' + "9" * 5000 + '], "outputs": [1]}',
     )  # fmt: skip
     rows = [{**STDIN, "input_output": source} for source in sources]
     rows += [{**STDIN, "solutions": source} for source in ("", "[]", '["print 1"]', None)]
