@@ -9,7 +9,7 @@ is the same for all methods, the revision.
 
 `--temperature` and `--group` also set the sampling of the base's pre-check, which all methods share.
 
-    python b0_sft.py --task fixtures_math --seed 0      (2 to 4 minutes on 2 CPU cores, 4 to 9 the first time)
+    python b0_sft.py --task fixtures_math --seed 0      (1 to 4 minutes on 2 CPU cores, 4 to 9 the first time)
 """
 
 import dataclasses

@@ -11,7 +11,7 @@ process reward to this file, b4 a critique-uptake reward, in marked blocks.
 Papers: GRPO https://arxiv.org/abs/2402.03300, Dr. GRPO https://arxiv.org/abs/2503.20783, DAPO
 https://arxiv.org/abs/2503.14476.
 
-    python b2_grpo.py --task fixtures_math --seed 0      (2 to 4 minutes on 2 CPU cores, 6 to 9 the first time)
+    python b2_grpo.py --task fixtures_math --seed 0      (1 to 4 minutes on 2 CPU cores, 4 to 9 the first time)
 """
 
 import dataclasses

@@ -11,7 +11,7 @@ Papers: GRPO https://arxiv.org/abs/2402.03300 (process credit: its section 4.1.3
 https://arxiv.org/abs/2503.20783, DAPO https://arxiv.org/abs/2503.14476, prefix-form process reward
 https://arxiv.org/abs/2504.15275.
 
-    python b3_grpo_verifier.py --task fixtures_math --seed 0      (2 to 4 minutes on 2 CPU cores, 6 to 9 the first time)
+    python b3_grpo_verifier.py --task fixtures_math --seed 0      (1 to 4 minutes on 2 CPU cores, 4 to 9 the first time)
 """
 
 import dataclasses

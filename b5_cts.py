@@ -11,7 +11,7 @@ S is the debiased Sinkhorn divergence (OTT-JAX), soft-DTW or step-wise L2. Diffe
 with all lam at 0 it is B3, update for update. Ablations: A1 all lam 0, A1d --lam_align=0 --lam_energy=0, A2 --align=l2,
 A3 --align=soft_dtw, A4 --lam_decode=0, A5 --energy=frozen, A6 --critique=online.
 
-    python b5_cts.py --task gsm8k --seed 3        (fixtures_math: 2 to 4 minutes on 2 CPU cores, 6 to 9 the first time)
+    python b5_cts.py --task gsm8k --seed 3        (fixtures_math: 1 to 4 minutes on 2 CPU cores, 4 to 9 the first time)
 """
 
 import dataclasses
