@@ -188,6 +188,7 @@ def main(args: Args) -> dict:
 
     # ---- loop -----------------------------------------------------------------------------------------------------
     identity = cts.run_identity(base_params, tokenizer, replay, shapes, args.steps, args.temperature, dtype)
+    base_params = None  # nothing needs it from here on: its memory is free
     run.start({**dataclasses.asdict(args), "identity": identity})
     (params, opt_state), first_step = run.restore((params, opt_state), identity)
     clock = cts.StepClock()

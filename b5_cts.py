@@ -224,8 +224,7 @@ def cts_losses(states, critic: Critic, batch, dtype, args: Args):
     y0_BJD, y1_BJD, f_BD = step_states(model, batch, prompt_hidden_BPD, dtype)
     f_BR = critic.points(f_BD, critic.project_f)
     # L_align: only the attempt's own trajectory carries gradient
-    traj_BJR = critic.points(y0_BJD, critic.project)
-    ref_BJR = stop(critic.points(y1_BJD, critic.project))
+    traj_BJR, ref_BJR = critic.points(y0_BJD, critic.project), stop(critic.points(y1_BJD, critic.project))
     target_BJR = edit_trajectory(critic, stop(traj_BJR), stop(f_BR), batch["alpha"], args.edit_eta)
     edit_BJ = jnp.linalg.norm(target_BJR - stop(traj_BJR), axis=-1)
     if args.target == "random":
@@ -390,6 +389,7 @@ def main(args: Args) -> dict:
 
     # ---- loop -----------------------------------------------------------------------------------------------------
     identity = cts.run_identity(base_params, tokenizer, replay, shapes, args.steps, args.temperature, dtype)
+    base_params = base_params if args.kl_coef else None  # the KL alone still needs it: else its memory is free
     run.start({**dataclasses.asdict(args), "identity": identity})
     (params, opt_state), first_step = run.restore((params, opt_state), identity)
     clock = cts.StepClock()
