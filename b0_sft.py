@@ -62,7 +62,7 @@ class Args:
     """longest completion, in tokens; 0 = the task's (fixtures_math 128, gsm8k 256)"""
     temperature: float = 0.7
     """sampling temperature; the same in sampling and in training"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     """peak AdamW learning rate, decayed linearly to 0 over the run"""
     micro_batch: int = 0
     """prompts per micro-batch; 0 = one per device on CPUs (what fits the cache is fastest), elsewhere all at once"""
