@@ -12,7 +12,7 @@ prompt is computed once.
 
 Papers: DPO https://arxiv.org/abs/2305.18290.
 
-    python b1_dpo.py --task fixtures_math --seed 0      (2 to 4 minutes on 2 CPU cores, 4 to 9 the first time)
+    python b1_dpo.py --task fixtures_math --seed 0      (1 to 4 minutes on 2 CPU cores, 4 to 9 the first time)
 """
 
 import dataclasses

@@ -229,6 +229,7 @@ def main(args: Args) -> dict:
 
     # ---- loop -----------------------------------------------------------------------------------------------------
     identity = cts.run_identity(base_params, tokenizer, replay, shapes, args.steps, args.temperature, dtype)
+    base_params = base_params if args.kl_coef else None  # the KL alone still needs it: else its memory is free
     run.start({**dataclasses.asdict(args), "identity": identity})
     (params, opt_state), first_step = run.restore((params, opt_state), identity)
     clock = cts.StepClock()

@@ -11,7 +11,7 @@ S is the debiased Sinkhorn divergence (OTT-JAX), soft-DTW or step-wise L2. Diffe
 with all lam at 0 it is B3, update for update. Ablations: A1 all lam 0, A1d --lam_align=0 --lam_energy=0, A2 --align=l2,
 A3 --align=soft_dtw, A4 --lam_decode=0, A5 --energy=frozen, A6 --critique=online.
 
-    python b5_cts.py --task gsm8k --seed 3        (fixtures_math: 2 to 4 minutes on 2 CPU cores, 6 to 9 the first time)
+    python b5_cts.py --task gsm8k --seed 3        (fixtures_math: 1 to 4 minutes on 2 CPU cores, 4 to 9 the first time)
 """
 
 import dataclasses
@@ -223,8 +223,7 @@ def cts_losses(states, critic: Critic, batch, dtype, args: Args):
     y0_BJD, y1_BJD, f_BD = step_states(model, batch, prompt_hidden_BPD, dtype)
     f_BR = critic.points(f_BD, critic.project_f)
     # L_align: only the attempt's own trajectory carries gradient
-    traj_BJR = critic.points(y0_BJD, critic.project)
-    ref_BJR = stop(critic.points(y1_BJD, critic.project))
+    traj_BJR, ref_BJR = critic.points(y0_BJD, critic.project), stop(critic.points(y1_BJD, critic.project))
     target_BJR = edit_trajectory(critic, stop(traj_BJR), stop(f_BR), batch["alpha"], args.edit_eta)
     edit_BJ = jnp.linalg.norm(target_BJR - stop(traj_BJR), axis=-1)
     if args.target == "random":
@@ -391,6 +390,7 @@ def main(args: Args) -> dict:
 
     # ---- loop -----------------------------------------------------------------------------------------------------
     identity = cts.run_identity(base_params, tokenizer, replay, shapes, args.steps, args.temperature, dtype)
+    base_params = base_params if args.kl_coef else None  # the KL alone still needs it: else its memory is free
     run.start({**dataclasses.asdict(args), "identity": identity})
     (params, opt_state), first_step = run.restore((params, opt_state), identity)
     clock = cts.StepClock()

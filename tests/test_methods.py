@@ -316,6 +316,33 @@ def test_supervised_log_probs_equal_plain_sequences(tokenizer):
             np.testing.assert_allclose(np.asarray(row)[on > 0], expected, atol=2e-5)
 
 
+def test_order_and_padding_of_a_batch_change_no_gradient(tokenizer):
+    """Rows in another order, prompts and completions padded wider: the same gradient of the SFT and the DPO loss."""
+    cfg = cts.ModelConfig(tokenizer.vocab_size, d_model=32, n_layers=2, head_dim=8, d_ff=48)
+    graphdef, params = nnx.split(cts.Decoder(cfg, nnx.Rngs(0)), nnx.Param)
+    reference = jax.tree.map(lambda a: 0.9 * a, params)
+
+    def gradient(quads, P, T):
+        batch = b1.pack_pairs(tokenizer, quads, {"P_revise": P, "T": T})
+        tokens_MT, mask = batch["tokens"].reshape(-1, T), batch["mask"]
+
+        def logp(params):
+            model = nnx.merge(graphdef, params)
+            prefix, _ = model.prefill(batch["prompt"], batch["prompt_len"])
+            hidden = model(cts.last_tokens(batch["prompt"], batch["prompt_len"]), tokens_MT, prefix)
+            return cts.token_logp(hidden, tokens_MT, model.head_VD())[0].reshape(mask.shape)
+
+        def loss(params):
+            sums = (logp(params) * mask).sum(-1), (logp(reference) * mask).sum(-1)
+            return b1.dpo_loss(*sums, 0.1)[0].sum() + b0.sft_loss(logp(params), mask, mask.sum())
+
+        return jax.jit(jax.grad(loss))(params)
+
+    one, other = gradient(QUADS, 112, 40), gradient(QUADS[::-1], 128, 64)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(one)) > 0.01
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), one, other)
+
+
 # ---- CTS: steps and weights ---------------------------------------------------------------------------------------
 def test_pool_steps():
     out = cts.pool_steps(jnp.array([[[1.0], [3.0], [5.0]]]), floats([[1, 1, 0], [0, 0, 1], [0, 0, 0]]))

@@ -229,21 +229,23 @@ def test_micro_batches_give_the_same_step(space, runs, script):
         assert parts[0][key] == pytest.approx(value, rel=2e-4, abs=1e-5), key
 
 
-def test_four_devices_equal_one(space, runs):
-    assert runs["b5"]
-    driver = (
-        f"{IN_TINY}import b5_cts\n"
-        f"flags = dict({tiny.FLAGS!r}, replay={str(space / 'replay')!r}, out_dir={str(space / 'four')!r}, mesh='2,2')\n"
-        "b5_cts.main(b5_cts.Args(**flags))\n"
-    )
+@pytest.mark.parametrize(
+    "script", [pytest.param(name, marks=pytest.mark.slow if name != "b5_cts" else ()) for name in SCRIPTS]
+)
+def test_four_devices_equal_one(space, runs, script):
+    assert runs[script[:2]]
+    module = importlib.import_module(script)
+    flags = dict(tiny.flags(module), replay=str(space / "replay"), out_dir=str(space / "four"), mesh="2,2")
+    driver = f"{IN_TINY}import {script} as script\nscript.main(script.Args(**{flags!r}))\n"
     env = {**os.environ, "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"}
-    (space / "four").mkdir()
-    (space / "four" / "base").symlink_to(space / "base")  # the same base, not one trained on four devices
+    (space / "four").mkdir(exist_ok=True)
+    if not (space / "four" / "base").exists():
+        (space / "four" / "base").symlink_to(space / "base")  # the same base, not one trained on four devices
     done = subprocess.run(
         [sys.executable, "-c", driver], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    one, four = metrics(run_dir(space, "b5", "b5_cts")), metrics(run_dir(space, "four", "b5_cts"))
+    one, four = metrics(run_dir(space, script[:2], script)), metrics(run_dir(space, "four", script))
     assert len(four) == 3
     for a, b in zip(one, four):
         for key, value in a.items():

@@ -1,0 +1,86 @@
+"""How a step's cost grows with prompts, prompt and completion length and model size: step_time.py over a small grid.
+
+    python benchmarks/scaling.py --out docs/scaling.png         (5 to 15 minutes on 2 CPU cores)
+
+Every point is a process of its own, on an otherwise idle machine; the JSON lines go to stdout, the plot to --out.
+"""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import cts_common as cts
+
+HERE = pathlib.Path(__file__).resolve().parent
+GRID = {  # axis of a panel: (flag, values); all else is the default of step_time.py
+    "prompts per step (8 completions each)": ("prompts", (2, 4, 8, 16)),
+    "prompt tokens": ("prompt_tokens", (64, 256, 512, 1024)),
+    "new tokens": ("new_tokens", (32, 64, 128, 256)),
+}
+WIDTHS = ((64, 2), (128, 4), (256, 6), (384, 8))  # d_model, layers
+
+
+@dataclasses.dataclass(frozen=True)
+class Args:
+    out: str = "scaling.png"
+    """file of the plot"""
+    method: str = "b3_grpo_verifier"
+    """the script to time: b3_grpo_verifier or b5_cts"""
+    steps: int = 3
+    """steps that count, of each point"""
+
+
+def checkpoint_config(folder: str, d_model: int, layers: int) -> str:
+    """A folder with the config.json of a Qwen3-shaped model of this size; returns it."""
+    path = pathlib.Path(folder) / f"{d_model}x{layers}"
+    path.mkdir()
+    config = dict(
+        model_type="qwen3", architectures=["Qwen3ForCausalLM"], hidden_size=d_model, intermediate_size=4 * d_model,
+        num_hidden_layers=layers, num_attention_heads=d_model // 32, num_key_value_heads=d_model // 64, head_dim=32,
+        hidden_act="silu", rms_norm_eps=1e-6, rope_theta=1e6, tie_word_embeddings=True, vocab_size=512,
+    )  # fmt: skip
+    (path / "config.json").write_text(json.dumps(config))
+    return str(path)
+
+
+def point(args: Args, flag: str, value) -> dict:
+    """step_time.py's JSON line at one value of one flag."""
+    command = [sys.executable, str(HERE / "step_time.py"), f"--method={args.method}", f"--steps={args.steps}"]
+    done = subprocess.run([*command, "--warmup=1", f"--{flag}={value}"], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise cts.InputError(f"step_time.py --{flag}={value} failed: {done.stderr.strip().splitlines()[-1]}")
+    print(done.stdout.strip(), flush=True)
+    return json.loads(done.stdout)
+
+
+def main(args: Args) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(GRID) + 1, figsize=(15, 3.6))
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = [checkpoint_config(folder, *width) for width in WIDTHS]
+        parameters = [layers * 15 * d * d / 1e6 for d, layers in WIDTHS]  # q, o: d^2 each, k, v: d^2 / 2, MLP: 12 d^2
+        panels = [(title, flag, values, values) for title, (flag, values) in GRID.items()]
+        for axis, (title, flag, values, x) in zip(
+            axes, [*panels, ("million parameters in blocks (with remat)", "model", sizes, parameters)]
+        ):
+            lines = [point(args, flag, value) for value in values]
+            for part in ("rollout", "update", "step"):
+                axis.plot(x, [line[f"{part}_s"] for line in lines], marker="o", label=part)
+            axis.set(xlabel=title, ylabel="seconds", xscale="log", yscale="log")
+    axes[0].legend()
+    figure.suptitle(f"{args.method}, nano unless said otherwise: 8 prompts of 64 tokens x 8 completions of 128")
+    figure.tight_layout()
+    figure.savefig(args.out, dpi=90)
+
+
+if __name__ == "__main__":
+    cts.cli(main, Args)
