@@ -11,8 +11,11 @@ import re
 
 import numpy as np
 import pytest
+import tiny
 
 import b2_grpo
+import b4_grpo_critique
+import b5_cts
 import cts_common as cts
 import teacher
 
@@ -662,6 +665,29 @@ def test_base_documents_of_programs():
         assert program == (WRONG if without else REFERENCE)
     printed = {n: np.mean(["print(r)" in a for p, a in pairs if f"\n{n}" in p]) for n in ("calc", "work")}
     assert 0.55 < printed["calc"] < 0.95 and printed["work"] < 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [(b2_grpo, {}), (b4_grpo_critique, {}), (b5_cts, {"critique": "online"})],
+    ids=["b2", "b4", "b5"],
+)
+def test_scripts_run_on_programs(tmp_path, monkeypatch, script, flags):
+    """From generated problems to the result; a verdict for every completion."""
+    task = dataclasses.replace(cts.TASKS["fixtures_code"], base_steps=4, base_width=256)
+    monkeypatch.setitem(cts.TASKS, "fixtures_code", task)
+    monkeypatch.setattr(cts, "ModelConfig", tiny.TinyConfig)
+    monkeypatch.setattr(cts, "PRECHECK_GROUPS", 8)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla_cache"))
+    teacher.main(teacher.Args(task="fixtures_code", out=str(tmp_path / "replay"), limit=12))
+    common = {**tiny.flags(script), "steps": 2, "max_new_tokens": 24, "out_dir": str(tmp_path), **flags}
+    result = script.main(script.Args(task="fixtures_code", replay=str(tmp_path / "replay"), **common))
+    assert (result["summary"]["n"], result["summary"]["harness_errors"], result["summary"]["accuracy_y0"]) == (12, 0, 0)
+    assert result["replay"]["train"]["leak_rate"] == 0
+    rows = cts.read_metrics(next(tmp_path.glob(f"{script.__name__}__fixtures_code__*")))
+    assert [row["rollout/harness_errors"] for row in rows] == [0, 0]
+    assert all(np.isfinite(v) for row in rows for v in row.values())
 
 
 @pytest.mark.skipif(not MBPP.is_file(), reason="needs MBPP's own file")
