@@ -355,7 +355,7 @@ def fixtures_code(seed: int = 0, size: int = 3000) -> list[Problem]:
     rng = np.random.default_rng((seed, 73))
     problems: dict[str, Problem] = {}
     while len(problems) < size:
-        horizon = int(rng.choice(np.arange(2, 9), p=np.array([1, 3, 4, 4, 3, 2, 1]) / 18))
+        horizon = int(rng.choice(np.arange(2, 9), p=np.array([5, 6, 5, 4, 3, 2, 1]) / 26))  # short ones more often
         name, loops = FUNCTIONS[rng.integers(len(FUNCTIONS))], horizon >= 4 and rng.random() < 0.5
         parameters, sentences, lines = (_loop if loops else _arithmetic)(rng, horizon)
         x = f"{name}({parameters}): {' '.join(sentences)}{CODE_LINE}"
