@@ -1344,6 +1344,11 @@ class Sandbox:
             if hurry:
                 self._tell(slot, "nice")
         used = now - job.test_began
+        if not job.confined:
+            if now - job.began > 60:
+                self._kill(slot, job)
+            job.look_at = now + 0.2
+            return
         if used >= 2 * timeout_s:
             job.end = "timeout"
             self._kill(slot, job)
@@ -1433,7 +1438,41 @@ def check_sandbox(unsafe: str = "refuse") -> str:
 
 
 def run_program(program: str, tests: dict[str, Any], *, timeout_s: float = 4.0, memory_mb: int = 512) -> Verdict:
-    """DOC"""
+    """Run a hostile program against tests. `tests` is one of
+
+    - {"setup": code, "asserts": ["assert f(1) == 2", ...]} (MBPP),
+    - {"inputs": [text, ...], "outputs": [text, ...]}: the whole program once per input, on stdin (APPS),
+    - {"fn_name": "f", "inputs": [[argument, ...], ...], "outputs": [value, ...]}: f, or that method of a `Solution()`.
+
+    Outcomes: pass; wrong; timeout (a test used `timeout_s` of CPU time, or 2 * timeout_s passed: the rest is not run);
+    oom (more than `memory_mb` MB of address space); crash (an exception, a signal, an exit before all values were
+    handed over, too much output); harness_error: not the program's fault, so neither a pass nor a 0. Raises InputError
+    on tests of another form, and where this machine cannot confine programs (`check_sandbox`).
+
+    What agrees. Asserts: Python's == on plain data, and all else of an assert is evaluated in a process that never saw
+    the program. Printed output: `same_output`. Returned values: `same_value`, also with an expected [value] for value.
+    As APPS's own evaluator does, except that lines or words in another order do not agree, that whole numbers have no
+    tolerance, and that of an expected list only a list of one may stand for what it contains. Plain data is None,
+    bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict (and Counter, OrderedDict, defaultdict as
+    dict), deque, range, array, Fraction, Decimal, by exact type; a value of any other type is wrong.
+
+    Covered. A program gets the inputs, never an expected output, in a process forked from one that never held any
+    program, input or output. It answers with values; comparing them is done elsewhere, so what it does to its own
+    interpreter (exits, builtins, frames, `__eq__`, its channel) can at most change its values. Its process has no
+    network, no other process in sight, no file but the standard library (read-only) and an empty temp directory of 32
+    MB, no environment, no privileges, a user id of its own where the caller is root, and system calls from a list:
+    no sockets, processes, programs, signals (it dies), mounts, ptrace or IPC. CPU, address space, threads (64), open
+    files (64), file size (32 MB), output (4 MB a test) and values (8 MB) are limited. The process, and the tree and
+    mounts of which it is the first, end before this call returns, and with the caller if that is killed.
+
+    Not covered. Bugs of the kernel; side channels of CPU and memory; the CPU's frequency and caches, so that programs
+    near the time limit may fall to either side. Asserts that show the program what they expect (`f(1).__eq__(2)`) or
+    that any value fulfils; programs that know the answers by heart. Tests and setup code are trusted. A state that the
+    program leaves in its own process between the tests of one call. Landlock instead of namespaces: processes of
+    the same machine can be counted, not seen or reached, the temp directory is on disk, without a limit of its own and
+    without subdirectories, and where the caller is root but its Python is not for others to read, only the modules
+    that sandbox.py imports are there. Programs that start processes, or import installed packages, fail.
+    """
     return run_programs([(program, tests)], workers=1, timeout_s=timeout_s, memory_mb=memory_mb)[0]
 
 
@@ -1448,7 +1487,10 @@ def run_programs(
     if not 0 < timeout_s < 1e6 or memory_mb < 64:
         raise InputError(f"timeout_s {timeout_s} has to be above 0 and memory_mb {memory_mb} at least 64")
     workers = workers or len(os.sched_getaffinity(0))
-    keys = [(program, json.dumps(tests, sort_keys=True)) for program, tests in pairs]
+    try:
+        keys = [(program, json.dumps(tests, sort_keys=True)) for program, tests in pairs]
+    except TypeError as e:
+        raise InputError(f"tests of a program have to be plain JSON: {e}") from None
     plans = {key: plan_tests(key[1]) for key in keys}
     jobs = {key: Job({**plan.job, "program": key[0]}) for key, plan in plans.items() if not plan.problem}
     with _sandbox_lock:
@@ -1476,7 +1518,8 @@ def run_programs(
         elif worst is None:
             verdicts[key] = Verdict("pass", passed, total, "")
         else:
-            verdicts[key] = Verdict(worst[1], passed, total, f"test {worst[0]}: {worst[2]}")
+            words = "".join(c if c.isprintable() else " " for c in worst[2][:200])
+            verdicts[key] = Verdict(worst[1], passed, total, f"test {worst[0]}: {words}")
     return [verdicts[key] for key in keys]
 
 
@@ -1511,8 +1554,8 @@ def grade_check(job: Job) -> tuple[str, str]:
     if job.end == "timeout":
         return "wrong", "the assert takes too long on the value returned"
     words = frame.decode(errors="replace")
-    if not frame or "NameError" in words or "ImportError" in words or "ModuleNotFoundError" in words:
-        return "harness_error", f"the assert could not be evaluated: {words or job.why}"
+    if not frame or re.match(r'\{"(err|fail)":"(NameError|ImportError|ModuleNotFoundError|SyntaxError)', words):
+        return "harness_error", f"the assert could not be evaluated: {words[:120] or job.why}"
     return "wrong", f"the value returned does not fit the assert: {words[:120]}"
 
 

@@ -394,7 +394,7 @@ class Confinement:
             os.dup2(fd, to)
         for fd, to in ((201, 0), (202, 1), (203, 2), (200, CHANNEL), (201, STDIN), (202, STDOUT)):
             os.dup2(fd, to)
-        os.closerange(STDOUT + 1, 1024)
+        os.closerange(STDOUT + 1, 1 << 16)
         r = resource
         for what, soft in (
             (r.RLIMIT_CORE, 0), (r.RLIMIT_FSIZE, FILES_MB << 20), (r.RLIMIT_NOFILE, 64), (r.RLIMIT_CPU, cpu_s),
