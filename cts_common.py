@@ -1146,7 +1146,8 @@ def _wrapped(value, expected) -> bool:
 
 
 # ---- the sandbox's client -----------------------------------------------------------------------------------------
-QUICK_S = 0.2  # a program that runs longer gives its place to the next and goes on beside it, at low priority
+QUICK_S = 0.1  # a program that runs longer gives its place to the next and goes on beside it, at low priority
+PATIENCE = 1.5  # wall time that a test may take on a busy machine, in its limits of CPU time
 LIVE = 64  # programs alive at a time, fewer where half of the free memory is less than their limits
 UNSAFE_SANDBOX = os.environ.get("CTS_UNSAFE_SANDBOX", "refuse")
 
@@ -1266,7 +1267,7 @@ class Sandbox:
     def _fork(self, slot: int, job: Job, timeout_s: float, memory_mb: int) -> socket.socket:
         """Start a job in a slot; its channel."""
         channel, theirs = socket.socketpair()
-        cpu_s = math.ceil((job.tests + 1) * 2 * timeout_s) + 5  # the last resort, should this process stand still
+        cpu_s = math.ceil((job.tests + 1) * PATIENCE * timeout_s) + 5  # the last resort, should this process stand still
         order = json.dumps({"op": "fork", "slot": slot, "memory_mb": memory_mb, "cpu_s": cpu_s})
         socket.send_fds(self.control, [order.encode()], [theirs.fileno()])
         theirs.close()
@@ -1349,13 +1350,13 @@ class Sandbox:
                 self._kill(slot, job)
             job.look_at = now + 0.2
             return
-        if used >= 2 * timeout_s:
+        if used >= PATIENCE * timeout_s:
             job.end = "timeout"
             self._kill(slot, job)
             return
         if used >= timeout_s:
             self._tell(slot, "cpu")  # the answer may end it
-        job.look_at = min(job.test_began + 2 * timeout_s, max(job.test_began + timeout_s, now + 0.1))
+        job.look_at = min(job.test_began + PATIENCE * timeout_s, max(job.test_began + timeout_s, now + 0.1))
 
     def _ended(self, live, by_fd, poll, timeout_s: float) -> None:
         """One message of the server: a process has ended, or its CPU time."""
@@ -1444,7 +1445,7 @@ def run_program(program: str, tests: dict[str, Any], *, timeout_s: float = 4.0, 
     - {"inputs": [text, ...], "outputs": [text, ...]}: the whole program once per input, on stdin (APPS),
     - {"fn_name": "f", "inputs": [[argument, ...], ...], "outputs": [value, ...]}: f, or that method of a `Solution()`.
 
-    Outcomes: pass; wrong; timeout (a test used `timeout_s` of CPU time, or 2 * timeout_s passed: the rest is not run);
+    Outcomes: pass; wrong; timeout (a test used `timeout_s` seconds of CPU time, or PATIENCE times as long passed: the rest is not run);
     oom (more than `memory_mb` MB of address space); crash (an exception, a signal, an exit before all values were
     handed over, too much output); harness_error: not the program's fault, so neither a pass nor a 0. Raises InputError
     on tests of another form, and where this machine cannot confine programs (`check_sandbox`).
@@ -1482,7 +1483,7 @@ def run_programs(
     """`run_program` of each (program, tests), in order, `workers` (None: one per core) at a time; equal pairs run once.
 
     Programs that take longer than QUICK_S do not hold up the others: they go on beside them, up to LIVE at a time and
-    at low priority. So a batch takes what its quick programs take, and for each LIVE slow ones 2 * timeout_s more.
+    at low priority. So a batch takes what its quick programs take, and for each LIVE endless loops PATIENCE * timeout_s.
     """
     if not 0 < timeout_s < 1e6 or memory_mb < 64:
         raise InputError(f"timeout_s {timeout_s} has to be above 0 and memory_mb {memory_mb} at least 64")

@@ -1,5 +1,5 @@
-"""What a program in the sandbox costs. One JSON line: milliseconds of one program, programs a second of a batch, seconds
-of a batch with endless loops, and how programs are confined on this machine.
+"""What a program in the sandbox costs. One JSON line: milliseconds of one program, programs a second of a batch,
+seconds of a batch with endless loops, and how programs are confined on this machine.
 
     python benchmarks/sandbox.py
     python benchmarks/sandbox.py --mbpp mbpp.jsonl --workers 2
@@ -11,7 +11,7 @@ import pathlib
 import sys
 import time
 
-sys.path[0] = str(pathlib.Path(__file__).resolve().parents[1])  # not this folder: it has a sandbox.py too
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import tyro
