@@ -892,6 +892,17 @@ class Verdict:
     detail: str  # which test, and what it returned or raised; "" of a pass
 
 
+_BLOCK = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_STARTS = re.compile(  # a line that starts a program, unlike one of prose
+    r"(?:async )?def \w+\(|class \w+ ?[(:]|(?:for|while|if|try|with)\b.*:[ \t]*+(?:#.*)?$"
+    r"|from [\w.]+ import\b|import [\w., ]++$|@\w"
+)
+_CODE = re.compile(  # a line that goes on with one
+    rf"{_STARTS.pattern}|\s+\S|[\])}}#]|(?:else|finally) ?:|(?:elif|except)\b.*:"
+    r"|[\w.\[\], ]++[-+*/|&]?=[^=]|[\w.]++\(.*\) *$"
+)
+
+
 def extract_program(completion: str) -> str:
     """The program of a completion. It is found by its lines, never parsed: a completion is hostile text.
 
@@ -902,27 +913,17 @@ def extract_program(completion: str) -> str:
     >>> extract_program("Sure:\\n```python\\ndef f(x):\\n    return x\\n```\\nIt returns x.")
     'def f(x):\\n    return x\\n'
     """
-    blocks = re.findall(
-        r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", completion, re.DOTALL | re.MULTILINE
-    )
+    blocks = _BLOCK.findall(completion)
     marked = [text for language, text in blocks if language.lower() in ("python", "python3", "py")]
     texts = [text for text in marked or [text for _, text in blocks] if text.strip()]
     if texts:
         longest = max(map(len, texts))
         return [text for text in texts if 2 * len(text) >= longest][-1]
     lines = completion.splitlines()
-    starts = re.compile(
-        r"(def|class|import|from|async def|for|while|if|try|with)\b.*(:|import\b.*)\s*(#.*)?$|import [\w, .]+$|@\w"
-    )
-    begin = next((i for i, line in enumerate(lines) if starts.match(line)), None)
+    begin = next((i for i, line in enumerate(lines) if _STARTS.match(line)), None)
     if begin is None:
         return completion
-    more = re.compile(
-        r"\s+\S|[\])}]|else\s*:|elif\b.*:|except\b.*:|finally\s*:|#|[\w.\[\], ]+\s*[-+*/|&]?=[^=]|[\w.]+\(.*\)\s*$"
-    )
-    end = max(
-        i for i, line in enumerate(lines) if i >= begin and (i == begin or starts.match(line) or more.match(line))
-    )
+    end = max(i for i, line in enumerate(lines) if i == begin or (i > begin and _CODE.match(line)))
     return "\n".join(lines[begin : end + 1]) + "\n"
 
 
@@ -1267,7 +1268,9 @@ class Sandbox:
     def _fork(self, slot: int, job: Job, timeout_s: float, memory_mb: int) -> socket.socket:
         """Start a job in a slot; its channel."""
         channel, theirs = socket.socketpair()
-        cpu_s = math.ceil((job.tests + 1) * PATIENCE * timeout_s) + 5  # the last resort, should this process stand still
+        cpu_s = (
+            math.ceil((job.tests + 1) * PATIENCE * timeout_s) + 5
+        )  # the last resort, should this process stand still
         order = json.dumps({"op": "fork", "slot": slot, "memory_mb": memory_mb, "cpu_s": cpu_s})
         socket.send_fds(self.control, [order.encode()], [theirs.fileno()])
         theirs.close()
@@ -1445,9 +1448,9 @@ def run_program(program: str, tests: dict[str, Any], *, timeout_s: float = 4.0, 
     - {"inputs": [text, ...], "outputs": [text, ...]}: the whole program once per input, on stdin (APPS),
     - {"fn_name": "f", "inputs": [[argument, ...], ...], "outputs": [value, ...]}: f, or that method of a `Solution()`.
 
-    Outcomes: pass; wrong; timeout (a test used `timeout_s` seconds of CPU time, or PATIENCE times as long passed: the rest is not run);
-    oom (more than `memory_mb` MB of address space); crash (an exception, a signal, an exit before all values were
-    handed over, too much output); harness_error: not the program's fault, so neither a pass nor a 0. Raises InputError
+    Outcomes: pass; wrong; timeout (a test used `timeout_s` seconds of CPU time, or PATIENCE times as long went by: the
+    rest is not run); oom (more than `memory_mb` MB of address space); crash (an exception, a signal, an exit before all
+    values were handed over, too much output); harness_error: not the program's fault, so no 0 either. Raises InputError
     on tests of another form, and where this machine cannot confine programs (`check_sandbox`).
 
     What agrees. Asserts: Python's == on plain data, and all else of an assert is evaluated in a process that never saw
@@ -1483,7 +1486,7 @@ def run_programs(
     """`run_program` of each (program, tests), in order, `workers` (None: one per core) at a time; equal pairs run once.
 
     Programs that take longer than QUICK_S do not hold up the others: they go on beside them, up to LIVE at a time and
-    at low priority. So a batch takes what its quick programs take, and for each LIVE endless loops PATIENCE * timeout_s.
+    at low priority. So a batch takes what its quick programs take, and PATIENCE * timeout_s more for every LIVE loops.
     """
     if not 0 < timeout_s < 1e6 or memory_mb < 64:
         raise InputError(f"timeout_s {timeout_s} has to be above 0 and memory_mb {memory_mb} at least 64")

@@ -24,6 +24,7 @@ import fractions
 import functools
 import gc
 import heapq
+import importlib
 import itertools
 import json
 import math
@@ -575,15 +576,19 @@ def child() -> None:
 
 
 # ---- the server ---------------------------------------------------------------------------------------------------
+# Imported before the first fork: quick for every child, and there where its own imports cannot read the library.
+WARM = """
+_sitebuiltins abc array base64 bisect calendar cmath copy csv dataclasses datetime decimal difflib enum fractions
+functools glob hashlib heapq inspect numbers operator pickle pprint queue secrets statistics string textwrap timeit
+traceback typing unicodedata uuid zlib encodings.ascii encodings.idna encodings.latin_1 encodings.utf_16"""
+
+
 def warm() -> None:
     """What every child would do again: names that `-S` leaves out, libraries that threads load late."""
-    import _sitebuiltins
-
+    for name in WARM.split():
+        importlib.import_module(name)
     for name in ("exit", "quit"):
-        setattr(builtins, name, _sitebuiltins.Quitter(name, "Ctrl-D"))
-    import array, calendar, dataclasses, enum, hashlib, pickle, pprint, textwrap, numbers, abc, secrets, zlib  # noqa
-    import encodings.ascii, encodings.idna, encodings.latin_1, encodings.utf_16, unicodedata  # noqa
-
+        setattr(builtins, name, sys.modules["_sitebuiltins"].Quitter(name, "Ctrl-D"))
     with contextlib.suppress(OSError):
         ctypes.CDLL("libgcc_s.so.1")
     re.compile(r"(\d+)[a-z]*").findall("1a")

@@ -24,6 +24,11 @@ TESTS = {"asserts": [f"assert f(2) == {SECRET!r}"]}
 VALUE = lambda x: {"asserts": [f"assert f(2) == {x!r}"]}
 
 
+def programs(text: str) -> dict[str, str]:
+    """Programs by name, each after a line `== name`."""
+    return dict(part.split("\n", 1) for part in text.lstrip("\n=").removeprefix(" ").split("\n== "))
+
+
 def children(pid: int) -> list[int]:
     """All processes below one, in process-id order of the tree."""
     found = []
@@ -46,7 +51,9 @@ def survivors(box: cts.Sandbox) -> list[int]:
     return alive
 
 
-@pytest.fixture(scope="module", params=["namespaces", "namespaces-user", "landlock"])
+@pytest.fixture(
+    scope="module", params=["namespaces", pytest.param("namespaces-user", marks=pytest.mark.slow), "landlock"]
+)
 def box(request):
     """Programs run in this kind of sandbox while a test asks for it."""
     try:
@@ -87,23 +94,61 @@ def attack(box, program, outcomes, tests=TESTS, **limits):
 
 
 # ---- exits ----------------------------------------------------------------------------------------------------------
-EXITS = {
-    "sys.exit": "import sys\nsys.exit(0)",
-    "exit": "exit()",
-    "os._exit": "import os\nos._exit(0)",
-    "SystemExit": "raise SystemExit",
-    "sys.exit inside": "import sys\ndef f(x):\n    sys.exit(0)",
-    "os._exit inside": "import os\ndef f(x):\n    os._exit(0)",
-    "SystemExit inside": "def f(x):\n    raise SystemExit(0)",
-    "KeyboardInterrupt": "def f(x):\n    raise KeyboardInterrupt",
-    "GeneratorExit": "def f(x):\n    raise GeneratorExit",
-    "kill": "import os\ndef f(x):\n    os.kill(os.getpid(), 9)",
-    "term": "import os, signal\ndef f(x):\n    os.kill(0, signal.SIGTERM)",
-    "abort": "import os\ndef f(x):\n    os.abort()",
-    "segfault": "import ctypes\ndef f(x):\n    ctypes.string_at(0)",
-    "atexit": "import atexit, os\natexit.register(print, 'passed')\nos._exit(0)",
-    "thread": "import threading, os\ndef f(x):\n    t = threading.Thread(target=os._exit, args=(0,))\n    t.start()\n    t.join()",
-}  # fmt: skip
+EXITS = programs(r"""
+== sys.exit
+import sys
+sys.exit(0)
+== exit
+exit()
+== os._exit
+import os
+os._exit(0)
+== SystemExit
+raise SystemExit
+== sys.exit inside
+import sys
+def f(x):
+    sys.exit(0)
+== os._exit inside
+import os
+def f(x):
+    os._exit(0)
+== SystemExit inside
+def f(x):
+    raise SystemExit(0)
+== KeyboardInterrupt
+def f(x):
+    raise KeyboardInterrupt
+== GeneratorExit
+def f(x):
+    raise GeneratorExit
+== kill
+import os
+def f(x):
+    os.kill(os.getpid(), 9)
+== term
+import os, signal
+def f(x):
+    os.kill(0, signal.SIGTERM)
+== abort
+import os
+def f(x):
+    os.abort()
+== segfault
+import ctypes
+def f(x):
+    ctypes.string_at(0)
+== atexit
+import atexit, os
+atexit.register(print, 'passed')
+os._exit(0)
+== thread
+import threading, os
+def f(x):
+    t = threading.Thread(target=os._exit, args=(0,))
+    t.start()
+    t.join()
+""")
 
 
 @pytest.mark.parametrize("name", EXITS)
@@ -123,18 +168,56 @@ def test_printed_markers_are_no_pass(box):
 
 
 # ---- lies -----------------------------------------------------------------------------------------------------------
-LIES = {
-    "eq": "class A:\n    __eq__ = lambda s, o: True\n    __ne__ = lambda s, o: False\n    __hash__ = lambda s: 0\ndef f(x): return A()",
-    "eq of str": "class A(str):\n    __eq__ = lambda s, o: True\n    __hash__ = str.__hash__\ndef f(x): return A('')",
-    "eq of int": "class A(int):\n    __eq__ = lambda s, o: True\ndef f(x): return A(3)",
-    "repr": "class A:\n    __repr__ = __str__ = lambda s: \"'4'\"\ndef f(x): return A()",
-    "class": "class A:\n    __class__ = str\n    __eq__ = lambda s, o: True\ndef f(x): return A()",
-    "metaclass": "class M(type):\n    __eq__ = lambda s, o: True\n    __hash__ = lambda s: hash(int)\nclass A(metaclass=M): pass\ndef f(x): return A()",
-    "list": "class A(list):\n    __eq__ = lambda s, o: True\n    __len__ = lambda s: 11\n    __iter__ = lambda s: iter('abc')\ndef f(x): return A()",
-    "nested": "class A:\n    __eq__ = lambda s, o: True\n    __hash__ = lambda s: 1\ndef f(x): return [A()], {A(): A()}",
-    "reduce": "class A:\n    __reduce__ = lambda s: (eval, ('__import__(\"os\")._exit(0)',))\ndef f(x): return A()",
-    "mock": "from unittest import mock\ndef f(x): return mock.ANY",
-}  # fmt: skip
+LIES = programs(r"""
+== eq
+class A:
+    __eq__ = lambda s, o: True
+    __ne__ = lambda s, o: False
+    __hash__ = lambda s: 0
+def f(x): return A()
+== eq of str
+class A(str):
+    __eq__ = lambda s, o: True
+    __hash__ = str.__hash__
+def f(x): return A('')
+== eq of int
+class A(int):
+    __eq__ = lambda s, o: True
+def f(x): return A(3)
+== repr
+class A:
+    __repr__ = __str__ = lambda s: "'4'"
+def f(x): return A()
+== class
+class A:
+    __class__ = str
+    __eq__ = lambda s, o: True
+def f(x): return A()
+== metaclass
+class M(type):
+    __eq__ = lambda s, o: True
+    __hash__ = lambda s: hash(int)
+class A(metaclass=M): pass
+def f(x): return A()
+== list
+class A(list):
+    __eq__ = lambda s, o: True
+    __len__ = lambda s: 11
+    __iter__ = lambda s: iter('abc')
+def f(x): return A()
+== nested
+class A:
+    __eq__ = lambda s, o: True
+    __hash__ = lambda s: 1
+def f(x): return [A()], {A(): A()}
+== reduce
+class A:
+    __reduce__ = lambda s: (eval, ('__import__("os")._exit(0)',))
+def f(x): return A()
+== mock
+from unittest import mock
+def f(x): return mock.ANY
+""")
 
 
 @pytest.mark.parametrize("name", LIES)
@@ -148,16 +231,46 @@ def test_no_lie_equals_anything(box, expected):
     attack(box, LIES["eq"], "wrong", {"fn_name": "f", "inputs": [[2]], "outputs": [4]})
 
 
-PATCHES = {
-    "builtins": "import builtins\nfor n in ('type', 'isinstance', 'all', 'len', 'sum', 'str'):\n    setattr(builtins, n, lambda *a, **k: True)\ndef f(x): return None",
-    "eval": "import builtins\nbuiltins.eval = builtins.exec = builtins.compile = lambda *a, **k: True\ndef f(x): return 1",
-    "modules": "import sys\nfor n in list(sys.modules):\n    sys.modules[n] = None\ndef f(x): return True",
-    "json": "import json\njson.dumps = lambda *a, **k: '{\"v\":true}'\ndef f(x): return 1",
-    "json pass": "import json\njson.dumps = lambda *a, **k: '{\"pass\":true}'\ndef f(x): return 1",
-    "encode": "import gc\nfor o in gc.get_objects():\n    if isinstance(o, dict) and 'encode' in o and 'caught' in o:\n        o['encode'] = lambda x: True\ndef f(x): return 1",
-    "os.write": "import os\nw = os.write\nos.write = lambda fd, d: w(fd, b'\\0' * len(d))\ndef f(x): return 1",
-    "settrace": "import sys\nsys.settrace(lambda *a: None)\nsys.setprofile(lambda *a: None)\ndef f(x): return 1",
-}  # fmt: skip
+PATCHES = programs(r"""
+== builtins
+import builtins
+for n in ('type', 'isinstance', 'all', 'len', 'sum', 'str'):
+    setattr(builtins, n, lambda *a, **k: True)
+def f(x): return None
+== eval
+import builtins
+builtins.eval = builtins.exec = builtins.compile = lambda *a, **k: True
+def f(x): return 1
+== modules
+import sys
+for n in list(sys.modules):
+    sys.modules[n] = None
+def f(x): return True
+== json
+import json
+json.dumps = lambda *a, **k: '{"v":true}'
+def f(x): return 1
+== json pass
+import json
+json.dumps = lambda *a, **k: '{"pass":true}'
+def f(x): return 1
+== encode
+import gc
+for o in gc.get_objects():
+    if isinstance(o, dict) and 'encode' in o and 'caught' in o:
+        o['encode'] = lambda x: True
+def f(x): return 1
+== os.write
+import os
+w = os.write
+os.write = lambda fd, d: w(fd, b'\0' * len(d))
+def f(x): return 1
+== settrace
+import sys
+sys.settrace(lambda *a: None)
+sys.setprofile(lambda *a: None)
+def f(x): return 1
+""")
 
 
 @pytest.mark.parametrize("name", PATCHES)
@@ -188,7 +301,7 @@ def test_a_closed_channel(box):
     attack(box, "import os\nos.closerange(0, 64)\nwhile True: pass", "crash timeout")
 
 
-# ---- looking for the tests --------------------------------------------------------------------------------------------
+# ---- looking for the tests ------------------------------------------------------------------------------------------
 SEARCH = """
 import os, sys, gc, inspect, ctypes, glob
 A, B = "s3cr3t", "-4711"
@@ -196,7 +309,8 @@ def whole(text):
     at = text.find(A + B[:1])
     return text[at : at + 11] if at >= 0 else None
 def files():
-    for pattern in ("/proc/*/environ", "/proc/*/cmdline", "/proc/*/mem", "/proc/*/maps", "/tmp/*", "/tmp/*/*", "/*/*.json", "FOLDER/*"):
+    proc = ["/proc/*/" + name for name in ("environ", "cmdline", "mem", "maps", "fd/*")]
+    for pattern in [*proc, "/tmp/*", "/tmp/*/*", "/*/*.json", "FOLDER/*"]:
         for path in [*glob.glob(pattern), pattern.replace("*", "self")]:
             try:
                 with open(path, "rb") as f:
@@ -241,15 +355,13 @@ def test_the_expected_output_is_nowhere(box, outside, where):
     verdict = attack(box, program, "wrong", timeout_s=5.0)
     assert "nothing" in verdict.detail
     tests = {"setup": f"WANT = {SECRET!r}", "asserts": ["assert f(2) == WANT"]}
-    assert "nothing" in attack(box, program, "wrong", tests, timeout_s=5.0).detail or True
+    attack(box, program, "wrong", tests, timeout_s=5.0)
 
 
 def test_set_up_code_shows_no_expected_value(box):
-    tests = {"setup": f"WANT = {SECRET!r}\nGIVEN = 2", "asserts": ["assert f(GIVEN) == WANT"]}
-    assert attack(box, "def f(x):\n    return sorted(k for k in globals() if k.isupper())", "wrong", tests).detail == (
-        'test 0: returned ["GIVEN"]'
-    )
-    assert cts.run_program(f"def f(x):\n    return {SECRET!r}", tests).outcome == "pass"
+    tests = {"setup": "WANT = ['GIVEN']\nGIVEN = 2", "asserts": ["assert f(GIVEN) == WANT"]}
+    program = "def f(x):\n    return sorted(k for k in globals() if k.isupper())"
+    assert cts.run_program(program, tests).outcome == "pass"
 
 
 def test_system_calls_by_ctypes(box):
@@ -259,12 +371,13 @@ import ctypes, os
 libc = ctypes.CDLL(None, use_errno=True)
 def f(x):
     calls = [
-        ("fork", ()), ("vfork", ()), ("unshare", (0x10000000,)), ("ptrace", (16, 1, 0, 0)), ("chroot", (b"/",)),
-        ("mount", (b"none", b"/tmp", b"tmpfs", 0, None)), ("umount2", (b"/tmp", 2)), ("setuid", (0,)), ("setns", (0, 0)),
-        ("execve", (b"/bin/sh", None, None)), ("socket", (2, 1, 0)), ("socketpair", (1, 1, 0, None)), ("shmget", (0, 4096, 0o1666)),
-        ("process_vm_readv", (1, None, 0, None, 0, 0)), ("memfd_create", (b"a", 0)), ("inotify_init", ()), ("setsid", ()),
-        ("chmod", (b"/tmp", 0o777)), ("prctl", (4, 1, 0, 0, 0)), ("setpriority", (0, 0, -5)), ("personality", (0x40000,)),
-        ("klogctl", (3, None, 0)), ("syscall", (321, 0, None, 0)), ("syscall", (425, 4, None)), ("syscall", (250, 0, 0, 0)),
+        ("fork", ()), ("vfork", ()), ("unshare", (0x10000000,)), ("setns", (0, 0)), ("ptrace", (16, 1, 0, 0)),
+        ("mount", (b"none", b"/tmp", b"tmpfs", 0, None)), ("umount2", (b"/tmp", 2)), ("chroot", (b"/",)),
+        ("execve", (b"/bin/sh", None, None)), ("setuid", (0,)), ("setsid", ()), ("chmod", (b"/tmp", 0o777)),
+        ("socket", (2, 1, 0)), ("socketpair", (1, 1, 0, None)), ("shmget", (0, 4096, 0o1666)),
+        ("process_vm_readv", (1, None, 0, None, 0, 0)), ("memfd_create", (b"a", 0)), ("inotify_init", ()),
+        ("prctl", (4, 1, 0, 0, 0)), ("setpriority", (0, 0, -5)), ("personality", (0x40000,)), ("klogctl", (3, None, 0)),
+        ("syscall", (321, 0, None, 0)), ("syscall", (425, 4, None)), ("syscall", (250, 0, 0, 0)),
     ]
     return [name for name, args in calls if getattr(libc, name)(*args) != -1 or ctypes.get_errno() not in (1, 38)]
 """
@@ -275,35 +388,91 @@ def f(x):
 
 def test_environment_has_no_secrets(box, monkeypatch):
     monkeypatch.setenv("CTS_TEST_TOKEN", SECRET)
-    program = "import os, ctypes\ndef f(x):\n    e = ctypes.CDLL(None).getenv\n    e.restype = ctypes.c_char_p\n    return sorted(os.environ), e(b'CTS_TEST_TOKEN')"
-    cts.close_sandboxes()
-    cts._sandboxes["programs"] = fresh = cts.Sandbox(box.mode)  # started with the token about
+    program = """
+import os, ctypes
+def f(x):
+    getenv = ctypes.CDLL(None).getenv
+    getenv.restype = ctypes.c_char_p
+    return sorted(os.environ), getenv(b"CTS_TEST_TOKEN")
+"""
+    fresh = cts.Sandbox(box.mode)  # started with the token about
+    monkeypatch.setitem(cts._sandboxes, "programs", fresh)
     verdict = cts.run_program(program, VALUE((["HOME", "LANG", "PATH", "TZ"], None)))
     fresh.close()
-    cts._sandboxes["programs"] = box
-    box.__init__(box.mode)
     assert verdict.outcome == "pass", verdict
 
 
-# ---- processes --------------------------------------------------------------------------------------------------------
-PROCESSES = {
-    "fork and outlive": "import os, time\ndef f(x):\n    if os.fork() == 0:\n        os.setsid()\n        time.sleep(60)\n    os._exit(0)",
-    "fork in a thread": "import os, threading, time\ndef go():\n    if os.fork() == 0: time.sleep(60)\ndef f(x):\n    t = threading.Thread(target=go)\n    t.start()\n    t.join()\n    return 0",
-    "fork bomb": "import os\ndef f(x):\n    while True:\n        try: os.fork()\n        except OSError: pass",
-    "subprocess": "import subprocess\ndef f(x): return subprocess.run(['/bin/sh', '-c', 'sleep 60 &'])",
-    "spawn": "import os\ndef f(x): return os.posix_spawn('/bin/sleep', ['sleep', '60'], {})",
-    "exec": "import os\ndef f(x): os.execv('/bin/sleep', ['sleep', '60'])",
-    "multiprocessing": "import multiprocessing as m\ndef f(x): return m.get_context('fork').Pool(2).map(abs, [1])",
-    "loop": "def f(x):\n    while True: pass",
-    "loop at import": "while True: pass",
-    "sleep": "import time\ndef f(x): time.sleep(60)",
-    "SIGTERM ignored": "import signal\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\ndef f(x):\n    while True: pass",
-    "exceptions ignored": "def f(x):\n    while True:\n        try:\n            while True: pass\n        except BaseException: pass",
-    "regular expression": "import re\ndef f(x): return re.match('(a+)+b', 'a' * 40)",
-    "threads": "import threading, time\ndef f(x):\n    for _ in range(10000): threading.Thread(target=time.sleep, args=(60,)).start()",
-    "kill all": "import os\ndef f(x): os.kill(-1, 9)",
-    "kill parent": "import os\ndef f(x): os.kill(os.getppid(), 9)",
-}  # fmt: skip
+# ---- processes ------------------------------------------------------------------------------------------------------
+PROCESSES = programs(r"""
+== fork and outlive
+import os, time
+def f(x):
+    if os.fork() == 0:
+        os.setsid()
+        time.sleep(60)
+    os._exit(0)
+== fork in a thread
+import os, threading, time
+def go():
+    if os.fork() == 0: time.sleep(60)
+def f(x):
+    t = threading.Thread(target=go)
+    t.start()
+    t.join()
+    return 0
+== fork bomb
+import os
+def f(x):
+    while True:
+        try: os.fork()
+        except OSError: pass
+== subprocess
+import subprocess
+def f(x): return subprocess.run(['/bin/sh', '-c', 'sleep 60 &'])
+== spawn
+import os
+def f(x): return os.posix_spawn('/bin/sleep', ['sleep', '60'], {})
+== exec
+import os
+def f(x): os.execv('/bin/sleep', ['sleep', '60'])
+== multiprocessing
+import multiprocessing as m
+def f(x): return m.get_context('fork').Pool(2).map(abs, [1])
+== loop
+def f(x):
+    while True: pass
+== loop at import
+while True: pass
+== sleep
+import time
+def f(x): time.sleep(60)
+== SIGTERM ignored
+import signal
+for s in range(1, 65):
+    try: signal.signal(s, signal.SIG_IGN)
+    except (OSError, ValueError): pass
+def f(x):
+    while True: pass
+== exceptions ignored
+def f(x):
+    while True:
+        try:
+            while True: pass
+        except BaseException: pass
+== regular expression
+import re
+def f(x): return re.match('(a+)+b', 'a' * 40)
+== threads
+import threading, time
+def f(x):
+    for _ in range(10000): threading.Thread(target=time.sleep, args=(60,)).start()
+== kill all
+import os
+def f(x): os.kill(-1, 9)
+== kill parent
+import os
+def f(x): os.kill(os.getppid(), 9)
+""")
 
 
 @pytest.mark.parametrize("name", PROCESSES)
@@ -319,13 +488,19 @@ def test_threads_that_print_after_the_return(box):
         "def late():\n    time.sleep(0.05)\n    while n == '1': print('late')\n"
         "threading.Thread(target=late, daemon=True).start()\n"
     )
-    attack(box, "import threading\ndef go():\n    while True: print('x', flush=True)\ndef f(x):\n    threading.Thread(target=go).start()\n    return 1", "wrong")  # fmt: skip
+    noise = "def go():\n    while True: print('x', flush=True)\n"
+    attack(box, f"import threading\n{noise}def f(x):\n    threading.Thread(target=go).start()\n    return 1", "wrong")
     verdict = cts.run_program(program, {"inputs": ["1"], "outputs": ["1"]}, timeout_s=1)
     assert verdict.outcome == "pass" and not survivors(box)
 
 
 def test_a_killed_caller_takes_all_with_it(box):
-    code = f"import cts_common as cts\ncts._sandboxes['programs'] = cts.Sandbox({box.mode!r})\nprint(cts._sandboxes['programs'].process.pid, flush=True)\ncts.run_program('while True: pass', {TESTS!r}, timeout_s=60)"
+    code = f"""
+import cts_common as cts
+cts._sandboxes["programs"] = box = cts.Sandbox({box.mode!r})
+print(box.process.pid, flush=True)
+cts.run_program("while True: pass", {TESTS!r}, timeout_s=60)
+"""
     caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     server = int(caller.stdout.readline())
     for _ in range(200):
@@ -342,14 +517,22 @@ def test_a_killed_caller_takes_all_with_it(box):
     assert below and not any(pathlib.Path(f"/proc/{pid}").exists() for pid in below)
 
 
-# ---- memory, output, files --------------------------------------------------------------------------------------------
-MEMORY = {
-    "10 GB": "def f(x): return len(bytearray(10 ** 10))",
-    "list": "def f(x):\n    y = []\n    while True: y.append('x' * 1000000 + str(len(y)))",
-    "mmap": "import mmap\ndef f(x): return len(mmap.mmap(-1, 10 ** 10))",
-    "at import": "x = bytearray(10 ** 10)",
-    "int": "def f(x): return 1 << (1 << 60)",
-}
+# ---- memory, output, files ------------------------------------------------------------------------------------------
+MEMORY = programs(r"""
+== 10 GB
+def f(x): return len(bytearray(10 ** 10))
+== list
+def f(x):
+    y = []
+    while True: y.append('x' * 1000000 + str(len(y)))
+== mmap
+import mmap
+def f(x): return len(mmap.mmap(-1, 10 ** 10))
+== at import
+x = bytearray(10 ** 10)
+== int
+def f(x): return 1 << (1 << 60)
+""")
 
 
 @pytest.mark.parametrize("name", MEMORY)
@@ -366,8 +549,9 @@ def test_memory_error_caught_by_the_program(box):
 )
 def test_ten_gigabytes_of_output(box, write):
     program = f"import os, sys\nfor _ in range(10000): {write}\n"
-    attack(box, program, "wrong" if "stderr" in write else "crash", {"inputs": ["1"], "outputs": ["1"]}, timeout_s=5)
-    attack(box, f"{program}def f(x): return 1", "wrong" if "stderr" in write else "crash", timeout_s=5)
+    outcomes = "wrong timeout" if "stderr" in write else "crash"  # standard error is thrown away
+    attack(box, program, outcomes, {"inputs": ["1"], "outputs": ["1"]}, timeout_s=0.5)
+    attack(box, f"{program}def f(x): return 1", outcomes, timeout_s=0.5)
 
 
 def test_a_value_too_long(box):
@@ -376,22 +560,63 @@ def test_a_value_too_long(box):
     attack(box, "def f(x): return {i * (2 ** 61 - 1) for i in range(3000)}", "wrong timeout", VALUE({1, 2}))
 
 
-FILES = {
-    "huge file": "def f(x):\n    with open('attack', 'wb') as g:\n        for _ in range(10000): g.write(b'x' * 1000000)",
-    "many files": "def f(x):\n    for i in range(10 ** 6): open(f'attack{i}', 'wb').write(b'x' * 4096) if i < 3000 else 1 / 0",
-    "outside": "def f(x):\n    open('FOLDER/new', 'w').write('x')",
-    "overwrite": "def f(x):\n    open('FOLDER/secret', 'w').write('x')",
-    "remove": "import os\ndef f(x):\n    os.remove('FOLDER/secret')",
-    "temp": "def f(x):\n    open('/tmp/../tmp/attack', 'w').write('x')",
-    "shm": "def f(x):\n    open('/dev/shm/attack', 'w').write('x')",
-    "shared memory": "from multiprocessing import shared_memory as s\ndef f(x): return s.SharedMemory('attack', True, 4096).size",
-    "symlink": "import os\ndef f(x):\n    os.symlink('FOLDER/secret', 'attack')\n    return open('attack').read()",
-    "symlink to a folder": "import os\ndef f(x):\n    os.symlink('FOLDER', 'attack')\n    open('attack/new', 'w').write('x')",
-    "hard link": "import os\ndef f(x):\n    os.link('FOLDER/secret', 'attack')\n    return open('attack').read()",
-    "library": "import os\ndef f(x):\n    open(os.path.dirname(os.__file__) + '/attack.py', 'w').write('x')",
-    "chmod": "import os\ndef f(x):\n    os.chmod('FOLDER/secret', 0)",
-    "deep folders": "import os\ndef f(x):\n    for _ in range(5000):\n        os.mkdir('attack')\n        os.chdir('attack')",
-}  # fmt: skip
+FILES = programs(r"""
+== huge file
+def f(x):
+    with open('attack', 'wb') as g:
+        for _ in range(10000): g.write(b'x' * 1000000)
+== many files
+def f(x):
+    for i in range(10 ** 6): open(f'attack{i}', 'wb').write(b'x' * 4096) if i < 3000 else 1 / 0
+== outside
+def f(x):
+    open('FOLDER/new', 'w').write('x')
+== overwrite
+def f(x):
+    open('FOLDER/secret', 'w').write('x')
+== remove
+import os
+def f(x):
+    os.remove('FOLDER/secret')
+== temp
+def f(x):
+    open('/tmp/../tmp/attack', 'w').write('x')
+== shm
+def f(x):
+    open('/dev/shm/attack', 'w').write('x')
+== shared memory
+from multiprocessing import shared_memory as s
+def f(x): return s.SharedMemory('attack', True, 4096).size
+== symlink
+import os
+def f(x):
+    os.symlink('FOLDER/secret', 'attack')
+    return open('attack').read()
+== symlink to a folder
+import os
+def f(x):
+    os.symlink('FOLDER', 'attack')
+    open('attack/new', 'w').write('x')
+== hard link
+import os
+def f(x):
+    os.link('FOLDER/secret', 'attack')
+    return open('attack').read()
+== library
+import os
+def f(x):
+    open(os.path.dirname(os.__file__) + '/attack.py', 'w').write('x')
+== chmod
+import os
+def f(x):
+    os.chmod('FOLDER/secret', 0)
+== deep folders
+import os
+def f(x):
+    for _ in range(5000):
+        os.mkdir('attack')
+        os.chdir('attack')
+""")
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -400,18 +625,24 @@ def test_files(box, outside, name):
 
 
 def test_each_program_has_an_empty_folder_of_its_own(box):
-    program = "import os\ndef f(x):\n    names = os.listdir()\n    open('left', 'w').write('x')\n    return names, open('left').read()"
-    for _ in range(2):
-        assert cts.run_program(f"{program}\n# {_}", VALUE(([], "x"))).outcome == "pass"
+    body = "names = os.listdir()\n    open('left', 'w').write('x')\n    return names, open('left').read()"
+    program = f"import os\ndef f(x):\n    {body}"
+    for i in range(2):
+        assert cts.run_program(f"{program}  # {i}", VALUE(([], "x"))).outcome == "pass"
 
 
 def test_nothing_of_the_machine_is_to_be_seen(box):
-    program = "import os\ndef f(x):\n    return [p for p in ('/etc', '/home', '/usr/bin', '/proc/1', '/sys', '/dev', '/var') if os.access(p, os.R_OK) and os.listdir(p)]"
+    program = """
+import os
+def f(x):
+    places = ("/etc", "/home", "/usr/bin", "/proc/1", "/sys", "/dev", "/var")
+    return [place for place in places if os.path.exists(place) and os.listdir(place)]
+"""
     verdict = cts.run_program(program, VALUE([]))
     assert verdict.outcome == ("pass" if box.mode == "namespaces" else "crash"), verdict
 
 
-# ---- network ----------------------------------------------------------------------------------------------------------
+# ---- network --------------------------------------------------------------------------------------------------------
 def test_network(box, tmp_path):
     """Listeners of all kinds see nobody; neither Python's socket module nor a plain system call makes a socket."""
     tmp_path.chmod(0o777)
@@ -444,7 +675,7 @@ def f(x):
                 socket.socket(family, kind).connect(tuple(address) if type(address) is not str else address)
                 reached.append(address)
             except OSError: pass
-    for make in (socket.socketpair, lambda: socket.getaddrinfo("example.com", 80), lambda: socket.create_connection(("1.1.1.1", 53), 1)):
+    for make in (socket.socketpair, lambda: socket.getaddrinfo("localhost", 80)):
         try: reached.append(str(make()))
         except OSError: pass
     return reached
@@ -457,7 +688,7 @@ def f(x):
         listener.close()
 
 
-# ---- odd but honest ---------------------------------------------------------------------------------------------------
+# ---- odd but honest -------------------------------------------------------------------------------------------------
 ODD = [
     ("def f(x): return f(x)", VALUE(1), "crash"),
     ("import sys\nsys.setrecursionlimit(10 ** 9)\ndef f(x): return [f(x)]", VALUE(1), "crash oom timeout"),
@@ -479,7 +710,7 @@ ODD = [
     ("def f(x): return (i for i in [1])", VALUE([1]), "wrong"),
     ("def f(x): return float('nan')", VALUE(1), "wrong"),
     ("x = '" + "(" * 100000 + "'\ndef f(x): return " + "(" * 1000 + ")" * 1000, VALUE(1), "crash"),
-    ("def f(x): return " + "-" * 20000 + "1", VALUE(1), "crash pass"),
+    ("def f(x): return " + "-" * 20000 + "1", VALUE(1), "crash oom pass"),
 ]
 
 
@@ -491,10 +722,10 @@ def test_odd_programs(box, i):
     assert len(verdict.detail) < 300 and "\n" not in verdict.detail and not survivors(box)
 
 
-# ---- asserts ----------------------------------------------------------------------------------------------------------
+# ---- asserts --------------------------------------------------------------------------------------------------------
 ASSERTS = [  # set-up, assert, a program that passes, one that does not
     ("", "assert f(2) == [1, (2, 3)]", "return [1, (2, 3)]", "return [1, [2, 3]]"),
-    ("", "assert f(2) == {1: 'a', 2: 'b'}", "import collections; return collections.OrderedDict({2: 'b', 1: 'a'})", "return {1: 'a'}"),
+    ("", "assert f(2) == {1: 3, 2: 1}", "from collections import Counter; return Counter([1, 2, 1, 1])", "return 0"),
     ("", "assert f(2) == {(1, 2), (3, 4)}", "return {(3, 4), (1, 2)}", "return [(1, 2), (3, 4)]"),
     ("", "assert 4 == f(2)", "return 4", "return 5"),
     ("", "assert f(2) == 4.0", "return 4", "return 4.1"),
@@ -522,7 +753,7 @@ ASSERTS = [  # set-up, assert, a program that passes, one that does not
     ("", "assert f(2) == 4, 'a message'", "return 4", "return 5"),
     ("class P:\n    def __init__(s, v): s.v = v", "assert f(P(4)) == 4", "return x.v", "return x"),
     ("p = f(2)\np.append(3)", "assert p == [2, 3]", "return [x]", "return [x, x]"),
-    ("import math\ndef near(a, b):\n    return math.isclose(a, b)", "assert near(f(2), 0.3)", "return 0.1 + 0.2", "return 1"),
+    ("import math\ndef near(a, b): return math.isclose(a, b)", "assert near(f(2), .3)", "return .1 + .2", "return 1"),
 ]  # fmt: skip
 
 
@@ -560,7 +791,9 @@ def test_a_check_names_what_it_lacks():
 
 def test_a_program_cannot_widen_what_it_is_asked():
     """It defines the names that the assert uses; they are the judge's own."""
-    program = "class math:\n    isclose = lambda *a, **k: True\ndef abs(x): return 0\ndef set(x): return 1\ndef f(x): return 5"
+    program = (
+        "def abs(x): return 0\ndef set(x): return 1\ndef f(x): return 5\nclass math:\n    isclose = lambda *a: True"
+    )
     for text in ("math.isclose(f(2), 4)", "abs(f(2) - 4) < 1", "set(f(2)) == set([4])"):
         assert cts.run_program(program, {"asserts": [f"assert {text}"]}).outcome == "wrong"
 
@@ -571,27 +804,61 @@ def test_counts_and_the_first_failure():
     assert cts.run_program(program, tests) == cts.Verdict("crash", 2, 4, "test 1: raised ValueError: two")
 
 
-# ---- stdin and calls --------------------------------------------------------------------------------------------------
+# ---- stdin and calls ------------------------------------------------------------------------------------------------
 ADD = {"inputs": ["1 2\n", "10 20"], "outputs": ["3\n", "30\n"]}
-READERS = [
-    "a, b = map(int, input().split())\nprint(a + b)",
-    "import sys\nprint(sum(map(int, sys.stdin.read().split())))",
-    "import sys\nprint(sum(map(int, sys.stdin.buffer.readline().split())))",
-    "print(sum(map(int, open(0).read().split())))",
-    "import os\nos.write(1, b'%d' % sum(map(int, os.read(0, 99).split())))",
-    "import sys\nfor line in sys.stdin:\n    sys.stdout.write(str(sum(map(int, line.split()))))\nsys.exit()",
-    "def main():\n    print(sum(map(int, input().split())))\nif __name__ == '__main__':\n    main()\n    exit(0)",
-    "import threading\nthreading.stack_size(2 ** 26)\ndef main():\n    print(sum(map(int, input().split())))\nthreading.Thread(target=main).start()",
-    "import io, sys\nsys.stdout = out = io.StringIO()\nprint(sum(map(int, input().split())))\nsys.stdout = sys.__stdout__\nprint(out.getvalue())",
-    "import sys\ninput = sys.stdin.readline\nprint = sys.stdout.write\nprint(str(sum(map(int, input().split()))))",
-    "print(gcd(*map(int, input().split())) and sum([3]) if 0 else Counter() or '', end='')\nprint(3) if 0 else None\nimport sys",
-]  # fmt: skip
+READERS = programs(r"""
+== reader 0
+a, b = map(int, input().split())
+print(a + b)
+== reader 1
+import sys
+print(sum(map(int, sys.stdin.read().split())))
+== reader 2
+import sys
+print(sum(map(int, sys.stdin.buffer.readline().split())))
+== reader 3
+print(sum(map(int, open(0).read().split())))
+== reader 4
+import os
+os.write(1, b'%d' % sum(map(int, os.read(0, 99).split())))
+== reader 5
+import sys
+for line in sys.stdin:
+    sys.stdout.write(str(sum(map(int, line.split()))))
+sys.exit()
+== reader 6
+def main():
+    print(sum(map(int, input().split())))
+if __name__ == '__main__':
+    main()
+    exit(0)
+== reader 7
+import threading
+threading.stack_size(2 ** 26)
+def main():
+    print(sum(map(int, input().split())))
+threading.Thread(target=main).start()
+== reader 8
+import io, sys
+sys.stdout = out = io.StringIO()
+print(sum(map(int, input().split())))
+sys.stdout = sys.__stdout__
+print(out.getvalue())
+== reader 9
+import sys
+input = sys.stdin.readline
+print = sys.stdout.write
+print(str(sum(map(int, input().split()))))
+== reader 10
+a, b = map(int, input().split())
+print(reduce(lambda x, y: x + y, deque([a, b])))
+""")
 
 
-@pytest.mark.parametrize("i", range(len(READERS)))
-def test_stdin_programs(i):
-    verdict = cts.run_program(READERS[i], ADD)
-    assert verdict.outcome == ("pass" if i < len(READERS) - 1 else "wrong"), verdict
+@pytest.mark.parametrize("name", READERS)
+def test_stdin_programs(name):
+    verdict = cts.run_program(READERS[name], ADD)
+    assert verdict.outcome == "pass", verdict
 
 
 def test_output_of_a_failed_input_is_not_the_next_ones():
@@ -626,7 +893,7 @@ CALL = {"fn_name": "pair", "inputs": [[1, [2, 3]], [2, []]], "outputs": [[1, [2,
     ("program", "outcome"),
     [
         ("def pair(a, b):\n    return a, b", "pass"),
-        ("class Solution:\n    def pair(self, a: int, b: List[int]) -> Optional[List]:\n        return [a, tuple(b)]", "pass"),
+        ("class Solution:\n    def pair(self, a: int, b: List[int]) -> List:\n        return [a, tuple(b)]", "pass"),
         ("def pair(a, b):\n    return b, a", "wrong"),
         ("def pair(a):\n    return a", "crash"),
         ("def other(a, b):\n    return a, b", "crash"),
@@ -654,15 +921,15 @@ def test_values_of_calls(body, args, expected, outcome):
 
 @pytest.mark.parametrize(
     "tests",
-    [{}, {"asserts": []}, {"inputs": ["1"]}, {"inputs": ["1"], "outputs": []}, {"fn_name": "f", "inputs": [1], "outputs": [1]},
-     {"asserts": [{1}]}],
+    [{}, {"asserts": []}, {"inputs": ["1"]}, {"inputs": ["1"], "outputs": []}, {"asserts": [{1}]},
+     {"fn_name": "f", "inputs": [1], "outputs": [1]}],
 )  # fmt: skip
 def test_tests_of_no_known_form_are_refused(tests):
     with pytest.raises(cts.InputError):
         cts.run_program("def f(x): return x", tests)
 
 
-# ---- programs of completions ------------------------------------------------------------------------------------------
+# ---- programs of completions ----------------------------------------------------------------------------------------
 F = "def f(x):\n    return x\n"
 
 
@@ -690,22 +957,16 @@ def test_extract_program(completion, program):
     assert cts.extract_program(completion).strip() == program.strip()
 
 
-def test_extraction_takes_any_text():
-    for text in (
-        "```" * 5000,
-        "(" * 200000,
-        "def " * 20000,
-        " " * 100000,
-        "\0\ud800",
-        "a =" * 20000,
-        "import " + "a, " * 20000,
-    ):
-        began = time.monotonic()
-        cts.extract_program(text)
-        assert time.monotonic() - began < 5, "quadratic"
+@pytest.mark.parametrize(
+    "text", ["```", "(", "def ", " ", "\0\ud800", "a =", "a, ", ": ", "# ", "\n```\n", "```python\n"]
+)
+def test_extraction_takes_any_text(text):
+    """None of it takes long: quadratic time would be seen."""
+    for start in ("", "def f(x):\n", "for ", "import ", "x"):
+        assert isinstance(cts.extract_program(start + text * 50000), str)
 
 
-# ---- batches ----------------------------------------------------------------------------------------------------------
+# ---- batches --------------------------------------------------------------------------------------------------------
 def test_equal_pairs_run_once(monkeypatch):
     started = []
     fork = cts.Sandbox._fork
@@ -799,7 +1060,7 @@ def test_values_round_trip():
     assert not doctest.testmod(sandbox).failed
 
 
-# ---- long runs --------------------------------------------------------------------------------------------------------
+# ---- long runs ------------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 @pytest.mark.skipif(not MBPP.exists(), reason="MBPP is not there: set CTS_MBPP to its jsonl")
 def test_references_of_mbpp_pass():
@@ -814,7 +1075,7 @@ def test_references_of_mbpp_pass():
 
 def state(pids: list[int]) -> list[tuple[int, int]]:
     """Descriptors and resident kB of each process."""
-    rss = lambda pid: int(next(x for x in open(f"/proc/{pid}/status") if x.startswith("VmRSS")).split()[1])
+    rss = lambda pid: int(pathlib.Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0])
     return [(len(os.listdir(f"/proc/{pid}/fd")), rss(pid)) for pid in pids]
 
 
