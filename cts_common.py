@@ -1034,6 +1034,11 @@ class TestPlan:
     setup: str = ""  # of checks
     problem: str = ""
 
+    @functools.cached_property
+    def owner(self) -> list[int]:
+        """The test of each frame."""
+        return [i for i, (_, n, _, _) in enumerate(self.checks) for _ in range(n)]
+
 
 def joined(lines) -> str:
     """An input or output of a stdin test: a string, or a list of its lines."""
@@ -1148,18 +1153,20 @@ def _wrapped(value, expected) -> bool:
 
 # ---- the sandbox's client -----------------------------------------------------------------------------------------
 QUICK_S = 0.1  # a program that runs longer gives its place to the next and goes on beside it, at low priority
-PATIENCE = 1.5  # wall time that a test may take on a busy machine, in its limits of CPU time
+PATIENCE = 2.0  # wall time that a test may take on a busy machine, in its limits of CPU time
 LIVE = 64  # programs alive at a time, fewer where half of the free memory is less than their limits
+CHECKED_MAX = 1 << 18  # bytes of a value that an assert other than `f(x) == literal` is evaluated on
 UNSAFE_SANDBOX = os.environ.get("CTS_UNSAFE_SANDBOX", "refuse")
 
 
 class Job:
-    """One program under way: what goes in, the frames that came out, how it ended."""
+    """One program under way: what goes in, what is kept of the frames that come out, how it ended."""
 
-    def __init__(self, payload: dict[str, Any]):
+    def __init__(self, payload: dict[str, Any], keep=lambda i, frame: frame):
+        """`keep(i, frame)` of each frame is kept: frames are long, and there are many."""
         data = json.dumps(payload).encode()
         self.outgoing = memoryview(struct.pack("!I", len(data)) + data)
-        self.tests, self.frames, self.buffer = len(payload["tests"]), [], bytearray()
+        self.tests, self.keep, self.kept, self.fail, self.buffer = len(payload["tests"]), keep, [], b"", bytearray()
         self.end, self.why = "", ""  # done | fail | timeout | oom | crash | harness_error, and a word on it
         self.confined = self.killed = self.closed = self.slow = False
         self.began = self.test_began = self.look_at = self.cpu = 0.0
@@ -1224,10 +1231,9 @@ class Sandbox:
             raise
 
     def _run(self, waiting: collections.deque, workers: int, timeout_s: float, memory_mb: int) -> None:
-        room = int(
-            os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2 / ((memory_mb + sandbox.FILES_MB) << 20)
-        )
-        limit = max(workers, min(LIVE, room))
+        free = re.search(r"MemAvailable:\s+(\d+) kB", pathlib.Path("/proc/meminfo").read_text())
+        room = int(free[1]) // 2048 // (memory_mb + sandbox.FILES_MB) if free else workers
+        limit = min(max(workers, min(LIVE, room)), sandbox.UIDS)
         live: dict[int, tuple[Job, socket.socket]] = {}  # by slot
         by_fd: dict[int, int] = {}
         poll = select.poll()
@@ -1294,13 +1300,14 @@ class Sandbox:
 
     def _exchange(self, job: Job, channel: socket.socket, event: int, poll) -> bool:
         """Send and receive what can be; False when there is nothing more to come."""
-        try:
-            if event & select.POLLOUT and job.outgoing:
+        if event & select.POLLOUT and job.outgoing:
+            with contextlib.suppress(ConnectionError, BlockingIOError):  # a lost one is seen below
                 job.outgoing = job.outgoing[channel.send(job.outgoing[: 1 << 20]) :]
-                if not job.outgoing:
-                    poll.modify(channel, select.POLLIN)
-            if not event & ~select.POLLOUT:
-                return True
+            if not job.outgoing:
+                poll.modify(channel, select.POLLIN)
+        if not event & ~select.POLLOUT:
+            return True
+        try:
             data = channel.recv(1 << 20)
         except BlockingIOError:
             return True
@@ -1318,20 +1325,21 @@ class Sandbox:
             job.confined = True
             job.test_began = time.monotonic()
             del buffer[:1]
-        while len(job.frames) < job.tests and len(buffer) >= head.size:
+        while len(job.kept) < job.tests and len(buffer) >= head.size:
             length, cpu = head.unpack_from(buffer)
             if length > sandbox.FRAME_MAX:
                 job.end, job.why = "crash", "wrote to the channel what is no frame"
                 return False
             if len(buffer) < head.size + length:
                 break
-            job.frames.append(bytes(buffer[head.size : head.size + length]))
+            frame = bytes(buffer[head.size : head.size + length])
             del buffer[: head.size + length]
-            job.test_began, job.cpu = time.monotonic(), cpu
-            if job.frames[-1].startswith(b'{"fail":'):
-                job.end = "fail"
+            if frame.startswith(b'{"fail":'):
+                job.end, job.fail = "fail", frame
                 return False
-        if len(job.frames) == job.tests:
+            job.kept.append(job.keep(len(job.kept), frame))
+            job.test_began, job.cpu = time.monotonic(), cpu
+        if len(job.kept) == job.tests:
             job.end = "done"
             return False
         return True
@@ -1398,7 +1406,7 @@ class Sandbox:
             job.end, job.why = "oom", "killed by the kernel"
         elif status < 0:
             name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
-            job.end, job.why = "crash", f"ended by {name}"
+            job.end, job.why = "crash", f"ended by {name}{' (a forbidden system call)' * (name == 'SIGSYS')}"
         else:
             job.end, job.why = "crash", f"ended with exit code {status}"
 
@@ -1496,7 +1504,11 @@ def run_programs(
     except TypeError as e:
         raise InputError(f"tests of a program have to be plain JSON: {e}") from None
     plans = {key: plan_tests(key[1]) for key in keys}
-    jobs = {key: Job({**plan.job, "program": key[0]}) for key, plan in plans.items() if not plan.problem}
+    jobs = {
+        key: Job({**plan.job, "program": key[0]}, functools.partial(grade_test, plan))
+        for key, plan in plans.items()
+        if not plan.problem
+    }
     with _sandbox_lock:
         if jobs:
             _sandbox("programs").run(list(jobs.values()), workers, timeout_s, memory_mb)
@@ -1527,30 +1539,35 @@ def run_programs(
     return [verdicts[key] for key in keys]
 
 
+def grade_test(plan: TestPlan, frame_index: int, frame: bytes) -> tuple[str, str] | bytes:
+    """What is kept of a frame as soon as it is there: (outcome, words), or a value that a check is to be told."""
+    _, _, expected, check = plan.checks[plan.owner[frame_index]]
+    if check is None:
+        return grade_frame(plan.job["kind"], frame, expected)
+    if not frame.startswith(b'{"v":'):
+        return grade_frame("asserts", frame, None)
+    return frame if len(frame) <= CHECKED_MAX else ("wrong", "returned a value too long to be checked")
+
+
 def grade_job(plan: TestPlan, job: Job) -> list:
     """Of each test that was run (outcome, words), or the job of a check where the trusted side has to say it."""
     if job.end == "fail":
-        outcome, words = grade_frame("asserts", job.frames[-1].replace(b'{"fail":', b'{"err":', 1), None)
+        outcome, words = grade_frame("asserts", job.fail.replace(b'{"fail":', b'{"err":', 1), None)
         return [(outcome if outcome == "oom" else "crash", words)]
     result = []
-    for first, n, expected, check in plan.checks:
-        frames = job.frames[first : first + n]
-        bad = [f for f in frames if not f.startswith(b'{"v":')]
-        if len(frames) < n and not bad:
+    for first, n, _, check in plan.checks:
+        kept = job.kept[first : first + n]
+        graded = next((k for k in kept if isinstance(k, tuple)), None)
+        if graded is None and len(kept) < n:
             return [*result, (job.end, job.why or "took too long")]
-        if check is None:
-            result.append(grade_frame(plan.job["kind"], frames[0], expected))
-        elif bad:
-            result.append(grade_frame("asserts", bad[0], None))
-        else:
-            values = {f"_{i}": frame.decode(errors="replace") for i, frame in enumerate(frames)}
-            result.append({"kind": "values", "setup": plan.setup, "tests": [check], "values": values})
+        values = {f"_{i}": frame.decode(errors="replace") for i, frame in enumerate(kept) if graded is None}
+        result.append(graded or {"kind": "values", "setup": plan.setup, "tests": [check], "values": values})
     return result
 
 
 def grade_check(job: Job) -> tuple[str, str]:
     """What the trusted side said of one assert. Only a name that it lacks or an end without a word is its own fault."""
-    frame = job.frames[0] if job.frames else b""
+    frame = job.kept[0] if job.kept else job.fail
     if frame == b'{"v":true}':
         return "pass", ""
     if frame == b'{"v":false}':
