@@ -143,13 +143,13 @@ STDLIB = os.path.dirname(os.path.abspath(os.__file__))
 SYSCALLS = """
     read 0 63, write 1 64, close 3 57, lseek 8 62, mmap 9 222, mprotect 10 226, munmap 11 215, brk 12 214,
     rt_sigaction 13 134, rt_sigprocmask 14 135, rt_sigreturn 15 139, rt_sigpending 127 136, rt_sigsuspend 130 133,
-    rt_sigtimedwait 128 137, sigaltstack 131 132, ioctl 16 29, pread64 17 67, pwrite64 18 68, readv 19 65,
+    rt_sigtimedwait 128 137, sigaltstack 131 132, pread64 17 67, pwrite64 18 68, readv 19 65,
     writev 20 66, preadv 295 69, pwritev 296 70, sched_yield 24 124, mremap 25 216, madvise 28 233, mincore 27 232,
     dup 32 23, dup3 292 24, nanosleep 35 101, clock_nanosleep 230 115, getitimer 36 102, setitimer 38 103,
-    getpid 39 172, getppid 110 173, gettid 186 178, exit 60 93, exit_group 231 94, uname 63 160, fcntl 72 25,
-    flock 73 32, fsync 74 82, fdatasync 75 83, ftruncate 77 46, truncate 76 45, getdents64 217 61, getcwd 79 17,
+    getpid 39 172, getppid 110 173, gettid 186 178, exit 60 93, exit_group 231 94, uname 63 160,
+    flock 73 32, fsync 74 82, fdatasync 75 83, ftruncate 77 46, getdents64 217 61, getcwd 79 17,
     chdir 80 49, fchdir 81 50, fstat 5 80, newfstatat 262 79, statx 332 291, umask 95 166, gettimeofday 96 169,
-    getrlimit 97 163, prlimit64 302 261, getrusage 98 165, sysinfo 99 179, times 100 153, getuid 102 174,
+    getrlimit 97 163, getrusage 98 165, sysinfo 99 179, times 100 153, getuid 102 174,
     geteuid 107 175, getgid 104 176, getegid 108 177, getresuid 118 148, getresgid 120 150, getgroups 115 158,
     getpgid 121 155, getsid 124 156, futex 202 98, set_tid_address 218 96, set_robust_list 273 99,
     get_robust_list 274 100, rseq 334 293, sched_getaffinity 204 123, sched_getparam 143 121,
@@ -172,7 +172,15 @@ SIGNALLING = (
     (297, 240),
     (424, 424),
 )  # kill and its kin: the caller dies
-CLONE, CLONE3 = (56, 220), (435, 435)
+CLONE3 = (435, 435)
+# Calls of which one argument decides: (number, argument, values that are allowed or refused, is it allowed). prlimit64
+# is for the caller itself; a descriptor may not be made to signal others (F_SETOWN, F_SETSIG, F_SETOWN_EX, FIOSETOWN).
+BY_ARGUMENT = (
+    ((302, 261), 0, (0,), True),
+    ((72, 25), 1, (8, 10, 15), False),
+    ((16, 29), 1, (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451), True),
+)
+CLONE, CLONE_THREAD = (56, 220), 0x10000
 libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -198,8 +206,13 @@ def seccomp_filter() -> ctypes.Array:
     for call in SIGNALLING:
         program += [(equal, 0, 1, call[ARCH]), (give, 0, 0, kill)]
     program += [(equal, 0, 1, CLONE3[ARCH]), (give, 0, 0, refuse(errno.ENOSYS))]  # the C library then calls clone
-    program += [(equal, 0, 4, CLONE[ARCH]), (load, 0, 0, 16), (bits, 0, 1, 0x10000), (give, 0, 0, allow)]
+    program += [(equal, 0, 4, CLONE[ARCH]), (load, 0, 0, 16), (bits, 0, 1, CLONE_THREAD), (give, 0, 0, allow)]
     program += [(give, 0, 0, refuse(errno.EPERM))]  # not a thread: a process
+    for call, argument, values, allowed in BY_ARGUMENT:
+        program += [(equal, 0, len(values) + 3, call[ARCH]), (load, 0, 0, 16 + 8 * argument)]
+        program += [(equal, len(values) - i, 0, value) for i, value in enumerate(values)]
+        ends = [(give, 0, 0, refuse(errno.EPERM)), (give, 0, 0, allow)]
+        program += ends if allowed else ends[::-1]
     program += [(equal, len(numbers) - i, 0, number) for i, number in enumerate(numbers)]
     program += [(give, 0, 0, refuse(errno.EPERM)), (give, 0, 0, allow)]
     return ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *line) for line in program))
@@ -647,6 +660,9 @@ def report_ended(control: socket.socket, confinement: Confinement, slots: dict[i
             return
         slot = slots.pop(pid, None)
         if slot is not None:
+            if confinement.mode != "namespaces":
+                with contextlib.suppress(OSError):
+                    os.killpg(pid, signal.SIGKILL)
             confinement.clean(slot)
             message = {"slot": slot, "status": os.waitstatus_to_exitcode(status), "max_kb": usage.ru_maxrss}
             control.send(json.dumps(message).encode())
