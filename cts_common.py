@@ -1195,13 +1195,14 @@ class Sandbox:
                 self.close()
                 errors.seek(0)
                 raise InputError(f"the sandbox did not start: {errors.read().decode(errors='replace')[-300:].strip()}")
-        self.mode, self.missing, self.seccomp = hello["mode"], "; ".join(hello["missing"]), hello["seccomp"]
+        self.mode, self.user, self.seccomp = hello["mode"], hello["user"], hello["seccomp"]
         self.control.settimeout(None)
         if self.mode == "refused":
             self.close()
+            lacks = "; ".join(hello["missing"])
             raise InputError(
-                f"programs cannot be confined on this machine ({self.missing}): it needs user, mount, process and "
-                "network namespaces, or Landlock and seccomp; --unsafe_sandbox allow runs them under limits alone"
+                f"programs cannot be confined on this machine ({lacks}): it needs user, mount, process and network "
+                "namespaces, or Landlock and seccomp; --unsafe_sandbox allow runs them under limits alone"
             )
 
     def _hear(self) -> dict[str, Any] | None:

@@ -164,14 +164,8 @@ SYSCALLS = """
     rmdir 84 -, unlink 87 -, link 86 -, symlink 88 -, getdents 78 -, epoll_create 213 -, epoll_wait 232 -,
     time 201 -, alarm 37 -, pause 34 -, getpgrp 111 -, arch_prctl 158 -, eventfd 284 -, creat 85 -
 """  # fmt: skip
-SIGNALLING = (
-    (62, 129),
-    (200, 130),
-    (234, 131),
-    (129, 138),
-    (297, 240),
-    (424, 424),
-)  # kill and its kin: the caller dies
+# kill and its kin: the caller dies
+SIGNALLING = ((62, 129), (200, 130), (234, 131), (129, 138), (297, 240), (424, 424))
 CLONE3 = (435, 435)
 # Calls of which one argument decides: (number, argument, values that are allowed or refused, is it allowed). prlimit64
 # is for the caller itself; a descriptor may not be made to signal others (F_SETOWN, F_SETSIG, F_SETOWN_EX, FIOSETOWN).
@@ -279,15 +273,39 @@ def pick_uids() -> int:
     return top - UIDS * (1 + os.getpid() % max(1, min(1000, length // UIDS - 3)))  # servers have different ones
 
 
-def enter_namespaces(user: bool) -> None:
-    """This process gets namespaces of its own; the next fork is the first of the new process tree. Not root, or
-    `user`: a user namespace first, in which it is one nameless user with all rights."""
-    uid, gid = os.geteuid(), os.getegid()
-    if user:
+def enter_namespaces(user: str, base: int) -> None:
+    """This process gets namespaces of its own; the next fork is the first of the new process tree.
+
+    `user`: the user namespace before the others, which makes it root over them and over nothing else. "range" keeps
+    root and the UIDS ids from `base` on (only root can make it), "single" has one id, the caller's, as "nobody"; ""
+    makes none (root only).
+    """
+    if user == "single":
+        uid, gid = os.geteuid(), os.getegid()
         check(libc.unshare(NEWUSER), "user namespace")
         for name, text in (("setgroups", "deny"), ("uid_map", f"65534 {uid} 1"), ("gid_map", f"65534 {gid} 1")):
             with open(f"/proc/self/{name}", "w") as f:
                 f.write(text)
+    elif user == "range":
+        me = os.readlink("/proc/self")
+        get, put = os.pipe()
+        helper = os.fork()
+        if helper == 0:  # maps can be written from outside only
+            code = 1
+            try:
+                os.close(put)
+                os.read(get, 1)
+                for name in ("uid_map", "gid_map"):
+                    with open(f"/proc/{me}/{name}", "w") as f:
+                        f.write(f"0 0 1\n{base} {base} {UIDS}\n")
+                code = 0
+            finally:
+                os._exit(code)
+        result = libc.unshare(NEWUSER)
+        os.close(put)
+        os.close(get)
+        if os.waitpid(helper, 0)[1] or result:
+            raise OSError("user namespace with several ids")
     check(libc.unshare(NEWNS | NEWIPC | NEWPID | NEWNET), "namespaces")
 
 
@@ -325,24 +343,25 @@ class Confinement:
         self.filter = seccomp_filter() if ARCH is not None else None
         program = self.filter
         no_seccomp = works(lambda: install_seccomp(program)) if program else f"no seccomp on {platform.machine()}"
-        self.mode, self.missing, self.user = mode.removesuffix("-user"), [], mode.endswith("-user") or os.geteuid() != 0
+        self.mode, self.missing, self.user = mode.removesuffix("-user"), [], ""
         if no_seccomp:
             self.filter = None
         if self.mode in ("auto", "namespaces"):
-            trouble = works(lambda: enter_namespaces(self.user), self._in_new_tree)
-            if trouble and not self.user and mode == "auto":  # a root without rights may still make a user namespace
-                self.user, trouble = True, works(lambda: enter_namespaces(True), self._in_new_tree)
-            if trouble:
+            kinds = ("range", "", "single") if self.uids and self.mode == mode else ("single",)
+            for self.user in kinds:
+                trouble = works(lambda: enter_namespaces(self.user, self.uids), self._in_new_tree)
+                if not trouble:
+                    self.mode = "namespaces"
+                    break
+            else:
                 self.missing.append(trouble)
                 self.mode = "landlock" if mode == "auto" else "refused"
-            else:
-                self.mode = "namespaces"
         if self.mode == "landlock":
             trouble = no_seccomp or works(lambda: install_landlock("/tmp"))
             if trouble:
                 self.missing.append(trouble)
                 self.mode = "refused"
-        if self.mode == "namespaces" and self.user:
+        if self.mode == "namespaces" and self.user == "single":
             self.uids = 0
         self.base = None  # directory of the children's directories where they have no file system of their own
 
@@ -366,7 +385,7 @@ class Confinement:
                 self.base = tempfile.mkdtemp(prefix="cts-sandbox-")
                 os.chmod(self.base, 0o711)
             return
-        enter_namespaces(self.user)
+        enter_namespaces(self.user, self.uids)
         pid = os.fork()
         if pid:
             os.closerange(3, 256)
@@ -619,7 +638,8 @@ def serve(control: socket.socket, mode: str) -> None:
     confinement = Confinement(mode)
     confinement.start()
     warm()
-    hello = {"mode": confinement.mode, "seccomp": confinement.filter is not None, "missing": confinement.missing}
+    hello = {"mode": confinement.mode, "user": confinement.user, "seccomp": confinement.filter is not None}
+    hello["missing"] = confinement.missing
     control.send(json.dumps(hello).encode())
     if confinement.mode == "refused":
         return

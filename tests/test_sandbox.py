@@ -378,8 +378,8 @@ def f(x):
         ("process_vm_readv", (1, None, 0, None, 0, 0)), ("memfd_create", (b"a", 0)), ("inotify_init", ()),
         ("prctl", (4, 1, 0, 0, 0)), ("setpriority", (0, 0, -5)), ("personality", (0x40000,)), ("klogctl", (3, None, 0)),
         ("prlimit", (os.getppid() or 1, 7, None, None)), ("fcntl", (3, 8, 1)), ("fcntl", (3, 10, 9)),
-        ("ioctl", (3, 0x8901, b"\\1\\0\\0\\0")), ("truncate", (b"/tmp/a", 0)), ("kexec_load", (0, 0, None, 0))
-        if hasattr(libc, "kexec_load") else ("fork", ()), ("syscall", (321, 0, None, 0)), ("syscall", (425, 4, None)), ("syscall", (250, 0, 0, 0)),
+        ("ioctl", (3, 0x8901, b"\\1\\0\\0\\0")), ("truncate", (b"/tmp/a", 0)), ("syscall", (321, 0, None, 0)),
+        ("syscall", (425, 4, None)), ("syscall", (250, 0, 0, 0)),
     ]
     return [name for name, args in calls if getattr(libc, name)(*args) != -1 or ctypes.get_errno() not in (1, 38)]
 """
@@ -719,7 +719,7 @@ ODD = [
 @pytest.mark.parametrize("i", range(len(ODD)))
 def test_odd_programs(box, i):
     program, tests, outcomes = ODD[i]
-    verdict = cts.run_program(program, tests, timeout_s=2)
+    verdict = cts.run_program(program, tests, timeout_s=1)
     assert verdict.outcome in outcomes.split(), verdict
     assert len(verdict.detail) < 300 and "\n" not in verdict.detail and not survivors(box)
 
