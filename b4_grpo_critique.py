@@ -209,7 +209,6 @@ def main(args: Args) -> dict:
         def add(grads, one):
             new, metrics = jax.grad(loss_fn, has_aux=True)(params, one, denom, base_params)
             return jax.tree.map(jnp.add, grads, new), metrics
-
         grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
         metrics = jax.tree.map(lambda a: a.sum(0), metrics)
         metrics["losses/grad_norm"] = (optax.tree.norm(grads["policy"]), 1.0)

@@ -1127,17 +1127,19 @@ def same_value(value, expected) -> bool:
 def grade_frame(kind: str, frame: bytes, expected) -> tuple[str, str]:
     """(outcome, what it was) of one test whose frame decides it. The frame is the candidate's: any bytes."""
     try:
-        message = json.loads(frame) if kind == "stdin" or not frame.startswith(b'{"v":') else {"v": None}
-        ((key, got),) = message.items()
+        # An equal value is about as long. A far longer one is not looked at: reading and comparing could take its time.
+        room = 4000 + 12 * len(expected if kind == "stdin" else json.dumps(sandbox.encode(expected)))
+        if len(frame) > room:
+            return "wrong", f"gave {len(frame)} bytes: {frame[5:60].decode(errors='replace')}"
+        ((key, got),) = json.loads(frame).items()
         if key == "err":
             return ("oom" if got.startswith("MemoryError") else "crash"), f"raised {got[:200]}"
         if key == "odd":
             return "wrong", got[:200]
         if kind == "stdin":
             return ("pass", "") if same_output(got, expected) else ("wrong", f"printed {got[:80]!r}")
-        # An equal value is about as long: a far longer one is not looked at, for comparing could take its time.
-        if key == "v" and len(frame) <= 1000 + 8 * len(json.dumps(sandbox.encode(expected))):
-            value = sandbox.decode(json.loads(frame)["v"])
+        if key == "v":
+            value = sandbox.decode(got)
             if kind == "asserts" and value == expected:
                 return "pass", ""
             if kind == "call" and (same_value(value, expected) or _wrapped(value, expected)):
@@ -1153,7 +1155,7 @@ def _wrapped(value, expected) -> bool:
 
 # ---- the sandbox's client -----------------------------------------------------------------------------------------
 QUICK_S = 0.1  # a program that runs longer gives its place to the next and goes on beside it, at low priority
-PATIENCE = 2.0  # wall time that a test may take on a busy machine, in its limits of CPU time
+PATIENCE = 2.0  # wall time after which a test is cut too (it sleeps, or the machine is busy), in limits of CPU time
 LIVE = 64  # programs alive at a time, fewer where half of the free memory is less than their limits
 CHECKED_MAX = 1 << 18  # bytes of a value that an assert other than `f(x) == literal` is evaluated on
 UNSAFE_SANDBOX = os.environ.get("CTS_UNSAFE_SANDBOX", "refuse")
@@ -1226,12 +1228,18 @@ class Sandbox:
     def run(self, jobs: list[Job], workers: int, timeout_s: float, memory_mb: int) -> None:
         """Run all jobs to their ends; whatever happens, none of them is alive after it."""
         try:
-            self._run(collections.deque(jobs), workers, timeout_s, memory_mb)
+            self._run(jobs, workers, timeout_s, memory_mb)
+        except ConnectionError:
+            self.close()
+            for job in jobs:
+                if not job.end:
+                    job.end, job.why = "harness_error", "the sandbox's server ended"
         except BaseException:
             self.close()
             raise
 
-    def _run(self, waiting: collections.deque, workers: int, timeout_s: float, memory_mb: int) -> None:
+    def _run(self, jobs: list[Job], workers: int, timeout_s: float, memory_mb: int) -> None:
+        waiting = collections.deque(jobs)
         free = re.search(r"MemAvailable:\s+(\d+) kB", pathlib.Path("/proc/meminfo").read_text())
         room = int(free[1]) // 2048 // (memory_mb + sandbox.FILES_MB) if free else workers
         limit = min(max(workers, min(LIVE, room)), sandbox.UIDS)
@@ -1261,10 +1269,6 @@ class Sandbox:
                 for slot, (job, _) in live.items():
                     if job.look_at <= now:
                         self._look(slot, job, now, timeout_s, bool(waiting))
-        except ConnectionError:
-            for job in [*(job for job, _ in live.values()), *waiting]:
-                job.end, job.why = "harness_error", "the sandbox's server ended"
-            self.close()
         finally:
             for _, channel in live.values():
                 channel.close()
@@ -1275,9 +1279,8 @@ class Sandbox:
     def _fork(self, slot: int, job: Job, timeout_s: float, memory_mb: int) -> socket.socket:
         """Start a job in a slot; its channel."""
         channel, theirs = socket.socketpair()
-        cpu_s = (
-            math.ceil((job.tests + 1) * PATIENCE * timeout_s) + 5
-        )  # the last resort, should this process stand still
+        # The kernel's own limit is the last resort, should this process stand still.
+        cpu_s = math.ceil((job.tests + 1) * PATIENCE * timeout_s) + 5
         order = json.dumps({"op": "fork", "slot": slot, "memory_mb": memory_mb, "cpu_s": cpu_s})
         socket.send_fds(self.control, [order.encode()], [theirs.fileno()])
         theirs.close()
@@ -1419,7 +1422,13 @@ _sandbox_lock = threading.Lock()
 def _sandbox(purpose: str) -> Sandbox:
     """The one for "programs" or the one for "checks"; started if there is none or it ended."""
     box = _sandboxes.get(purpose)
-    if box is None or box.control.fileno() < 0 or box.owner != os.getpid() or box.process.poll() is not None:
+    if (
+        box is None
+        or box.control.fileno() < 0
+        or box.owner != os.getpid()
+        or box.process.poll() is not None
+        or (box.mode == "none" and UNSAFE_SANDBOX != "allow")
+    ):
         if box is not None:
             box.close()
         try:
@@ -1457,6 +1466,8 @@ def run_program(program: str, tests: dict[str, Any], *, timeout_s: float = 4.0, 
     - {"inputs": [text, ...], "outputs": [text, ...]}: the whole program once per input, on stdin (APPS),
     - {"fn_name": "f", "inputs": [[argument, ...], ...], "outputs": [value, ...]}: f, or that method of a `Solution()`.
 
+    In the last two a program finds what APPS programs use without importing it (math, defaultdict, List, ...).
+
     Outcomes: pass; wrong; timeout (a test used `timeout_s` seconds of CPU time, or PATIENCE times as long went by: the
     rest is not run); oom (more than `memory_mb` MB of address space); crash (an exception, a signal, an exit before all
     values were handed over, too much output); harness_error: not the program's fault, so no 0 either. Raises InputError
@@ -1484,7 +1495,7 @@ def run_program(program: str, tests: dict[str, Any], *, timeout_s: float = 4.0, 
     program leaves in its own process between the tests of one call. Landlock instead of namespaces: processes of
     the same machine can be counted, not seen or reached, the temp directory is on disk, without a limit of its own and
     without subdirectories, and where the caller is root but its Python is not for others to read, only the modules
-    that sandbox.py imports are there. Programs that start processes, or import installed packages, fail.
+    that `sandbox.WARM` lists are there. Programs that start processes, or import installed packages, fail.
     """
     return run_programs([(program, tests)], workers=1, timeout_s=timeout_s, memory_mb=memory_mb)[0]
 
@@ -1532,9 +1543,10 @@ def run_programs(
         harness = next((text for outcome, text in result if outcome == "harness_error"), None)
         if harness is not None:
             verdicts[key] = Verdict("harness_error", passed, total, harness)
-        elif worst is None:
+        elif worst is None and passed == total:
             verdicts[key] = Verdict("pass", passed, total, "")
         else:
+            assert worst is not None, "fewer results than tests, and none of them says why"
             words = "".join(c if c.isprintable() else " " for c in worst[2][:200])
             verdicts[key] = Verdict(worst[1], passed, total, f"test {worst[0]}: {words}")
     return [verdicts[key] for key in keys]
