@@ -1190,14 +1190,14 @@ class Sandbox:
                 stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
             )  # fmt: skip
             theirs.close()
-            self.owner, self.slots = os.getpid(), list(range(sandbox.UIDS))
+            self.owner, self.slots, self.base = os.getpid(), list(range(sandbox.UIDS)), None
             self.control.settimeout(60)
             hello = self._hear()
             if hello is None:
                 self.close()
                 errors.seek(0)
                 raise InputError(f"the sandbox did not start: {errors.read().decode(errors='replace')[-300:].strip()}")
-        self.mode, self.user, self.seccomp = hello["mode"], hello["user"], hello["seccomp"]
+        self.mode, self.user, self.seccomp, self.base = (hello[k] for k in ("mode", "user", "seccomp", "base"))
         self.control.settimeout(None)
         if self.mode == "refused":
             self.close()
@@ -1224,6 +1224,8 @@ class Sandbox:
             except subprocess.TimeoutExpired:
                 self.process.kill()
                 self.process.wait()
+            if self.base:  # a server that was killed left it
+                shutil.rmtree(self.base, ignore_errors=True)
 
     def run(self, jobs: list[Job], workers: int, timeout_s: float, memory_mb: int) -> None:
         """Run all jobs to their ends; whatever happens, none of them is alive after it."""
@@ -1489,13 +1491,20 @@ def run_program(program: str, tests: dict[str, Any], *, timeout_s: float = 4.0, 
     files (64), file size (32 MB), output (4 MB a test) and values (8 MB) are limited. The process, and the tree and
     mounts of which it is the first, end before this call returns, and with the caller if that is killed.
 
-    Not covered. Bugs of the kernel; side channels of CPU and memory; the CPU's frequency and caches, so that programs
-    near the time limit may fall to either side. Asserts that show the program what they expect (`f(1).__eq__(2)`) or
-    that any value fulfils; programs that know the answers by heart. Tests and setup code are trusted. A state that the
-    program leaves in its own process between the tests of one call. Landlock instead of namespaces: processes of
-    the same machine can be counted, not seen or reached, the temp directory is on disk, without a limit of its own and
-    without subdirectories, and where the caller is root but its Python is not for others to read, only the modules
-    that `sandbox.WARM` lists are there. Programs that start processes, or import installed packages, fail.
+    Not covered:
+
+    - bugs of the kernel; side channels of CPU and memory;
+    - time: near the limit a program may fall to either side, and so may, beside many endless loops or on a busy
+      machine, one that needs much CPU time;
+    - asserts that show the program what they expect (`f(1).__eq__(2)`) or that any value fulfils, and programs that
+      know the answers by heart; tests and set-up code are trusted;
+    - what a program leaves in its own process between the tests of one call;
+    - with Landlock instead of namespaces: the temp directory is on disk, takes plain files only and has no limit as a
+      whole; names and sizes of other files can be asked for, their content cannot; where the caller is root and its
+      Python is not for others to read, only the modules of `sandbox.WARM` are there;
+    - with neither (`unsafe`): files, network and processes, but for what seccomp, if it is there, and limits refuse.
+
+    Honest programs that start processes or import installed packages (NumPy) fail.
     """
     return run_programs([(program, tests)], workers=1, timeout_s=timeout_s, memory_mb=memory_mb)[0]
 

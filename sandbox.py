@@ -639,7 +639,7 @@ def serve(control: socket.socket, mode: str) -> None:
     confinement.start()
     warm()
     hello = {"mode": confinement.mode, "user": confinement.user, "seccomp": confinement.filter is not None}
-    hello["missing"] = confinement.missing
+    hello |= {"missing": confinement.missing, "base": confinement.base}
     control.send(json.dumps(hello).encode())
     if confinement.mode == "refused":
         return

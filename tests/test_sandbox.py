@@ -60,10 +60,20 @@ def box(request):
         made = cts.Sandbox(request.param)
     except cts.InputError as e:
         pytest.skip(str(e))
-    cts.close_sandboxes()
-    cts._sandboxes["programs"] = made
+    BOXED["programs"] = made
     yield made
-    cts.close_sandboxes()
+    for other in BOXED.values():
+        other.close()
+    BOXED.clear()
+
+
+BOXED, USUAL = {}, {}  # sandboxes of the tests that ask for a kind, and of the others
+
+
+@pytest.fixture(autouse=True)
+def sandboxes(request, monkeypatch):
+    """Tests without `box` run in what this machine has."""
+    monkeypatch.setattr(cts, "_sandboxes", BOXED if "box" in request.fixturenames else USUAL)
 
 
 @pytest.fixture
@@ -1041,6 +1051,18 @@ def test_a_machine_that_cannot_confine(monkeypatch):
     assert cts.check_sandbox("allow") == "none"
     assert cts.run_program("def f(x): return 4", VALUE(4)).outcome == "pass"
     cts.close_sandboxes()
+
+
+def test_a_killed_server_leaves_no_folder():
+    try:
+        box = cts.Sandbox("landlock")
+    except cts.InputError as e:
+        pytest.skip(str(e))
+    folder = pathlib.Path(box.base)
+    assert folder.is_dir()
+    box.process.kill()
+    box.close()
+    assert not folder.exists()
 
 
 def test_values_round_trip():
