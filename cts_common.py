@@ -12,7 +12,9 @@ J reasoning steps of a trajectory, R latent dim. Masks are 0/1 float32 and come 
 from __future__ import annotations
 
 import ast
+import atexit
 import builtins
+import collections
 import contextlib
 import dataclasses
 import datetime
@@ -28,9 +30,15 @@ import math
 import os
 import pathlib
 import re
+import select
 import shutil
 import signal
+import socket
+import struct
+import subprocess
 import sys
+import tempfile
+import threading
 import time
 import warnings
 from collections import Counter
@@ -50,7 +58,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
-from tmp_sandbox import Verdict, extract_program, run_program, run_programs  # TEMPORARY
+import sandbox
 
 # ---- 0 constants --------------------------------------------------------------------------------------------------
 # What: names that stand in more than one place. Used by: all sections and scripts.
@@ -1312,6 +1320,730 @@ def with_attempts(quads: list[Quadruple], attempts: list[str], fits) -> list[Qua
         meta = {**q.meta, "error_span": span, "y0_correct": verdict.outcome == "pass"}
         out.append(dataclasses.replace(q, y0=y0, f=f, meta=meta) if known else q)
     return out
+
+
+# ---- programs -----------------------------------------------------------------------------------------------------
+# What: hostile programs run against tests. `sandbox.py` is the process they are forked from; here is the side that
+# knows the expected outputs and alone makes verdicts. Used by: tasks whose answers are programs.
+# Tested in: tests/test_sandbox.py.
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What the tests said of a program. `outcome` is that of the first test that did not pass."""
+
+    outcome: str  # pass | wrong | timeout | oom | crash | harness_error
+    passed: int  # tests passed
+    total: int
+    detail: str  # which test, and what it returned or raised; "" of a pass
+
+
+_BLOCK = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_STARTS = re.compile(  # a line that starts a program, unlike one of prose
+    r"(?:async )?def \w+\(|class \w+ ?[(:]|(?:for|while|if|try|with)\b.*:[ \t]*+(?:#.*)?$"
+    r"|from [\w.]+ import\b|import [\w., ]++$|@\w"
+)
+_CODE = re.compile(  # a line that goes on with one
+    rf"{_STARTS.pattern}|\s+\S|[\])}}#]|(?:else|finally) ?:|(?:elif|except)\b.*:"
+    r"|[\w.\[\], ]++[-+*/|&]?=[^=]|[\w.]++\(.*\) *$"
+)
+
+
+def extract_program(completion: str) -> str:
+    """The program of a completion. It is found by its lines, never parsed: a completion is hostile text.
+
+    Of the fenced blocks (those marked Python, if any is) it is the last one that is at least half as long as the
+    longest: a later block corrects an earlier one, a short last one shows a call. A fence cut off at the end counts.
+    Without a fence: from the first line that starts a statement to the last that continues one, or all of the text.
+
+    >>> extract_program("Sure:\\n```python\\ndef f(x):\\n    return x\\n```\\nIt returns x.")
+    'def f(x):\\n    return x\\n'
+    """
+    blocks = _BLOCK.findall(completion)
+    marked = [text for language, text in blocks if language.lower() in ("python", "python3", "py")]
+    texts = [text for text in marked or [text for _, text in blocks] if text.strip()]
+    if texts:
+        longest = max(map(len, texts))
+        return [text for text in texts if 2 * len(text) >= longest][-1]
+    lines = completion.splitlines()
+    begin = next((i for i, line in enumerate(lines) if _STARTS.match(line)), None)
+    if begin is None:
+        return completion
+    end = max(i for i, line in enumerate(lines) if i == begin or (i > begin and _CODE.match(line)))
+    return "\n".join(lines[begin : end + 1]) + "\n"
+
+
+# ---- tests of programs --------------------------------------------------------------------------------------------
+def bound_names(node: ast.AST) -> set[str]:
+    """Names that a piece of code gives a value: assignments, imports, definitions, arguments, loop variables."""
+    names = set()
+    for n in ast.walk(node):
+        if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load):
+            names.add(n.id)
+        elif isinstance(n, ast.arg):
+            names.add(n.arg)
+        elif isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(n.name)
+        elif isinstance(n, ast.alias):
+            names.add((n.asname or n.name).split(".")[0])
+    return names
+
+
+def used_names(node: ast.AST) -> set[str]:
+    """Names that a piece of code reads."""
+    return {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+
+
+class Hoist(ast.NodeTransformer):
+    """Takes out of an expression what needs the program, each as large as a call, an index or an attribute makes it,
+    and puts names `_0`, `_1` … in its place: of `set(f([1])) == {1}` the program sees `f([1])` alone."""
+
+    def __init__(self, known: set[str], inner: set[str]):
+        self.known, self.inner, self.taken = known, inner, []
+
+    def visit(self, node):
+        root = node
+        while isinstance(root, (ast.Call, ast.Attribute, ast.Subscript)):
+            root = root.func if isinstance(root, ast.Call) else root.value
+        if not isinstance(root, ast.Name) or root.id in self.known | self.inner:
+            return self.generic_visit(node)
+        if used_names(node) & (self.inner - bound_names(node)):
+            raise ValueError("a call inside a comprehension cannot be separated from what is expected of it")
+        self.taken.append(ast.unparse(node))
+        return ast.Name(f"_{len(self.taken) - 1}", ast.Load())
+
+
+def split_assert(text: str, known: set[str]) -> tuple[list[str], Any, str | None]:
+    """What of an assert needs the program, and what does not: (expressions for the program, expected value, check).
+
+    The check is None where the one expression just has to equal the expected value; else it is an expression over the
+    values `_0`, `_1` …. `known`: names that do not come from the program. Raises ValueError for another shape.
+
+    >>> split_assert("assert f(2) == [4]", set()), split_assert("assert abs(f(2) - 4) < 0.1", {"abs"})
+    ((['f(2)'], [4], None), (['f(2)'], None, 'abs(_0 - 4) < 0.1'))
+    """
+    body = ast.parse(text.strip()).body
+    if len(body) != 1 or not isinstance(body[0], ast.Assert):
+        raise ValueError("not one assert statement")
+    test = body[0].test
+    hoist = Hoist(known, bound_names(test))
+    rest = hoist.visit(test)
+    if not hoist.taken and isinstance(test, ast.Compare) and isinstance(test.left, ast.Call):
+        hoist.taken, test.left = [ast.unparse(test.left)], ast.Name("_0", ast.Load())  # a function named as a builtin
+    if not hoist.taken:
+        raise ValueError("it calls nothing of the program")
+    if isinstance(rest, ast.Compare) and len(rest.ops) == 1 and isinstance(rest.ops[0], ast.Eq):
+        for one, other in ((rest.left, rest.comparators[0]), (rest.comparators[0], rest.left)):
+            if isinstance(one, ast.Name) and one.id == "_0" and len(hoist.taken) == 1:
+                with contextlib.suppress(ValueError):
+                    return hoist.taken, ast.literal_eval(other), None
+    return hoist.taken, None, ast.unparse(rest)
+
+
+def split_setup(setup: str, asserts: list[str]) -> tuple[str, str, str, set[str]]:
+    """Set-up code as (before the program, after it, for checks, names known without the program).
+
+    What needs the program (`root = Node(1)`) runs after it; imports and classes run before it. Other values go to
+    the program only if something there reads them: a constant that asserts compare with is none of its business.
+    """
+    modules = {"math", "cmath", "re", "sys", "itertools", "collections"}
+    known, before, after, checks, waiting = set(dir(builtins)) | modules, [], [], [], []
+    for statement in ast.parse(setup).body:
+        if used_names(statement) - bound_names(statement) - known:
+            after.append(statement)
+            continue
+        checks.append(statement)
+        known |= bound_names(statement)
+        early = isinstance(statement, (ast.Import, ast.ImportFrom, ast.ClassDef))
+        (before if early else waiting).append(statement)
+    needed = set().union(*map(used_names, [*before, *after]))
+    for text in asserts:
+        for expression in split_assert(text, known)[0]:
+            needed |= used_names(ast.parse(expression))
+    for statement in reversed(waiting):
+        if bound_names(statement) & needed:
+            before.append(statement)
+            needed |= used_names(statement)
+    order = {id(s): i for i, s in enumerate(checks)}
+    before.sort(key=lambda s: order[id(s)])
+    source = lambda statements: "\n".join(map(ast.unparse, statements))
+    return source(before), source(after), source(checks), known
+
+
+@dataclasses.dataclass(frozen=True)
+class TestPlan:
+    """Tests as a job for the sandbox and what is done with its frames; `problem`: why they cannot be run."""
+
+    __test__ = False  # not one of pytest's
+    job: dict[str, Any]
+    checks: list[tuple[int, int, Any, str | None]]  # of each test: first frame, frames, expected value, check
+    setup: str = ""  # of checks
+    problem: str = ""
+
+    @functools.cached_property
+    def owner(self) -> list[int]:
+        """The test of each frame."""
+        return [i for i, (_, n, _, _) in enumerate(self.checks) for _ in range(n)]
+
+
+def joined(lines) -> str:
+    """An input or output of a stdin test: a string, or a list of its lines."""
+    return "\n".join(map(str, lines)) if isinstance(lines, list) else str(lines)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_tests(tests_json: str) -> TestPlan:
+    """The plan of a test dict, given as JSON. Raises InputError where it is none of the three kinds."""
+    tests = json.loads(tests_json)
+    kind = "asserts" if "asserts" in tests else "call" if tests.get("fn_name") else "stdin"
+    given, wanted = tests.get("asserts" if kind == "asserts" else "inputs"), tests.get("outputs")
+    if not isinstance(given, list) or not given:
+        raise InputError("tests of a program need a list `asserts`, or lists `inputs` and `outputs`, that is not empty")
+    if kind != "asserts" and (not isinstance(wanted, list) or len(wanted) != len(given)):
+        raise InputError(f"tests of a program need as many outputs as inputs ({len(given)})")
+    if kind == "stdin":
+        checks = [(i, 1, joined(text), None) for i, text in enumerate(wanted)]
+        return TestPlan({"kind": kind, "tests": list(map(joined, given))}, checks)
+    if kind == "call":
+        if not all(isinstance(args, list) for args in given):
+            raise InputError(f"inputs of {tests['fn_name']} need to be lists of arguments")
+        given = [[_int_keys(v) if i == 0 else v for i, v in enumerate(args)] for args in given]
+        job = {"kind": kind, "fn_name": tests["fn_name"], "tests": [list(map(sandbox.encode, v)) for v in given]}
+        return TestPlan({**job, "before": ""}, [(i, 1, value, None) for i, value in enumerate(wanted)])
+    try:
+        before, after, setup, known = split_setup(tests.get("setup") or "", given)
+        split = [split_assert(text, known) for text in given]
+    except (SyntaxError, ValueError, RecursionError) as e:
+        return TestPlan({}, [(0, 0, None, None)] * len(given), problem=f"asserts: {e}")
+    starts = [0, *itertools.accumulate(len(expressions) for expressions, _, _ in split)]
+    checks = [(start, len(parts), value, check) for start, (parts, value, check) in zip(starts, split)]
+    job = {"kind": kind, "before": before, "after": after, "tests": [e for parts, _, _ in split for e in parts]}
+    return TestPlan(job, checks, setup)
+
+
+def _int_keys(value):
+    """JSON has string keys only: a dict of whole numbers as it was."""
+    if isinstance(value, dict) and value and all(re.fullmatch(r"-?\d{1,18}", k) for k in value):
+        return {int(k): v for k, v in value.items()}
+    return value
+
+
+def close_numbers(a: float, b: float) -> bool:
+    """numpy.allclose's rule for one pair."""
+    return a == b or abs(a - b) <= 1e-8 + 1e-5 * abs(b) < math.inf
+
+
+def same_output(printed: str, expected: str) -> bool:
+    """Do two outputs agree? Lines that are not blank, in order, each by its words; where the expected word is a decimal
+    number (`2.50`, `1e-3`) a number within 1e-8 + 1e-5 of it will do. A whole number has to be the same word.
+
+    >>> same_output("1  2\\n\\n3.000001", "1 2 \\n3.0\\n"), same_output("2 1", "1 2"), same_output("1.0", "1")
+    (True, False, False)
+    """
+    mine, wanted = ([line.split() for line in text.splitlines() if line.strip()] for text in (printed, expected))
+    return list(map(len, mine)) == list(map(len, wanted)) and all(
+        a == b or _same_number(a, b) for x, y in zip(mine, wanted) for a, b in zip(x, y)
+    )
+
+
+def _same_number(word: str, expected: str) -> bool:
+    decimal = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+    if not decimal.fullmatch(expected) or re.fullmatch(r"[-+]?\d+", expected) or not decimal.fullmatch(word):
+        return False
+    return close_numbers(float(word), float(expected))
+
+
+def same_value(value, expected) -> bool:
+    """Does a returned value agree with one from JSON? Tuples are lists, keys are strings, an expected float has the
+    tolerance of `same_output`, and otherwise Python's ==.
+
+    >>> same_value([(1, 2)], [[1, 2]]), same_value({1: 2.0}, {"1": 2}), same_value(1, "1")
+    (True, True, False)
+    """
+    if isinstance(value, (list, tuple)) and isinstance(expected, list):
+        return len(value) == len(expected) and all(map(same_value, value, expected))
+    if isinstance(value, dict) and isinstance(expected, dict):
+        mine = {str(k): v for k, v in value.items()}
+        return mine.keys() == expected.keys() and all(same_value(v, expected[k]) for k, v in mine.items())
+    if isinstance(expected, float) and isinstance(value, (int, float)):
+        return close_numbers(value, expected)
+    return value == expected
+
+
+def grade_frame(kind: str, frame: bytes, expected) -> tuple[str, str]:
+    """(outcome, what it was) of one test whose frame decides it. The frame is the candidate's: any bytes."""
+    try:
+        # An equal value is about as long. A far longer one is not looked at: reading and comparing could take its time.
+        room = 4000 + 12 * len(expected if kind == "stdin" else json.dumps(sandbox.encode(expected)))
+        if len(frame) > room:
+            return "wrong", f"gave {len(frame)} bytes: {frame[5:60].decode(errors='replace')}"
+        ((key, got),) = json.loads(frame).items()
+        if key == "err":
+            return ("oom" if got.startswith("MemoryError") else "crash"), f"raised {got[:200]}"
+        if key == "odd":
+            return "wrong", got[:200]
+        if kind == "stdin":
+            return ("pass", "") if same_output(got, expected) else ("wrong", f"printed {got[:80]!r}")
+        if key == "v":
+            value = sandbox.decode(got)
+            if kind == "asserts" and value == expected:
+                return "pass", ""
+            if kind == "call" and (same_value(value, expected) or _wrapped(value, expected)):
+                return "pass", ""
+        return "wrong", f"returned {frame[5:-1][:80].decode(errors='replace')}"
+    except Exception as e:  # no frame of ours, or a value that cannot be compared
+        return "wrong", f"returned what is no value ({type(e).__name__})"
+
+
+def _wrapped(value, expected) -> bool:
+    return isinstance(expected, list) and len(expected) == 1 and same_value(value, expected[0])
+
+
+# ---- the sandbox's client -----------------------------------------------------------------------------------------
+QUICK_S = 0.1  # a program that runs longer gives its place to the next and goes on beside it, at low priority
+PATIENCE = 2.0  # wall time after which a test is cut too (it sleeps, or the machine is busy), in limits of CPU time
+LIVE = 64  # programs alive at a time, fewer where half of the free memory is less than their limits
+CHECKED_MAX = 1 << 18  # bytes of a value that an assert other than `f(x) == literal` is evaluated on
+UNSAFE_SANDBOX = os.environ.get("CTS_UNSAFE_SANDBOX", "refuse")
+
+
+class Job:
+    """One program under way: what goes in, what is kept of the frames that come out, how it ended."""
+
+    def __init__(self, payload: dict[str, Any], keep=lambda i, frame: frame):
+        """`keep(i, frame)` of each frame is kept: frames are long, and there are many."""
+        data = json.dumps(payload).encode()
+        self.outgoing = memoryview(struct.pack("!I", len(data)) + data)
+        self.tests, self.keep, self.kept, self.fail, self.buffer = len(payload["tests"]), keep, [], b"", bytearray()
+        self.end, self.why = "", ""  # done | fail | timeout | oom | crash | harness_error, and a word on it
+        self.confined = self.killed = self.closed = self.slow = False
+        self.began = self.test_began = self.look_at = self.cpu = 0.0
+
+
+class Sandbox:
+    """The server process and its candidates. Not for several threads at a time."""
+
+    def __init__(self, mode: str = "auto"):
+        """Raises InputError where `mode` does not work on this machine."""
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        env = {"LANG": "C.UTF-8", "PYTHONUTF8": "1", "PYTHONHASHSEED": "0"}  # sets have one order in all runs
+        env |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+        # -P -s and an environment of our own are -I, but for the hash seed, which -I would leave to chance
+        command = [sys.executable, "-P", "-s", "-S", os.path.abspath(sandbox.__file__), str(theirs.fileno()), mode]
+        with tempfile.TemporaryFile() as errors:
+            self.process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], cwd="/", env=env, stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
+            )  # fmt: skip
+            theirs.close()
+            self.owner, self.slots, self.base = os.getpid(), list(range(sandbox.UIDS)), None
+            self.control.settimeout(60)
+            hello = self._hear()
+            if hello is None:
+                self.close()
+                errors.seek(0)
+                raise InputError(f"the sandbox did not start: {errors.read().decode(errors='replace')[-300:].strip()}")
+        self.mode, self.user, self.seccomp, self.base = (hello[k] for k in ("mode", "user", "seccomp", "base"))
+        self.control.settimeout(None)
+        if self.mode == "refused":
+            self.close()
+            lacks = "; ".join(hello["missing"])
+            raise InputError(
+                f"programs cannot be confined on this machine ({lacks}): it needs user, mount, process and network "
+                "namespaces, or Landlock and seccomp; --unsafe_sandbox allow runs them under limits alone"
+            )
+
+    def _hear(self) -> dict[str, Any] | None:
+        """The server's next message; None if it is gone."""
+        try:
+            data = self.control.recv(4096)
+        except (TimeoutError, ConnectionError):
+            return None
+        return json.loads(data) if data else None
+
+    def close(self) -> None:
+        """End the server and with it all that it started."""
+        self.control.close()
+        if self.owner == os.getpid():
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+            if self.base:  # a server that was killed left it
+                shutil.rmtree(self.base, ignore_errors=True)
+
+    def run(self, jobs: list[Job], workers: int, timeout_s: float, memory_mb: int) -> None:
+        """Run all jobs to their ends; whatever happens, none of them is alive after it."""
+        try:
+            self._run(jobs, workers, timeout_s, memory_mb)
+        except ConnectionError:
+            self.close()
+            for job in jobs:
+                if not job.end:
+                    job.end, job.why = "harness_error", "the sandbox's server ended"
+        except BaseException:
+            self.close()
+            raise
+
+    def _run(self, jobs: list[Job], workers: int, timeout_s: float, memory_mb: int) -> None:
+        waiting = collections.deque(jobs)
+        free = re.search(r"MemAvailable:\s+(\d+) kB", pathlib.Path("/proc/meminfo").read_text())
+        room = int(free[1]) // 2048 // (memory_mb + sandbox.FILES_MB) if free else workers
+        limit = min(max(workers, min(LIVE, room)), sandbox.UIDS)
+        live: dict[int, tuple[Job, socket.socket]] = {}  # by slot
+        by_fd: dict[int, int] = {}
+        poll = select.poll()
+        poll.register(self.control, select.POLLIN)
+        try:
+            while waiting or live:
+                while waiting and len(live) < limit and sum(not job.slow for job, _ in live.values()) < workers:
+                    job, slot = waiting.popleft(), self.slots.pop()
+                    channel = self._fork(slot, job, timeout_s, memory_mb)
+                    live[slot], by_fd[channel.fileno()] = (job, channel), slot
+                    poll.register(channel, select.POLLIN | select.POLLOUT)
+                now = time.monotonic()
+                wait = min((job.look_at for job, _ in live.values()), default=now) - now
+                for fd, event in poll.poll(max(0, math.ceil(1000 * wait))):
+                    if fd == self.control.fileno():
+                        self._ended(live, by_fd, poll, timeout_s)
+                    elif fd in by_fd:
+                        slot = by_fd[fd]
+                        if not self._exchange(*live[slot], event, poll):
+                            poll.unregister(fd)
+                            del by_fd[fd]
+                            self._hang_up(slot, live[slot][0])
+                now = time.monotonic()
+                for slot, (job, _) in live.items():
+                    if job.look_at <= now:
+                        self._look(slot, job, now, timeout_s, bool(waiting))
+        finally:
+            for _, channel in live.values():
+                channel.close()
+
+    def _tell(self, slot: int, op: str, **more) -> None:
+        self.control.send(json.dumps({"op": op, "slot": slot, **more}).encode())
+
+    def _fork(self, slot: int, job: Job, timeout_s: float, memory_mb: int) -> socket.socket:
+        """Start a job in a slot; its channel."""
+        channel, theirs = socket.socketpair()
+        # The kernel's own limit is the last resort, should this process stand still.
+        cpu_s = math.ceil((job.tests + 1) * PATIENCE * timeout_s) + 5
+        order = json.dumps({"op": "fork", "slot": slot, "memory_mb": memory_mb, "cpu_s": cpu_s})
+        socket.send_fds(self.control, [order.encode()], [theirs.fileno()])
+        theirs.close()
+        channel.setblocking(False)
+        job.began = job.test_began = time.monotonic()
+        job.look_at = job.began + min(QUICK_S, timeout_s)
+        return channel
+
+    def _kill(self, slot: int, job: Job) -> None:
+        if not job.killed:
+            job.killed = True
+            self._tell(slot, "kill")
+        job.look_at = time.monotonic() + 60
+
+    def _hang_up(self, slot: int, job: Job) -> None:
+        """A channel gives no more: its process is not needed, or about to be gone, and how it ended is worth a wait."""
+        if job.end:
+            self._kill(slot, job)
+        else:
+            job.look_at, job.closed = time.monotonic() + 0.5, True
+
+    def _exchange(self, job: Job, channel: socket.socket, event: int, poll) -> bool:
+        """Send and receive what can be; False when there is nothing more to come."""
+        if event & select.POLLOUT and job.outgoing:
+            with contextlib.suppress(ConnectionError, BlockingIOError):  # a lost one is seen below
+                job.outgoing = job.outgoing[channel.send(job.outgoing[: 1 << 20]) :]
+            if not job.outgoing:
+                poll.modify(channel, select.POLLIN)
+        if not event & ~select.POLLOUT:
+            return True
+        try:
+            data = channel.recv(1 << 20)
+        except BlockingIOError:
+            return True
+        except ConnectionError:
+            data = b""
+        job.buffer += data
+        return bool(data) and self._frames(job)
+
+    def _frames(self, job: Job) -> bool:
+        """Take whole frames out of a job's buffer; False when it has given all."""
+        buffer, head = job.buffer, sandbox.FRAME
+        if not job.confined and buffer:
+            if buffer[:1] != b"R":
+                return True  # the reason follows; the end of the process ends it
+            job.confined = True
+            job.test_began = time.monotonic()
+            del buffer[:1]
+        while len(job.kept) < job.tests and len(buffer) >= head.size:
+            length, cpu = head.unpack_from(buffer)
+            if length > sandbox.FRAME_MAX:
+                job.end, job.why = "crash", "wrote to the channel what is no frame"
+                return False
+            if len(buffer) < head.size + length:
+                break
+            frame = bytes(buffer[head.size : head.size + length])
+            del buffer[: head.size + length]
+            if frame.startswith(b'{"fail":'):
+                job.end, job.fail = "fail", frame
+                return False
+            job.kept.append(job.keep(len(job.kept), frame))
+            job.test_began, job.cpu = time.monotonic(), cpu
+        if len(job.kept) == job.tests:
+            job.end = "done"
+            return False
+        return True
+
+    def _look(self, slot: int, job: Job, now: float, timeout_s: float, hurry: bool) -> None:
+        """A job is still there at the time it was to be looked at; `hurry`: others wait."""
+        if job.killed:
+            raise ConnectionError  # killed and not gone in a minute: the server does not answer
+        if job.closed:
+            self._kill(slot, job)
+            return
+        if not job.slow and now - job.began >= min(QUICK_S, timeout_s):
+            job.slow = True
+            if hurry:
+                self._tell(slot, "nice")
+        used = now - job.test_began
+        if not job.confined:
+            if now - job.began > 60:
+                self._kill(slot, job)
+            job.look_at = now + 0.2
+            return
+        if used >= PATIENCE * timeout_s:
+            job.end = "timeout"
+            self._kill(slot, job)
+            return
+        if used >= timeout_s:
+            self._tell(slot, "cpu")  # the answer may end it
+        job.look_at = min(job.test_began + PATIENCE * timeout_s, max(job.test_began + timeout_s, now + 0.1))
+
+    def _ended(self, live, by_fd, poll, timeout_s: float) -> None:
+        """One message of the server: a process has ended, or its CPU time."""
+        message = self._hear()
+        if message is None:
+            raise ConnectionError
+        slot = message["slot"]
+        job, channel = live.get(slot, (None, None))
+        if job is None:
+            return
+        if "cpu" in message:
+            late = time.monotonic() - job.test_began >= timeout_s
+            if late and not job.killed and not message["cpu"] - job.cpu < 0.95 * timeout_s:  # `not <`: NaN is a lie
+                job.end = "timeout"
+                self._kill(slot, job)
+            return
+        while channel.fileno() in by_fd and self._exchange(job, channel, select.POLLIN, poll):
+            if not select.select([channel], [], [], 0)[0]:
+                break
+        if by_fd.pop(channel.fileno(), None) is not None:
+            poll.unregister(channel)
+        channel.close()
+        del live[slot]
+        self.slots.append(slot)
+        if "error" in message or not job.confined:
+            job.end = "harness_error"
+            job.why = f"not confined: {message.get('error') or job.buffer[1:200].decode(errors='replace')}"
+        elif not job.end:
+            self._explain(job, message["status"])
+
+    def _explain(self, job: Job, status: int) -> None:
+        """How a process ended that neither gave all of its values nor was ended from here."""
+        if status == -signal.SIGKILL and job.killed:
+            job.end, job.why = "crash", "closed its channel"
+        elif status == -signal.SIGKILL:
+            job.end, job.why = "oom", "killed by the kernel"
+        elif status < 0:
+            name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+            job.end, job.why = "crash", f"ended by {name}{' (a forbidden system call)' * (name == 'SIGSYS')}"
+        else:
+            job.end, job.why = "crash", f"ended with exit code {status}"
+
+
+_sandboxes: dict[str, Sandbox] = {}
+_sandbox_lock = threading.Lock()
+
+
+def _sandbox(purpose: str) -> Sandbox:
+    """The one for "programs" or the one for "checks"; started if there is none or it ended."""
+    box = _sandboxes.get(purpose)
+    if (
+        box is None
+        or box.control.fileno() < 0
+        or box.owner != os.getpid()
+        or box.process.poll() is not None
+        or (box.mode == "none" and UNSAFE_SANDBOX != "allow")
+    ):
+        if box is not None:
+            box.close()
+        try:
+            _sandboxes[purpose] = Sandbox()
+        except InputError:
+            if UNSAFE_SANDBOX != "allow":
+                raise
+            _sandboxes[purpose] = Sandbox("none")
+    return _sandboxes[purpose]
+
+
+@atexit.register
+def close_sandboxes() -> None:
+    """End the server processes; the next program starts new ones."""
+    for box in _sandboxes.values():
+        box.close()
+    _sandboxes.clear()
+
+
+def check_sandbox(unsafe: str = "refuse") -> str:
+    """How programs are confined here: "namespaces", "landlock" or "none". With `unsafe` "allow", "none" is allowed from
+    here on; with "refuse" it raises InputError that says what is missing."""
+    global UNSAFE_SANDBOX
+    if unsafe not in ("refuse", "allow"):
+        raise InputError(f"unsafe_sandbox {unsafe!r}: allow or refuse")
+    UNSAFE_SANDBOX = unsafe
+    with _sandbox_lock:
+        return _sandbox("programs").mode
+
+
+def run_program(program: str, tests: dict[str, Any], *, timeout_s: float = 4.0, memory_mb: int = 512) -> Verdict:
+    """Run a hostile program against tests. `tests` is one of
+
+    - {"setup": code, "asserts": ["assert f(1) == 2", ...]} (MBPP),
+    - {"inputs": [text, ...], "outputs": [text, ...]}: the whole program once per input, on stdin (APPS),
+    - {"fn_name": "f", "inputs": [[argument, ...], ...], "outputs": [value, ...]}: f, or that method of a `Solution()`.
+
+    In the last two a program finds what APPS programs use without importing it (math, defaultdict, List, ...).
+
+    Outcomes: pass; wrong; timeout (a test used `timeout_s` seconds of CPU time, or PATIENCE times as long went by: the
+    rest is not run); oom (more than `memory_mb` MB of address space); crash (an exception, a signal, an exit before all
+    values were handed over, too much output); harness_error: not the program's fault, so no 0 either. Raises InputError
+    on tests of another form, and where this machine cannot confine programs (`check_sandbox`).
+
+    What agrees. Asserts: Python's == on plain data, and all else of an assert is evaluated in a process that never saw
+    the program. Printed output: `same_output`. Returned values: `same_value`, also with an expected [value] for value.
+    As APPS's own evaluator does, except that lines or words in another order do not agree, that whole numbers have no
+    tolerance, and that of an expected list only a list of one may stand for what it contains. Plain data is None,
+    bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict (and Counter, OrderedDict, defaultdict as
+    dict), deque, range, array, Fraction, Decimal, by exact type; a value of any other type is wrong.
+
+    Covered. A program gets the inputs, never an expected output, in a process forked from one that never held any
+    program, input or output. It answers with values; comparing them is done elsewhere, so what it does to its own
+    interpreter (exits, builtins, frames, `__eq__`, its channel) can at most change its values. Its process has no
+    network, no other process in sight, no file but the standard library (read-only) and an empty temp directory of 32
+    MB, no environment, no privileges, a user id of its own where the caller is root, and system calls from a list:
+    no sockets, processes, programs, signals (it dies), mounts, ptrace or IPC. CPU, address space, threads (64), open
+    files (64), file size (32 MB), output (4 MB a test) and values (8 MB) are limited. The process, and the tree and
+    mounts of which it is the first, end before this call returns, and with the caller if that is killed.
+
+    Not covered:
+
+    - bugs of the kernel; side channels of CPU and memory;
+    - time: near the limit a program may fall to either side, and so may, beside many endless loops or on a busy
+      machine, one that needs much CPU time;
+    - asserts that show the program what they expect (`f(1).__eq__(2)`) or that any value fulfils, and programs that
+      know the answers by heart; tests and set-up code are trusted;
+    - what a program leaves in its own process between the tests of one call;
+    - with Landlock instead of namespaces: the temp directory is on disk, takes plain files only and has no limit as a
+      whole; names and sizes of other files can be asked for, their content cannot; where the caller is root and its
+      Python is not for others to read, only the modules of `sandbox.WARM` are there;
+    - with neither (`unsafe`): files, network and processes, but for what seccomp, if it is there, and limits refuse.
+
+    Honest programs that start processes or import installed packages (NumPy) fail.
+    """
+    return run_programs([(program, tests)], workers=1, timeout_s=timeout_s, memory_mb=memory_mb)[0]
+
+
+def run_programs(
+    pairs: list[tuple[str, dict[str, Any]]], *, workers: int | None = None, timeout_s: float = 4.0, memory_mb: int = 512
+) -> list[Verdict]:
+    """`run_program` of each (program, tests), in order, `workers` (None: one per core) at a time; equal pairs run once.
+
+    Programs that take longer than QUICK_S do not hold up the others: they go on beside them, up to LIVE at a time and
+    at low priority. So a batch takes what its quick programs take, and PATIENCE * timeout_s more for every LIVE loops.
+    """
+    if not 0 < timeout_s < 1e6 or memory_mb < 64:
+        raise InputError(f"timeout_s {timeout_s} has to be above 0 and memory_mb {memory_mb} at least 64")
+    workers = workers or len(os.sched_getaffinity(0))
+    try:
+        keys = [(program, json.dumps(tests, sort_keys=True)) for program, tests in pairs]
+    except TypeError as e:
+        raise InputError(f"tests of a program have to be plain JSON: {e}") from None
+    plans = {key: plan_tests(key[1]) for key in keys}
+    jobs = {
+        key: Job({**plan.job, "program": key[0]}, functools.partial(grade_test, plan))
+        for key, plan in plans.items()
+        if not plan.problem
+    }
+    with _sandbox_lock:
+        if jobs:
+            _sandbox("programs").run(list(jobs.values()), workers, timeout_s, memory_mb)
+        results = {key: grade_job(plans[key], job) for key, job in jobs.items()}
+        checks = {}  # (key, test) -> job of the trusted side
+        for key, result in results.items():
+            for test, entry in enumerate(result):
+                if isinstance(entry, dict):
+                    checks[key, test] = Job(entry)
+        if checks:
+            _sandbox("checks").run(list(checks.values()), workers, timeout_s, memory_mb)
+    for (key, test), job in checks.items():
+        results[key][test] = grade_check(job)
+    verdicts = {}
+    for key, plan in plans.items():
+        total = len(plan.checks)
+        result = results.get(key, [("harness_error", plan.problem)])
+        worst = next(((i, *entry) for i, entry in enumerate(result) if entry[0] != "pass"), None)
+        passed = sum(outcome == "pass" for outcome, _ in result)
+        harness = next((text for outcome, text in result if outcome == "harness_error"), None)
+        if harness is not None:
+            verdicts[key] = Verdict("harness_error", passed, total, harness)
+        elif worst is None and passed == total:
+            verdicts[key] = Verdict("pass", passed, total, "")
+        else:
+            assert worst is not None, "fewer results than tests, and none of them says why"
+            words = "".join(c if c.isprintable() else " " for c in worst[2][:200])
+            verdicts[key] = Verdict(worst[1], passed, total, f"test {worst[0]}: {words}")
+    return [verdicts[key] for key in keys]
+
+
+def grade_test(plan: TestPlan, frame_index: int, frame: bytes) -> tuple[str, str] | bytes:
+    """What is kept of a frame as soon as it is there: (outcome, words), or a value that a check is to be told."""
+    _, _, expected, check = plan.checks[plan.owner[frame_index]]
+    if check is None:
+        return grade_frame(plan.job["kind"], frame, expected)
+    if not frame.startswith(b'{"v":'):
+        return grade_frame("asserts", frame, None)
+    return frame if len(frame) <= CHECKED_MAX else ("wrong", "returned a value too long to be checked")
+
+
+def grade_job(plan: TestPlan, job: Job) -> list:
+    """Of each test that was run (outcome, words), or the job of a check where the trusted side has to say it."""
+    if job.end == "fail":
+        outcome, words = grade_frame("asserts", job.fail.replace(b'{"fail":', b'{"err":', 1), None)
+        return [(outcome if outcome == "oom" else "crash", words)]
+    result = []
+    for first, n, _, check in plan.checks:
+        kept = job.kept[first : first + n]
+        graded = next((k for k in kept if isinstance(k, tuple)), None)
+        if graded is None and len(kept) < n:
+            return [*result, (job.end, job.why or "took too long")]
+        values = {f"_{i}": frame.decode(errors="replace") for i, frame in enumerate(kept) if graded is None}
+        result.append(graded or {"kind": "values", "setup": plan.setup, "tests": [check], "values": values})
+    return result
+
+
+def grade_check(job: Job) -> tuple[str, str]:
+    """What the trusted side said of one assert. Only a name that it lacks or an end without a word is its own fault."""
+    frame = job.kept[0] if job.kept else job.fail
+    if frame == b'{"v":true}':
+        return "pass", ""
+    if frame == b'{"v":false}':
+        return "wrong", "the assert is false"
+    if job.end == "timeout":
+        return "wrong", "the assert takes too long on the value returned"
+    words = frame.decode(errors="replace")
+    if not frame or re.match(r'\{"(err|fail)":"(NameError|ImportError|ModuleNotFoundError|SyntaxError)', words):
+        return "harness_error", f"the assert could not be evaluated: {words[:120] or job.why}"
+    return "wrong", f"the value returned does not fit the assert: {words[:120]}"
 
 
 # ---- 4 decoder ----------------------------------------------------------------------------------------------------
