@@ -52,6 +52,8 @@ class Args:
     """folder to write the trained policy to, as transformers loads it; none = off"""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """W&B mode; auto = online where you are logged in, else offline"""
+    unsafe_sandbox: Literal["refuse", "allow"] = "refuse"
+    """allow = run the programs of code tasks even where this machine can confine nothing; they are hostile"""
     # ---- shared by all methods ----
     steps: int = 50
     """optimizer steps"""
@@ -142,7 +144,7 @@ def main(args: Args) -> dict:
     cts.open_out_dir(args.out_dir, args.save_hf)
     mesh, dtype = cts.make_mesh(args.mesh), cts.pick_dtype(args.dtype)
     n_micro = cts.count_micro_batches(mesh, args.prompts, args.micro_batch)
-    replay = cts.load_replay(args.task, args.replay, args.data_dir)
+    replay = cts.load_replay(args.task, args.replay, args.data_dir, args.unsafe_sandbox)
     cfg, base_params, tokenizer, base_dir = cts.load_model(args.model, args.task, replay, args.out_dir, mesh)
     max_new = args.max_new_tokens or cts.TASKS[args.task].max_new_tokens
     shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new)

@@ -51,6 +51,8 @@ class Args:
     """folder to write the trained policy to, as transformers loads it; none = off"""
     wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
     """W&B mode; auto = online where you are logged in, else offline"""
+    unsafe_sandbox: Literal["refuse", "allow"] = "refuse"
+    """allow = run the programs of code tasks even where this machine can confine nothing; they are hostile"""
     # ---- shared by all methods ----
     steps: int = 50
     """optimizer steps"""
@@ -197,8 +199,7 @@ def with_time(traj_JR, mask_J):
 
 
 def edit_trajectory(critic: Critic, traj_BJR, critique_BR, alpha_BJ, eta: float):
-    """R* = stopgrad(R - eta * dU/dR / max(alpha)): the step that the critique points at moves by eta times its own
-    gradient, however long the attempt is."""
+    """R* = stopgrad(R - eta * dU/dR / max(alpha)): the flagged step moves by eta times its own gradient."""
     energy = lambda traj_BJR: (critic.energies(traj_BJR, critique_BR) * alpha_BJ).sum()
     grad_BJR = jax.grad(energy)(traj_BJR) / jnp.maximum(alpha_BJ.max(-1), 1e-9)[:, None, None]
     return jax.lax.stop_gradient(traj_BJR - eta * grad_BJR)
@@ -227,8 +228,7 @@ def cts_losses(states, critic: Critic, batch, dtype, args: Args):
     target_BJR = edit_trajectory(critic, stop(traj_BJR), stop(f_BR), batch["alpha"], args.edit_eta)
     edit_BJ = jnp.linalg.norm(target_BJR - stop(traj_BJR), axis=-1)
     if args.target == "random":
-        length_BJ = edit_BJ / jnp.linalg.norm(batch["noise"], axis=-1)
-        target_BJR = stop(traj_BJR) + length_BJ[..., None] * batch["noise"]
+        target_BJR = stop(traj_BJR) + (edit_BJ / jnp.linalg.norm(batch["noise"], axis=-1))[..., None] * batch["noise"]
     sinkhorn = functools.partial(cts.sinkhorn_distance, tau=args.sinkhorn_tau)
     distance = {"sinkhorn": sinkhorn, "soft_dtw": cts.soft_dtw_distance, "l2": cts.l2_distance}[args.align]
     apart = jax.vmap(lambda a, b, mask_a, mask_b: distance(with_time(a, mask_a), with_time(b, mask_b), mask_a, mask_b))
@@ -283,7 +283,7 @@ def main(args: Args) -> dict:
     cts.open_out_dir(args.out_dir, args.save_hf)
     mesh, dtype = cts.make_mesh(args.mesh), cts.pick_dtype(args.dtype)
     n_micro = cts.count_micro_batches(mesh, args.prompts, args.micro_batch)
-    replay = cts.load_replay(args.task, args.replay, args.data_dir)
+    replay = cts.load_replay(args.task, args.replay, args.data_dir, args.unsafe_sandbox)
     cfg, base_params, tokenizer, base_dir = cts.load_model(args.model, args.task, replay, args.out_dir, mesh)
     max_new = args.max_new_tokens or cts.TASKS[args.task].max_new_tokens
     shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new)

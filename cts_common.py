@@ -610,9 +610,13 @@ def get_task(name: str) -> Task:
     return TASKS[name]
 
 
-def load_replay(task: str, replay_dir: str | None, data_dir: str | None) -> dict[str, list[Quadruple]]:
-    """{"train", "val", "test"} quadruples of a task; where none exist yet they are made with the keyless teacher."""
-    get_task(task)
+def load_replay(
+    task: str, replay_dir: str | None, data_dir: str | None, unsafe_sandbox: str = "refuse"
+) -> dict[str, list[Quadruple]]:
+    """{"train", "val", "test"} quadruples of a task; where none exist yet they are made with the keyless teacher. For a
+    code task InputError where its programs cannot be confined, unless `unsafe_sandbox` is "allow"."""
+    if get_task(task).domain == "code":
+        check_sandbox(unsafe_sandbox)
     directory = pathlib.Path(replay_dir or f"data/replay/{task}")
     missing = [s for s in ("train", "val", "test") if not (directory / f"{s}.jsonl").is_file()]
     if missing and replay_dir:
@@ -624,7 +628,8 @@ def load_replay(task: str, replay_dir: str | None, data_dir: str | None) -> dict
         import teacher
 
         say(f"No replay for {task} in {directory} yet: making it with the keyless perturb teacher (teacher.py --help).")
-        on_leader(teacher.main, teacher.Args(task=task, data_dir=data_dir, out=str(directory)))
+        flags = dict(task=task, data_dir=data_dir, out=str(directory), unsafe_sandbox=unsafe_sandbox)
+        on_leader(teacher.main, teacher.Args(**flags))
     replay = {split: read_replay(directory / f"{split}.jsonl") for split in ("train", "val", "test")}
     domains = sorted({q.meta["domain"] for quads in replay.values() for q in quads})
     if domains != [TASKS[task].domain]:
@@ -3811,7 +3816,6 @@ def verifier_sha256() -> str:
         first_wrong_step,
         process_score,
         uptake,
-        Verdict,
         run_program,
         run_programs,
         extract_program,
@@ -3827,7 +3831,9 @@ def verifier_sha256() -> str:
     )
     patterns = (NUMBER, ANNOTATION, _PLAIN_EQUATION, _TOKENS, *(p for p, _ in _LATEX))
     plain = [p if isinstance(p, str) else inspect.getsource(p) for _, p in _LATEX]
-    plain.append(json.dumps(CODE_LIMITS))
+    module = inspect.getsource(sys.modules[__name__])
+    programs = module[module.index("\n# ---- programs ---") : module.index("\n# ---- 4 decoder ---")]
+    plain += [json.dumps(CODE_LIMITS), programs, inspect.getsource(sandbox)]
     return sha256("".join(inspect.getsource(f) for f in parts) + "".join([p.pattern for p in patterns] + plain))
 
 
@@ -3867,6 +3873,7 @@ NOT_IN_RUN_NAME = (
     "save_every",
     "save_hf",
     "hosts",
+    "unsafe_sandbox",
 )  # they do not change the result
 
 

@@ -54,6 +54,8 @@ class Args:
     """problems per split; 0 = all"""
     keep_unverified: Literal["no", "yes"] = "no"
     """yes = also keep quadruples that the verifier does not confirm (meta.verified says which)"""
+    unsafe_sandbox: Literal["refuse", "allow"] = "refuse"
+    """allow = run the programs of code tasks even where this machine can confine nothing; they are hostile"""
 
 
 # ---- reading a solution ---------------------------------------------------------------------------------------------
@@ -756,6 +758,8 @@ def main(args: Args) -> dict[str, Any]:
     if args.limit < 0:
         raise cts.InputError(f"--limit {args.limit}: must be 0 (all) or more")
     task, out = cts.get_task(args.task), pathlib.Path(args.out or f"data/replay/{args.task}")
+    if task.domain == "code":
+        cts.check_sandbox(args.unsafe_sandbox)
     check_writable(out)
     by_split: dict[str, list[cts.Problem]] = {"train": [], "val": [], "test": []}
     source, problems = hashlib.sha256(), task.load(args.data_dir)

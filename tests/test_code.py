@@ -2,6 +2,7 @@
 
 import ast
 import dataclasses
+import difflib
 import itertools
 import json
 import math
@@ -285,6 +286,9 @@ def test_the_fingerprint_has_the_rules_for_programs(monkeypatch, name):
     assert cts.verifier_sha256() != before
     monkeypatch.undo()
     monkeypatch.setitem(cts.CODE_LIMITS, "timeout_s", 5.0)
+    assert cts.verifier_sha256() != before
+    monkeypatch.undo()
+    monkeypatch.setattr(cts, "sandbox", difflib)  # another module: its source is part of it
     assert cts.verifier_sha256() != before
 
 
