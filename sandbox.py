@@ -125,19 +125,12 @@ def decode(x):
 
 # ---- the kernel's side --------------------------------------------------------------------------------------------
 NEWNS, NEWIPC, NEWUSER, NEWPID, NEWNET = 0x20000, 0x08000000, 0x10000000, 0x20000000, 0x40000000
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = (
-    1,
-    2,
-    4,
-    8,
-    32,
-    4096,
-    16384,
-    1 << 18,
-)
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
+MS_REC, MS_PRIVATE = 16384, 1 << 18
 ARCH = {"x86_64": 0, "aarch64": 1}.get(platform.machine())
 AUDIT_ARCH = (0xC000003E, 0xC00000B7)
 STDLIB = os.path.dirname(os.path.abspath(os.__file__))
+TEMP = "/temp" if f"{STDLIB}/".startswith("/tmp/") else "/tmp"  # the temp directory in a file system of our own
 # What a Python program with threads and files calls, and its number on x86_64 and on aarch64 ("-": has none). All else
 # fails with EPERM: sockets, processes, other programs, mounts, ptrace, System V and POSIX IPC, modes and owners.
 SYSCALLS = """
@@ -310,7 +303,7 @@ def enter_namespaces(user: str, base: int) -> None:
 
 
 def enter_root() -> None:
-    """The file system from here on: the standard library, read-only and without installed packages, and /tmp."""
+    """The file system from here on: the standard library, read-only and without installed packages, and TEMP."""
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     flags = os.statvfs(STDLIB).f_flag
     keep = flags & (MS_NOEXEC | 1024 | 2048) | (1 << 21 if flags & 4096 else 0)  # a user namespace may not drop these
@@ -323,13 +316,13 @@ def enter_root() -> None:
     for packages in ("site-packages", "dist-packages"):
         if os.path.isdir(f"{here}/{packages}"):
             mount("tmpfs", f"{here}/{packages}", "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV, "size=4k,mode=0755")
-    for name in ("tmp", "old"):
-        os.makedirs(f"{root}/{name}", exist_ok=True)
+    for name in (TEMP, "/.old"):
+        os.mkdir(f"{root}{name}")
     pivot_root = -1 if ARCH is None else (155, 41)[ARCH]
-    check(libc.syscall(pivot_root, root.encode(), f"{root}/old".encode()), "pivot_root")
+    check(libc.syscall(pivot_root, root.encode(), f"{root}/.old".encode()), "pivot_root")
     os.chdir("/")
-    check(libc.umount2(b"/old", 2), "umount")
-    os.rmdir("/old")
+    check(libc.umount2(b"/.old", 2), "umount")
+    os.rmdir("/.old")
     mount("none", "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
 
 
@@ -411,11 +404,11 @@ class Confinement:
         """Called in the child, before it reads anything. Raises OSError: then nothing may be run."""
         os.setsid()
         uid = self.uids + slot if self.uids else os.geteuid()
-        directory = "/tmp"
+        directory = TEMP
         if self.mode == "namespaces":
             check(libc.unshare(NEWNS | NEWIPC | (0 if self.filter else NEWNET)), "namespaces")
             options = f"size={FILES_MB}m,nr_inodes=1024,mode=0700,uid={uid}"
-            mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
+            mount("tmpfs", TEMP, "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
         else:
             directory = f"{self.base}/{slot}"
             os.mkdir(directory, 0o700)
@@ -628,7 +621,7 @@ def warm() -> None:
     re.compile(r"(\d+)[a-z]*").findall("1a")
     sys.argv, sys.path[:] = ["program"], [STDLIB, f"{STDLIB}/lib-dynload"]
     os.environ.clear()
-    os.environ.update(PATH="/usr/bin:/bin", HOME="/tmp", LANG="C.UTF-8", TZ="UTC")
+    os.environ.update(PATH="/usr/bin:/bin", HOME=TEMP, LANG="C.UTF-8", TZ="UTC")
     gc.collect()
     gc.freeze()
 
@@ -711,7 +704,9 @@ def obey(control: socket.socket, confinement: Confinement, slots: dict[int, int]
                 try:
                     confinement.confine(channel, slot, order["memory_mb"], order["cpu_s"])
                 except BaseException as e:
-                    os.write(channel, b"E" + describe(e).encode())
+                    for fd in (channel, CHANNEL):  # it may have moved by then
+                        with contextlib.suppress(OSError):
+                            os.write(fd, b"E" + describe(e).encode())
                     os._exit(1)
                 os.write(CHANNEL, b"R")
                 child()

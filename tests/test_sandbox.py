@@ -1053,6 +1053,15 @@ def test_a_machine_that_cannot_confine(monkeypatch):
     cts.close_sandboxes()
 
 
+def test_a_child_that_cannot_be_confined_runs_nothing():
+    """A limit that cannot be set: the program is not blamed."""
+    box = cts.Sandbox()
+    job = cts.Job({"kind": "asserts", "before": "", "after": "", "tests": ["1"], "program": "while True: pass"})
+    box.run([job], 1, 4.0, 1 << 60)
+    box.close()
+    assert job.end == "harness_error" and "not confined" in job.why and not job.kept
+
+
 def test_a_killed_server_leaves_no_folder():
     try:
         box = cts.Sandbox("landlock")
