@@ -1,8 +1,8 @@
 """What a program in the sandbox costs. One JSON line: milliseconds of one program, programs a second of a batch,
 seconds of a batch with endless loops, and how programs are confined on this machine.
 
-    python benchmarks/sandbox.py
-    python benchmarks/sandbox.py --mbpp mbpp.jsonl --workers 2
+    python benchmarks/programs.py
+    python benchmarks/programs.py --mbpp mbpp.jsonl --workers 2
 """
 
 import dataclasses
