@@ -1,8 +1,8 @@
 """Everything the method scripts share, and nothing of any method.
 
-Sections: 0 constants - 1 data - 2 tokenizer and packing - 3 verifier, programs - 4 decoder - 5 hosts and mesh - 6 log-probs and
-sampling - 7 distances of padded trajectories - 8 the nano base - 9 checkpoints - 10 evaluation - 11 fairness
-fingerprint - 12 run plumbing.
+Sections: 0 constants - 1 data - 2 tokenizer and packing - 3 verifier, programs - 4 decoder - 5 hosts and mesh - 6
+log-probs and sampling - 7 distances of padded trajectories - 8 the nano base - 9 checkpoints - 10 evaluation - 11
+fairness fingerprint - 12 run plumbing.
 
 Axis letters, used as suffixes wherever axes matter: B prompts, G completions per prompt, M = B*G rows, P prompt length,
 T completion time, S key time, V vocabulary, D model, N heads, K key/value heads, H head dim, F feed-forward, L layers,
