@@ -451,8 +451,8 @@ def tidy_program(program: str) -> str:
 def mbpp(data_dir: str | None) -> list[Problem]:
     """MBPP from `data_dir`/mbpp.jsonl, else from the hub (google-research-datasets/mbpp). https://arxiv.org/abs/2108.07732
 
-    Its task ids 11 to 510 are test; the rest (few-shot prompts, validation, training) is train. x shows one assert of
-    three: it fixes name and form, and a program that only knows the shown one fails.
+    Its task ids 11 to 510 are test; the rest (few-shot prompts, validation, training) is train. x shows the
+    shortest assert of three: it fixes name and form, and a program that only knows the shown one fails.
     """
     if data_dir:
         path = pathlib.Path(data_dir) / "mbpp.jsonl"
@@ -475,7 +475,7 @@ def mbpp(data_dir: str | None) -> list[Problem]:
         tests = {"setup": setup, "asserts": asserts}
         if asserts and flaw_of_tests(tests):
             raise InputError(f"{where}: fields 'test_list', 'test_setup_code': {flaw_of_tests(tests)}")
-        shown = f"\nIt has to pass, among others:\n{asserts[0]}" if asserts else ""
+        shown = f"\nIt has to pass, among others:\n{min(asserts, key=len)}" if asserts else ""
         x, split = f"{row['text'].strip()}{shown}{CODE_LINE}", "test" if 11 <= number <= 510 else "train"
         reference = tidy_program(row["code"])
         problems.append(Problem(f"mbpp/{number:05d}", x, reference, "", split, tests if asserts else None))

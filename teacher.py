@@ -482,7 +482,7 @@ class Source:
     """A program's text and tree; offsets are characters of the text (the tree's columns are UTF-8 bytes)."""
 
     def __init__(self, program: str):
-        self.text, self.tree = program, ast.parse(program)
+        self.text, self.tree = program, cts.parse_program(program)
         self.starts = list(itertools.accumulate((len(line) + 1 for line in program.split("\n")), initial=0))
         self.nodes = list(ast.walk(self.tree))
         self.parent = {child: node for node in self.nodes for child in ast.iter_child_nodes(node)}
@@ -652,7 +652,7 @@ def mutants(program: str, key: str) -> list[Mutant]:
 def count_statements(program: str) -> int:
     """The horizon of a program: its statements, without imports and the heads of functions and classes."""
     heads = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom
-    return sum(isinstance(n, ast.stmt) and not isinstance(n, heads) for n in ast.walk(ast.parse(program)))
+    return sum(isinstance(n, ast.stmt) and not isinstance(n, heads) for n in ast.walk(cts.parse_program(program)))
 
 
 def unfit(problem: cts.Problem, verdict: cts.Verdict | None) -> str | None:
