@@ -225,8 +225,8 @@ def test_micro_batches_give_the_same_step(space, runs, script):
     run(space, script, "micro", micro_batch=4)
     whole, parts = (metrics(run_dir(space, out, script)) for out in ("micro", script[:2]))
     assert whole[0].keys() == parts[0].keys()
-    for key, value in whole[0].items():
-        assert parts[0][key] == pytest.approx(value, rel=2e-4, abs=1e-5), key
+    for key in whole[0].keys() - {"losses/preference_acc"}:  # at the first step margins are 0 up to rounding
+        assert parts[0][key] == pytest.approx(whole[0][key], rel=2e-4, abs=1e-5), key
 
 
 @pytest.mark.parametrize(
