@@ -315,9 +315,8 @@ def test_a_closed_channel(box):
 SEARCH = """
 import os, sys, gc, inspect, ctypes, glob
 A, B = "s3cr3t", "-4711"
-def whole(text):
-    at = text.find(A + B[:1])
-    return text[at : at + 11] if at >= 0 else None
+def whole(text):  # what is looked for stands in memory itself, but with no digits after it
+    return next((A + B[:1] + part[:4] for part in text.split(A + B[:1])[1:] if part[:4].isdigit()), None)
 def files():
     proc = ["/proc/*/" + name for name in ("environ", "cmdline", "mem", "maps", "fd/*")]
     for pattern in [*proc, "/tmp/*", "/tmp/*/*", "/*/*.json", "FOLDER/*"]:
