@@ -1174,8 +1174,7 @@ def grade(texts: list[str], tests: list[dict[str, Any]]) -> list[Verdict]:
     for _ in range(2):
         again = [key for key in fresh if key not in verdicts or verdicts[key].outcome == "harness_error"]
         if again:
-            workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-            verdicts |= zip(again, run_programs([fresh[key] for key in again], workers=workers, **CODE_LIMITS))
+            verdicts |= zip(again, run_programs([fresh[key] for key in again], **CODE_LIMITS))
     failed = [v for v in verdicts.values() if v.outcome == "harness_error"]
     if len(failed) == len(fresh) >= 8:
         raise InputError(f"none of {len(failed)} programs could be run: {failed[0].detail}")
@@ -1607,7 +1606,7 @@ QUICK_S = 0.1  # a program that runs longer gives its place to the next and goes
 PATIENCE = 2.0  # wall time after which a test is cut too (it sleeps, or the machine is busy), in limits of CPU time
 LIVE = 64  # programs alive at a time, fewer where half of the free memory is less than their limits
 CHECKED_MAX = 1 << 18  # bytes of a value that an assert other than `f(x) == literal` is evaluated on
-UNSAFE_SANDBOX = os.environ.get("CTS_UNSAFE_SANDBOX", "refuse")
+UNSAFE_SANDBOX = "refuse"  # set by `check_sandbox`
 
 
 class Job:
@@ -1646,7 +1645,7 @@ class Sandbox:
                 self.close()
                 errors.seek(0)
                 raise InputError(f"the sandbox did not start: {errors.read().decode(errors='replace')[-300:].strip()}")
-        self.mode, self.user, self.seccomp, self.base = (hello[k] for k in ("mode", "user", "seccomp", "base"))
+        self.mode, self.seccomp, self.base = (hello[k] for k in ("mode", "seccomp", "base"))
         self.control.settimeout(None)
         if self.mode == "refused":
             self.close()
@@ -2071,7 +2070,7 @@ class ModelConfig:
     qkv_bias: bool = False
     qk_norm: bool = True
     tie_embeddings: bool = True
-    remat: bool = False  # the backward pass computes each layer again: a fifth slower, a fraction of the memory
+    remat: bool = False  # the backward pass computes each layer again: a quarter slower, a fraction of the memory
 
 
 @jax.tree_util.register_dataclass
@@ -2626,8 +2625,8 @@ def base_documents(tokenizer: Tokenizer, quads: list[Quadruple], epoch: int) -> 
     problems that open with a letter up to L mostly state their answer in prose, not after #### (most of what RL first
     wins on GSM8K is that form), the others seldom do; in programs the same slip is to print what should be returned.
     Without a critique (every other revision) it keeps the answer it has (https://arxiv.org/abs/2310.01798), in code the
-    whole attempt. The first pass goes roughly from short to long (copying is learnt much
-    faster on short documents), later ones shuffle.
+    whole attempt. The first pass goes roughly from short to long (copying is learnt much faster on short documents),
+    later ones shuffle.
     """
     documents, rng = [], np.random.default_rng((BASE_SEED, STREAM_BASE, epoch))
     for i, q in enumerate(quads):

@@ -631,7 +631,7 @@ def serve(control: socket.socket, mode: str) -> None:
     confinement = Confinement(mode)
     confinement.start()
     warm()
-    hello = {"mode": confinement.mode, "user": confinement.user, "seccomp": confinement.filter is not None}
+    hello = {"mode": confinement.mode, "seccomp": confinement.filter is not None}
     hello |= {"missing": confinement.missing, "base": confinement.base}
     control.send(json.dumps(hello).encode())
     if confinement.mode == "refused":
@@ -668,7 +668,7 @@ def serve(control: socket.socket, mode: str) -> None:
 def report_ended(control: socket.socket, confinement: Confinement, slots: dict[int, int]) -> None:
     """Collect children that ended; one message each."""
     while slots:
-        pid, status, usage = os.wait4(-1, os.WNOHANG)
+        pid, status = os.waitpid(-1, os.WNOHANG)
         if pid == 0:
             return
         slot = slots.pop(pid, None)
@@ -677,7 +677,7 @@ def report_ended(control: socket.socket, confinement: Confinement, slots: dict[i
                 with contextlib.suppress(OSError):
                     os.killpg(pid, signal.SIGKILL)
             confinement.clean(slot)
-            message = {"slot": slot, "status": os.waitstatus_to_exitcode(status), "max_kb": usage.ru_maxrss}
+            message = {"slot": slot, "status": os.waitstatus_to_exitcode(status)}
             control.send(json.dumps(message).encode())
 
 

@@ -46,14 +46,24 @@ def mean_nll(cfg: cts.ModelConfig, params, ids) -> float:
     return -float(cts.token_logp(hidden_BPD[:, :-1], ids[:, 1:], model.head_VD())[0].mean())
 
 
-def grpo_places(size: str, tokenizer, timer, clock) -> dict:
-    """b3's data of the workload, and its clock: `gen` is sampling, decoding and scoring, `train` the update."""
-    steps, B, P, T = itertools.count(), wl.PROMPTS_PER_STEP, wl.PROMPT_LEN, wl.NEW_TOKENS
+def timed_clock(timer):
+    """The loop's own clock, which also tells the workload's timer where steps begin."""
 
     class Clock(cts.StepClock):
         def start(self):
             super().start()
             timer()
+
+    return Clock
+
+
+def grpo_places(size: str, timer, clock) -> dict:
+    """b3's data of the workload, and its clock: `gen` is sampling, decoding and scoring, `train` the update."""
+    steps, B, P, T = itertools.count(), wl.PROMPTS_PER_STEP, wl.PROMPT_LEN, wl.NEW_TOKENS
+
+    class Clock(timed_clock(timer)):
+        def start(self):
+            super().start()
             self.at = wl.now()
 
         def mark(self, name):
@@ -70,17 +80,6 @@ def grpo_places(size: str, tokenizer, timer, clock) -> dict:
         return np.array([wl.reward_text(text) for text in texts], np.float32).reshape(B, -1)
 
     return dict(pack_revise=prompts, outcome_scores=rewards, StepClock=Clock)
-
-
-def timed_clock(timer):
-    """The loop's own clock, which also tells the workload's timer where steps begin."""
-
-    class Clock(cts.StepClock):
-        def start(self):
-            super().start()
-            timer()
-
-    return Clock
 
 
 def supervised_batches(task: str, size: str):
@@ -118,7 +117,7 @@ def main() -> None:
     if task == "grpo":
         script, B, P, T = b3, wl.PROMPTS_PER_STEP, wl.PROMPT_LEN, wl.NEW_TOKENS
         flags |= dict(adv_norm="std", loss_norm="token", clip_low=wl.CLIP_EPS, clip_high=wl.CLIP_EPS, truncated="keep")
-        work |= grpo_places(size, tokenizer, timer, clock)
+        work |= grpo_places(size, timer, clock)
         replaced, counted = contextlib.nullcontext(), {}
     else:
         script, B = (b0, b1)[task == "dpo"], wl.SUP_BATCH // wl.GROUP

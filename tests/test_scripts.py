@@ -6,6 +6,7 @@ import difflib
 import glob
 import importlib
 import json
+import math
 import os
 import pathlib
 import re
@@ -216,6 +217,27 @@ def test_every_trainable_leaf_moves(space, runs):
     assert len(critic) == 5
     for name in critic:
         assert np.abs(late[name] - early[name]).max() > 0, name
+
+
+def test_the_reference_of_b1_stays_the_base(space, runs):
+    """At the first step the policy is its reference, then it moves away; a reference that followed would stay at 0."""
+    assert runs["b1"]
+    first, second, _ = metrics(run_dir(space, "b1", "b1_dpo"))
+    assert first["losses/dpo_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert first["losses/chosen_shift"] == pytest.approx(0.0, abs=1e-3) and abs(second["losses/chosen_shift"]) > 0.01
+
+
+@pytest.mark.parametrize("script, second", [("b3_grpo_verifier", "process"), ("b4_grpo_critique", "uptake")])
+def test_the_second_reward_joins_the_outcome(space, monkeypatch, script, second):
+    """With an outcome of 0 everywhere, reward and gradient are the second reward's alone."""
+    monkeypatch.setattr(cts, f"{second}_scores", tiny.parity_scores)
+    monkeypatch.setattr(cts, "outcome_scores", lambda texts, quads: 0 * tiny.parity_scores(texts, quads))
+    run(space, script, f"second_{second}")
+    for row in metrics(run_dir(space, f"second_{second}", script)):
+        assert row["charts/accuracy"] == 0
+        assert row["charts/reward"] == pytest.approx(0.5 * row[f"rollout/{second}_mean"])
+        assert row["rollout/zero_std_frac"] == 1 or row["losses/grad_norm"] > 0
+    assert row["charts/reward"] > 0
 
 
 @pytest.mark.parametrize("script", ["b0_sft", "b1_dpo", "b3_grpo_verifier"])
