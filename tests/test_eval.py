@@ -278,6 +278,10 @@ def test_identity_changes_with_what_was_loaded(tokenizer, changes):
 )
 def test_fingerprint_changes_with_what_was_counted(changes):
     """The group size even where the number of completions stays."""
+    assert cts.count_budgets(**BUDGETS) == {
+        "optimizer_steps": 50, "training_tokens": 50 * 8 * 8 * 32, "rollout_budget": [50, 8, 8, 32],
+        "test_compute_budget": 10 * 2 * 32,
+    }  # fmt: skip
     digest = lambda budgets: cts.fingerprint(**cts.count_budgets(**budgets))["digest"]
     assert digest({**BUDGETS, **changes}) != digest(BUDGETS) == digest(BUDGETS)
 

@@ -331,10 +331,10 @@ def test_bfloat16_is_close():
 # ---- log-probs ----------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize(("chunk", "temperature"), [(32, 1.0), (5, 0.6), (1, 1.7)])
 def test_token_logp_equals_naive(chunk, temperature):
-    """Value, entropy and gradient (in hidden states and in the head) against the full [M, T, V] formula."""
+    """Value, entropy and gradient (in hidden states and in the head) against the full [M, T, V] formula; T is prime."""
     rng = np.random.default_rng(5)
-    hidden, head = rng.standard_normal((3, 12, 5)).astype(np.float32), rng.standard_normal((V, 5)).astype(np.float32)
-    tokens, weight = rng.integers(V, size=(3, 12)), rng.standard_normal((3, 12)).astype(np.float32)
+    hidden, head = rng.standard_normal((3, 13, 5)).astype(np.float32), rng.standard_normal((V, 5)).astype(np.float32)
+    tokens, weight = rng.integers(V, size=(3, 13)), rng.standard_normal((3, 13)).astype(np.float32)
     logp, entropy = cts.token_logp(hidden, tokens, head, temperature, chunk)
     full = log_softmax(np.einsum("MTD,VD->MTV", hidden.astype(float), head) / temperature)
     np.testing.assert_allclose(logp, np.take_along_axis(full, tokens[..., None], -1)[..., 0], atol=1e-5)
