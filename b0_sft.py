@@ -138,6 +138,7 @@ def main(args: Args) -> dict:
     by_row, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
 
     # ---- jitted functions -----------------------------------------------------------------------------------------
+    # for the base's pre-check alone, which all methods share: training samples nothing
     @jax.jit
     def rollout(policy, prompt_BP, prompt_len_B, key):
         cts.count_trace("rollout")

@@ -90,7 +90,7 @@ class Args:
 
 # ---- method pieces ------------------------------------------------------------------------------------------------
 def pack_pairs(tokenizer, quads, shapes: dict[str, int]) -> dict[str, np.ndarray]:
-    """{"prompt" [B, P], "prompt_len" [B], "tokens" [B, 2, T], "mask" [B, 2, T]}: y1 first, then y0."""
+    """{"prompt" [B, P], "prompt_len" [B], "tokens" [B, 2, T], "mask" [B, 2, T]} of B pairs: y1 first, then y0."""
     batch = cts.pack_revise(tokenizer, quads, shapes)
     tokens_MT, len_M = cts.pack_answers(tokenizer, [y for q in quads for y in (q.y1, q.y0)], shapes["T"])
     batch["tokens"] = tokens_MT.reshape(len(quads), 2, -1)
@@ -124,6 +124,7 @@ def main(args: Args) -> dict:
     shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new)
     B, G, T = args.prompts, args.group, shapes["T"]
     M = B * G
+    n_pairs = M // 2  # of a step
     run = cts.Run(args, method)
     if run.finished:
         cts.say(f"{run.name} has finished already: {run.dir / 'result.json'}")
@@ -143,6 +144,7 @@ def main(args: Args) -> dict:
     by_row, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
 
     # ---- jitted functions -----------------------------------------------------------------------------------------
+    # for the base's pre-check alone, which all methods share: training samples nothing
     @jax.jit
     def rollout(policy, prompt_BP, prompt_len_B, key):
         cts.count_trace("rollout")
@@ -166,8 +168,8 @@ def main(args: Args) -> dict:
         logp_B2, ref_logp_B2 = (logp_B2T * mask_B2T).sum(-1), (ref_logp_B2T * mask_B2T).sum(-1)
         loss_B, margin_B = dpo_loss(logp_B2, ref_logp_B2, args.beta)
         nll_B = -logp_B2[:, 0] / mask_B2T[:, 0].sum(-1)
-        n, share = M // 2, len(margin_B) / (M // 2)  # of the batch: summed over micro-batches, losses stay losses
-        dpo, nll = loss_B.sum() / n, nll_B.sum() / n
+        share = len(margin_B) / n_pairs  # of the batch: summed over micro-batches, losses stay losses
+        dpo, nll = loss_B.sum() / n_pairs, nll_B.sum() / n_pairs
         loss = dpo + args.nll_coef * nll
         metrics = {"losses/dpo_loss": (dpo, share)}
         metrics["losses/nll_loss"] = (nll, share)
@@ -213,7 +215,7 @@ def main(args: Args) -> dict:
     progress = cts.progress(range(first_step, args.steps), initial=first_step, total=args.steps, desc=method)
     for step in progress:
         clock.start()
-        quads = [replay["train"][i] for i in cts.data_indices(len(replay["train"]), M // 2, args.seed, step)]
+        quads = [replay["train"][i] for i in cts.data_indices(len(replay["train"]), n_pairs, args.seed, step)]
 
         # ---- batch ----
         batch = pack_pairs(tokenizer, quads, shapes)
@@ -226,7 +228,7 @@ def main(args: Args) -> dict:
 
         # ---- log, save ----
         metrics["charts/learning_rate"] = args.learning_rate * (1 - step / args.steps)
-        metrics["charts/tokens"] = (step + 1) * (M // 2) * (shapes["P_revise"] + 2 * T)
+        metrics["charts/tokens"] = (step + 1) * n_pairs * (shapes["P_revise"] + 2 * T)
         metrics |= clock.metrics(M)
         run.check_finite(metrics, step, [q.meta["task_id"] for q in quads])
         if args.eval_every and (step + 1) % args.eval_every == 0:
