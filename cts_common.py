@@ -549,8 +549,7 @@ def apps_tests(row: dict, where: str) -> tuple[dict[str, Any] | None, int]:
         return None, 0
     call = {"fn_name": source["fn_name"]} if source.get("fn_name") else {}
     if not call:  # some rows hold a text as the list of its lines
-        whole = lambda text: "\n".join(map(str, text)) if isinstance(text, list) else text
-        inputs, outputs = ([whole(text) for text in part] for part in (inputs, outputs))
+        inputs, outputs = ([joined(text) for text in part] for part in (inputs, outputs))
     if flaw_of_tests({**call, "inputs": inputs, "outputs": outputs}):
         return None, 0
     kept, room = [], MOST_TEST_CHARS
@@ -1488,27 +1487,25 @@ class TestPlan:
         return [i for i, (_, n, _, _) in enumerate(self.checks) for _ in range(n)]
 
 
-def joined(lines) -> str:
-    """An input or output of a stdin test: a string, or a list of its lines."""
-    return "\n".join(map(str, lines)) if isinstance(lines, list) else str(lines)
+def joined(text: Any) -> Any:
+    """An input or output of a stdin test: a string as it is, a list of its lines as one string."""
+    return "\n".join(map(str, text)) if isinstance(text, list) else text
 
 
 @functools.lru_cache(maxsize=4096)
 def plan_tests(tests_json: str) -> TestPlan:
     """The plan of a test dict, given as JSON. Raises InputError where it is none of the three kinds."""
     tests = json.loads(tests_json)
-    kind = "asserts" if "asserts" in tests else "call" if tests.get("fn_name") else "stdin"
-    given, wanted = tests.get("asserts" if kind == "asserts" else "inputs"), tests.get("outputs")
-    if not isinstance(given, list) or not given:
-        raise InputError("tests of a program need a list `asserts`, or lists `inputs` and `outputs`, that is not empty")
-    if kind != "asserts" and (not isinstance(wanted, list) or len(wanted) != len(given)):
-        raise InputError(f"tests of a program need as many outputs as inputs ({len(given)})")
+    kind = "asserts" if "asserts" in tests else "call" if "fn_name" in tests else "stdin"
     if kind == "stdin":
-        checks = [(i, 1, joined(text), None) for i, text in enumerate(wanted)]
-        return TestPlan({"kind": kind, "tests": list(map(joined, given))}, checks)
+        tests |= {k: list(map(joined, tests[k])) for k in ("inputs", "outputs") if isinstance(tests.get(k), list)}
+    flaw = flaw_of_tests(tests)
+    if flaw:
+        raise InputError(f"tests of a program: {flaw}")
+    given, wanted = tests["asserts" if kind == "asserts" else "inputs"], tests.get("outputs")
+    if kind == "stdin":
+        return TestPlan({"kind": kind, "tests": given}, [(i, 1, text, None) for i, text in enumerate(wanted)])
     if kind == "call":
-        if not all(isinstance(args, list) for args in given):
-            raise InputError(f"inputs of {tests['fn_name']} need to be lists of arguments")
         given = [[_int_keys(v) if i == 0 else v for i, v in enumerate(args)] for args in given]
         job = {"kind": kind, "fn_name": tests["fn_name"], "tests": [list(map(sandbox.encode, v)) for v in given]}
         return TestPlan({**job, "before": ""}, [(i, 1, value, None) for i, value in enumerate(wanted)])
