@@ -149,9 +149,8 @@ def main(args: Args) -> dict:
 
     def forward(policy, batch):
         """(log-probs, entropies) [M, T] of the targets."""
-        model, last_M = nnx.merge(graphdef, policy), cts.last_tokens(batch["prompt"], batch["prompt_len"])
-        prefix, _ = model.prefill(batch["prompt"], batch["prompt_len"], dtype)
-        hidden_MTD = model(last_M, batch["tokens"], prefix, dtype)
+        model = nnx.merge(graphdef, policy)
+        ((_, hidden_MTD),) = model([cts.Reading(batch["prompt"], batch["prompt_len"], [batch["tokens"]])], dtype)
         return cts.token_logp(hidden_MTD, batch["tokens"], model.head_VD())
 
     def loss_fn(params, batch, denom):

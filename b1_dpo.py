@@ -155,10 +155,9 @@ def main(args: Args) -> dict:
 
     def forward(policy, batch):
         """(log-probs, entropies) [B, 2, T] of both completions of every pair; their prompt is computed once."""
-        model, last_B = nnx.merge(graphdef, policy), cts.last_tokens(batch["prompt"], batch["prompt_len"])
-        prefix, _ = model.prefill(batch["prompt"], batch["prompt_len"], dtype)
-        tokens_MT = batch["tokens"].reshape(-1, T)
-        out = cts.token_logp(model(last_B, tokens_MT, prefix, dtype), tokens_MT, model.head_VD())
+        model, tokens_MT = nnx.merge(graphdef, policy), batch["tokens"].reshape(-1, T)
+        ((_, hidden_MTD),) = model([cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])], dtype)
+        out = cts.token_logp(hidden_MTD, tokens_MT, model.head_VD())
         return [a.reshape(-1, 2, T) for a in out]
 
     def loss_fn(params, batch, base_params):

@@ -177,12 +177,11 @@ def main(args: Args) -> dict:
 
     def forward(policy, batch):
         """((log-probs, entropies) of the completions, states on the way); the prompt is computed once per group."""
-        model, last_B = nnx.merge(graphdef, policy), cts.last_tokens(batch["prompt"], batch["prompt_len"])
-        prefix, prompt_hidden_BPD = model.prefill(batch["prompt"], batch["prompt_len"], dtype)
-        tokens_MT = batch["tokens"].reshape(-1, T)
-        hidden_MTD = model(last_B, tokens_MT, prefix, dtype)
-        out = cts.token_logp(hidden_MTD, tokens_MT, model.head_VD(), args.temperature)
-        return out, (model, last_B, prefix, prompt_hidden_BPD)
+        model, tokens_MT = nnx.merge(graphdef, policy), batch["tokens"].reshape(-1, T)
+        readings = [cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])]
+        hidden = model(readings, dtype)
+        out = cts.token_logp(hidden[0][1], tokens_MT, model.head_VD(), args.temperature)
+        return out, (model, hidden)
 
     def loss_fn(params, batch, denom, base_params):
         (logp_MT, entropy_MT), states = forward(params["policy"], batch)

@@ -205,23 +205,20 @@ def edit_trajectory(critic: Critic, traj_BJR, critique_BR, alpha_BJ, eta: float)
     return jax.lax.stop_gradient(traj_BJR - eta * grad_BJR)
 
 
-def step_states(model, batch, prompt_hidden_BPD, dtype):
+def step_states(hidden, batch):
     """Pooled states: [B, J, D] of y0's and y1's steps after the attempt prompt, [B, D] of f (y1, f: constants)."""
-    x_last_B = cts.last_tokens(batch["x_prompt"], batch["x_prompt_len"])
-    x_prefix, _ = model.prefill(batch["x_prompt"], batch["x_prompt_len"], dtype)
-    y0_BJD = cts.pool_steps(model(x_last_B, batch["y0"], x_prefix, dtype), batch["y0_steps"])
-    frozen, x_prefix = jax.lax.stop_gradient((model, x_prefix))
-    y1_BJD = cts.pool_steps(frozen(x_last_B, batch["y1"], x_prefix, dtype), batch["y1_steps"])
+    (prompt_hidden_BPD, *_), (_, y0_BTD, y1_BTD) = hidden
+    y0_BJD, y1_BJD = cts.pool_steps(y0_BTD, batch["y0_steps"]), cts.pool_steps(y1_BTD, batch["y1_steps"])
     return y0_BJD, *jax.lax.stop_gradient((y1_BJD, cts.pool_steps(prompt_hidden_BPD, batch["f_tokens"])[:, 0]))
 
 
-def cts_losses(states, critic: Critic, batch, dtype, args: Args):
+def cts_losses(states, critic: Critic, batch, args: Args):
     """({"align", "decode", "energy"}, metrics) of a micro-batch; each loss is a sum whose weights add up to 1 over the
-    whole batch. y1 is decoded from `prefix`, the revise prompts' own, without computing the prompt again."""
-    (model, last_B, prefix, prompt_hidden_BPD), stop = states, jax.lax.stop_gradient
-    y1_logp_BT, _ = cts.token_logp(model(last_B, batch["y1"], prefix, dtype), batch["y1"], model.head_VD())
+    whole batch. states: the model, and its hidden states of both readings."""
+    (model, hidden), stop = states, jax.lax.stop_gradient
+    y1_logp_BT, _ = cts.token_logp(hidden[0][2], batch["y1"], model.head_VD())
     decode_loss = -(y1_logp_BT * batch["decode_weight"]).sum()
-    y0_BJD, y1_BJD, f_BD = step_states(model, batch, prompt_hidden_BPD, dtype)
+    y0_BJD, y1_BJD, f_BD = step_states(hidden, batch)
     f_BR = critic.points(f_BD, critic.project_f)
     # L_align: only the attempt's own trajectory carries gradient
     traj_BJR, ref_BJR = critic.points(y0_BJD, critic.project), stop(critic.points(y1_BJD, critic.project))
@@ -325,18 +322,21 @@ def main(args: Args) -> dict:
     @jax.jit
     def step_energies(params, batch):
         model, critic = nnx.merge(graphdef, params["policy"]), nnx.merge(critic_def, params["critic"])
-        _, prompt_hidden_BPD = model.prefill(batch["prompt"], batch["prompt_len"], dtype)
-        y0_BJD, _, f_BD = step_states(model, batch, prompt_hidden_BPD, dtype)
+        attempt = cts.Reading(batch["x_prompt"], batch["x_prompt_len"], [batch["y0"]], [batch["y1"]])
+        hidden = model([cts.Reading(batch["prompt"], batch["prompt_len"]), attempt], dtype)
+        y0_BJD, _, f_BD = step_states(hidden, batch)
         return critic.energies(critic.points(y0_BJD, critic.project), critic.points(f_BD, critic.project_f))
 
     def forward(policy, batch):
         """((log-probs, entropies) of the completions, states on the way); the prompt is computed once per group."""
-        model, last_B = nnx.merge(graphdef, policy), cts.last_tokens(batch["prompt"], batch["prompt_len"])
-        prefix, prompt_hidden_BPD = model.prefill(batch["prompt"], batch["prompt_len"], dtype)
-        tokens_MT = batch["tokens"].reshape(-1, T)
-        hidden_MTD = model(last_B, tokens_MT, prefix, dtype)
-        out = cts.token_logp(hidden_MTD, tokens_MT, model.head_VD(), args.temperature)
-        return out, (model, last_B, prefix, prompt_hidden_BPD)
+        model, tokens_MT = nnx.merge(graphdef, policy), batch["tokens"].reshape(-1, T)
+        readings = [cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])]
+        # CTS: y1 after the same prompt; after the attempt prompt y0, and y1 as a constant.
+        readings[0].answers.append(batch["y1"])
+        readings.append(cts.Reading(batch["x_prompt"], batch["x_prompt_len"], [batch["y0"]], [batch["y1"]]))
+        hidden = model(readings, dtype)
+        out = cts.token_logp(hidden[0][1], tokens_MT, model.head_VD(), args.temperature)
+        return out, (model, hidden)
 
     def loss_fn(params, batch, denom, base_params):
         (logp_MT, entropy_MT), states = forward(params["policy"], batch)
@@ -352,7 +352,7 @@ def main(args: Args) -> dict:
             metrics["losses/kl"] = (kl, share)
         # CTS: alignment, decoding and energy; their lam come with the batch, the same in every row.
         critic = nnx.merge(critic_def, params["critic"])
-        extra, extra_metrics = cts_losses(states, critic, batch, dtype, args)
+        extra, extra_metrics = cts_losses(states, critic, batch, args)
         for lam, (name, value) in zip(batch["lam"].mean(0), extra.items()):
             loss = loss + lam * value
             metrics[f"losses/{name}_loss"] = (value, share)

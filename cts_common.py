@@ -42,8 +42,9 @@ import threading
 import time
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 import jax
@@ -2070,6 +2071,29 @@ class ModelConfig:
     remat: bool = False  # the backward pass computes each layer again: a quarter slower, a fraction of the memory
 
 
+class Reading(NamedTuple):
+    """What is read in one go: B prompts [B, P] of len_B tokens, and after each of them its answers, arrays of tokens
+    [M, T] whose row m belongs to prompt m // (M // B). No gradient flows through `constants`, answers like the others.
+    """
+
+    prompt_BP: jax.Array
+    len_B: jax.Array
+    answers: Sequence[jax.Array] = ()
+    constants: Sequence[jax.Array] = ()
+
+
+class Rows(NamedTuple):
+    """Rows of tokens [M, T] that pass through the layers together; they may see the keys of the rows at index `after`,
+    their prompts, of which len_B count."""
+
+    tokens_MT: jax.Array
+    pos_MT: jax.Array
+    mask: jax.Array
+    after: int | None = None
+    len_B: jax.Array | None = None
+    constant: bool = False
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix:
@@ -2188,8 +2212,9 @@ class Blocks(nnx.Module):
 class Decoder(nnx.Module):
     """Decoder-only transformer: RMSNorm, RoPE, GQA, SwiGLU. Returns hidden states, not log-probs.
 
-    A prompt is computed once by `prefill`; completions of all rows then attend to it (`__call__`, `decode`). The first
-    input of a completion is the prompt's last token, so that the state at position t is the one that emits token t.
+    A prompt is computed once; the completions of all its rows attend to it, in training (`__call__`) and in sampling
+    (`prefill`, `decode`). The first input of a completion is the prompt's last token, so that the state at position t
+    is the one that emits token t.
     """
 
     def __init__(self, cfg: ModelConfig, rngs: nnx.Rngs):
@@ -2225,43 +2250,70 @@ class Decoder(nnx.Module):
         h = jax.nn.silu(dense(h, w["gate"])) * dense(h, w["up"])
         return x_MTD + dense(h, w["down"]), (k, v)
 
-    def _run(self, tokens_MT, pos_MT, mask, dtype, prefix=None, keep_kv=False):
-        """All layers without a cache: hidden [M, T, D] after the final norm, and the stacked (k, v) if asked for."""
-        rope = rope_table(self.cfg, pos_MT)
-        x = self.embed[...].astype(dtype)[tokens_MT]
+    def _run(self, rows: list[Rows], dtype, keep_kv=False):
+        """All layers without a cache: of every Rows its hidden states [M, T, D] after the final norm, and its stacked
+        (k, v) if asked for.
+
+        The rows go through a layer one after the other, not through the network: whatever their number, the backward
+        pass holds one gradient of the weights.
+        """
+        stop, ropes = jax.lax.stop_gradient, [rope_table(self.cfg, r.pos_MT) for r in rows]
+        still = lambda tree, r: stop(tree) if r.constant else tree
         weights = {name: w[...] for name, w in nnx.state(self.blocks).items()}
-        kv_L = (prefix.k_LBKHP, prefix.v_LBKPH) if prefix is not None else None
 
-        def layer(x, inputs):
-            w, kv = inputs
-            x, new_kv = self._layer(w, x, rope, mask, None if kv is None else (*kv, prefix.len_B), None, None)
-            return x, new_kv if keep_kv else None
+        def layer(xs, w):
+            out, kv = [], []
+            for r, x, rope in zip(rows, xs, ropes):
+                prefix = None if r.after is None else still((*kv[r.after], r.len_B), r)
+                x, new_kv = self._layer(still(w, r), x, rope, r.mask, prefix, None, None)
+                out.append(x)
+                kv.append(new_kv)
+            return out, kv if keep_kv else None
 
+        # one lookup for all, along each prompt's tokens: its gradient is one array of the vocabulary's size
+        B = min(len(r.tokens_MT) for r in rows)
+        flat = [r.tokens_MT.reshape(B, -1) for r in rows]
+        x_BSD = self.embed[...].astype(dtype)[jnp.concatenate(flat, 1)]
+        parts = jnp.split(x_BSD, np.cumsum([f.shape[1] for f in flat])[:-1], 1)
+        xs = [still(part.reshape(*r.tokens_MT.shape, -1), r) for r, part in zip(rows, parts)]
         # unrolled, what the layers keep for the backward pass is not copied into one stacked array
         unroll = 1 if self.cfg.remat else self.cfg.n_layers
-        x, kept = jax.lax.scan(jax.checkpoint(layer) if self.cfg.remat else layer, x, (weights, kv_L), unroll=unroll)
-        return rms_norm(x, self.final_norm[...], self.cfg.norm_eps), kept
+        xs, kept = jax.lax.scan(jax.checkpoint(layer) if self.cfg.remat else layer, xs, weights, unroll=unroll)
+        return [still(rms_norm(x, self.final_norm[...], self.cfg.norm_eps), r) for x, r in zip(xs, rows)], kept
 
     def packed(self, tokens_MT, segment_MT, dtype=jnp.float32):
         """Hidden states of rows that hold several documents, told apart by segment_MT (RoPE is relative)."""
         T = tokens_MT.shape[1]
         same = segment_MT[:, :, None] == segment_MT[:, None, :]
         mask = (same & jnp.tril(jnp.ones((T, T), bool)))[:, None, None]
-        return self._run(tokens_MT, jnp.broadcast_to(jnp.arange(T), tokens_MT.shape), mask, dtype)[0]
+        return self._run([Rows(tokens_MT, jnp.broadcast_to(jnp.arange(T), tokens_MT.shape), mask)], dtype)[0][0]
+
+    def _prompts(self, prompt_BP) -> Rows:
+        P_ = prompt_BP.shape[1]
+        return Rows(prompt_BP, jnp.broadcast_to(jnp.arange(P_), prompt_BP.shape), jnp.tril(jnp.ones((P_, P_), bool)))
 
     def prefill(self, prompt_BP, len_B, dtype=jnp.float32):
         """Prompts -> (Prefix of all but each prompt's last token, hidden states [B, P, D])."""
-        P_ = prompt_BP.shape[1]
-        pos_BP = jnp.broadcast_to(jnp.arange(P_), prompt_BP.shape)
-        hidden_BPD, (k, v) = self._run(prompt_BP, pos_BP, jnp.tril(jnp.ones((P_, P_), bool)), dtype, keep_kv=True)
+        (hidden_BPD,), ((k, v),) = self._run([self._prompts(prompt_BP)], dtype, keep_kv=True)
         return Prefix(k, v, len_B - 1), hidden_BPD
 
-    def __call__(self, last_B, tokens_MT, prefix: Prefix, dtype=jnp.float32):
-        """Hidden states [M, T, D] that emit tokens_MT, given each prompt's last token last_B and its Prefix."""
-        (M, T), B = tokens_MT.shape, last_B.shape[0]
-        inputs_MT = jnp.concatenate([jnp.repeat(last_B, M // B)[:, None], tokens_MT[:, :-1]], 1)
-        pos_MT = jnp.repeat(prefix.len_B, M // B)[:, None] + jnp.arange(T)
-        return self._run(inputs_MT, pos_MT, jnp.tril(jnp.ones((T, T), bool)), dtype, prefix)[0]
+    def __call__(self, readings: Sequence[Reading], dtype=jnp.float32):
+        """For each Reading its hidden states: of its prompts [B, P, D], then of its answers and constants [M, T, D],
+        where the state at position t is the one that emits token t."""
+        rows, firsts = [], []
+        for prompt_BP, len_B, answers, constants in readings:
+            B, first = len(prompt_BP), len(rows)
+            firsts.append(first)
+            rows.append(self._prompts(prompt_BP))
+            last_B1 = last_tokens(prompt_BP, len_B)[:, None]
+            for i, tokens_MT in enumerate([*answers, *constants]):
+                (M, T), n_B = tokens_MT.shape, len_B - 1
+                inputs_MT = jnp.concatenate([jnp.repeat(last_B1, M // B, 0), tokens_MT[:, :-1]], 1)
+                pos_MT = jnp.repeat(n_B, M // B)[:, None] + jnp.arange(T)
+                mask = jnp.tril(jnp.ones((T, T), bool))
+                rows.append(Rows(inputs_MT, pos_MT, mask, first, n_B, i >= len(answers)))
+        hidden, _ = self._run(rows, dtype)
+        return [hidden[i:j] for i, j in zip(firsts, [*firsts[1:], None])]
 
     def unstack(self, prefix: Prefix) -> list[tuple]:
         """[(weights, prompt keys, prompt values)] of every layer: taken apart once, outside the decoding loop, where
@@ -3456,8 +3508,7 @@ class Evaluator:
 
         def logp(params, prompt_BP, len_B, tokens_BT):
             model = nnx.merge(graphdef, params)
-            prefix, _ = model.prefill(prompt_BP, len_B, dtype)
-            hidden_BTD = model(last_tokens(prompt_BP, len_B), tokens_BT, prefix, dtype)
+            ((_, hidden_BTD),) = model([Reading(prompt_BP, len_B, [tokens_BT])], dtype)
             return token_logp(hidden_BTD, tokens_BT, model.head_VD())[0]
 
         self._greedy, self._logp = jax.jit(greedy), jax.jit(logp)

@@ -102,8 +102,7 @@ def parts(cfg: cts.ModelConfig, args: Args, dtype):
 
     def whole(params):
         model = nnx.merge(graphdef, params)
-        prefix, _ = model.prefill(prompt, lengths, dtype)
-        hidden = model(cts.last_tokens(prompt, lengths), tokens, prefix, dtype)
+        ((_, hidden),) = model([cts.Reading(prompt, lengths, [tokens])], dtype)
         return cts.token_logp(hidden, tokens, model.head_VD())[0].sum()
 
     micro = step_time.Args(prompts=M // G, group=G, prompt_tokens=P, new_tokens=T)

@@ -306,9 +306,8 @@ def test_supervised_log_probs_equal_plain_sequences(tokenizer):
     cfg = cts.ModelConfig(tokenizer.vocab_size, d_model=32, n_layers=2, head_dim=8, d_ff=48)
     model, encode = cts.Decoder(cfg, nnx.Rngs(0)), tokenizer.encode
     batch = b1.pack_pairs(tokenizer, QUADS, {"P_revise": 128, "T": 48})
-    prefix, _ = model.prefill(batch["prompt"], batch["prompt_len"])
     tokens_MT = batch["tokens"].reshape(-1, 48)
-    hidden = model(cts.last_tokens(batch["prompt"], batch["prompt_len"]), tokens_MT, prefix)
+    ((_, hidden),) = model([cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])])
     logp_MT, _ = cts.token_logp(hidden, tokens_MT, model.head_VD())
     for q, pair, mask in zip(QUADS, logp_MT.reshape(2, 2, 48), batch["mask"]):
         for y, row, on in zip((q.y1, q.y0), pair, mask):
@@ -328,8 +327,7 @@ def test_order_and_padding_of_a_batch_change_no_gradient(tokenizer):
 
         def logp(params):
             model = nnx.merge(graphdef, params)
-            prefix, _ = model.prefill(batch["prompt"], batch["prompt_len"])
-            hidden = model(cts.last_tokens(batch["prompt"], batch["prompt_len"]), tokens_MT, prefix)
+            ((_, hidden),) = model([cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])])
             return cts.token_logp(hidden, tokens_MT, model.head_VD())[0].reshape(mask.shape)
 
         def loss(params):
@@ -724,10 +722,10 @@ def cts_outputs():
 
     def losses(params, batch, target):
         decoder, batch = nnx.merge(model_def, params["policy"]), {**batch, **{k: params[k] for k in STEPS}}
-        prefix, hidden_BPD = decoder.prefill(batch["prompt"], batch["prompt_len"])
-        states = (decoder, cts.last_tokens(batch["prompt"], batch["prompt_len"]), prefix, hidden_BPD)
-        args = b5.Args(align="l2", target=target)
-        out, _ = b5.cts_losses(states, nnx.merge(critic_def, params["critic"]), batch, jnp.float32, args)
+        revise = cts.Reading(batch["prompt"], batch["prompt_len"], [batch["y0"], batch["y1"]])  # y0: for completions
+        attempt = cts.Reading(batch["x_prompt"], batch["x_prompt_len"], [batch["y0"]], [batch["y1"]])
+        states, args = (decoder, decoder([revise, attempt])), b5.Args(align="l2", target=target)
+        out, _ = b5.cts_losses(states, nnx.merge(critic_def, params["critic"]), batch, args)
         return jnp.stack([out[name] for name in NAMES])
 
     @jax.jit

@@ -158,7 +158,9 @@ def test_decoder_equals_naive(name):
     prompt_BP, len_B, tokens_MT = batch()
     prefix, prompt_hidden_BPD = prefill(params, prompt_BP, len_B)
     last_B = cts.last_tokens(prompt_BP, len_B)
-    logits_MTV = np.asarray(call(params, last_B, tokens_MT, prefix)) @ w["out"].T
+    read = call(params, [cts.Reading(prompt_BP, len_B, [tokens_MT])])[0]
+    np.testing.assert_array_equal(read[0], prompt_hidden_BPD)
+    logits_MTV = np.asarray(read[1]) @ w["out"].T
     layers, cache = model.unstack(prefix), model.new_cache(len(tokens_MT), T)
     inputs_M, stepped = np.repeat(last_B, GROUP), []
     for t in range(T):
@@ -186,26 +188,55 @@ def test_padding_changes_nothing():
     """Other garbage after a prompt, a wider prompt array, and other tokens after position t change nothing before."""
     cfg = TINY
     params = split(decoder(cfg))[1]
-    prefill, call, _ = compiled(cfg)
+    _, call, _ = compiled(cfg)
 
     def run(prompt_BP, len_B, tokens_MT):
-        prefix, hidden_BPD = prefill(params, prompt_BP, len_B)
-        return call(params, cts.last_tokens(prompt_BP, len_B), tokens_MT, prefix), hidden_BPD
+        return call(params, [cts.Reading(prompt_BP, len_B, [tokens_MT])])[0]
 
-    (hidden, prompt_hidden), (other, prompt_other) = run(*batch()), run(*batch(pad_seed=1))
+    (prompt_hidden, hidden), (prompt_other, other) = run(*batch()), run(*batch(pad_seed=1))
     assert (batch()[0] != batch(pad_seed=1)[0]).any()
     np.testing.assert_array_equal(hidden, other)
     for b, n in enumerate(LENGTHS):
         np.testing.assert_array_equal(prompt_hidden[b, :n], prompt_other[b, :n])
     prompt_BP, len_B, tokens_MT = batch()
-    wider, _ = run(np.pad(prompt_BP, ((0, 0), (0, 5)), constant_values=3), len_B, tokens_MT)
+    _, wider = run(np.pad(prompt_BP, ((0, 0), (0, 5)), constant_values=3), len_B, tokens_MT)
     np.testing.assert_allclose(hidden, wider, atol=1e-5)
     # the state at t emits token t: it sees tokens before t only
     changed_MT = tokens_MT.copy()
     changed_MT[:, 2:] = (changed_MT[:, 2:] + 5) % V
-    later, _ = run(prompt_BP, len_B, changed_MT)
+    _, later = run(prompt_BP, len_B, changed_MT)
     np.testing.assert_array_equal(hidden[:, :3], later[:, :3])
     assert np.abs(np.asarray(hidden[:, 3] - later[:, 3])).max() > 1e-2
+
+
+def test_readings_together_equal_each_alone():
+    """Two readings of different widths, one with three kinds of answers, in one call: the states of each by itself; a
+    constant has an answer's states and adds nothing to the gradient."""
+    graphdef, params = split(decoder(dataclasses.replace(CONFIGS["all"], remat=True)))
+    (prompt_BP, len_B, tokens_MT), rng = batch(), np.random.default_rng(7)
+    other_BP, one_BT, two_BT = (rng.integers(V, size=(2, n)).astype(np.int32) for n in (5, 3, 6))
+    first = cts.Reading(prompt_BP, len_B, [tokens_MT, one_BT])
+    second = cts.Reading(other_BP, np.array([2, 5], np.int32), [one_BT], [two_BT])
+    read = jax.jit(lambda params, readings: nnx.merge(graphdef, params)(readings))
+    together = read(params, [first, second])
+    alone = [
+        [read(params, [cts.Reading(r.prompt_BP, r.len_B, [a])])[0] for a in (*r.answers, *r.constants)]
+        for r in (first, second)
+    ]
+    for hidden, each in zip(together, alone, strict=True):
+        np.testing.assert_allclose(hidden[0], each[0][0], atol=1e-5)
+        for answer, (_, expected) in zip(hidden[1:], each, strict=True):
+            np.testing.assert_allclose(answer, expected, atol=1e-5)
+
+    def gradient(pick, *readings):
+        total = lambda params: sum(jnp.sin(h).sum() for h in pick(nnx.merge(graphdef, params)(readings)))
+        return jax.jit(jax.grad(total))(params)
+
+    with_constant = gradient(lambda h: [h[0][1], h[1][1], h[1][2]], first, second)
+    without = gradient(lambda h: [h[0][1], h[1][1]], first, second._replace(constants=()))
+    for (path, a), b in zip(jax.tree.leaves_with_path(with_constant), jax.tree.leaves(without), strict=True):
+        assert np.abs(b).max() > 1e-3 or "head" in jax.tree_util.keystr(path)
+        np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
 
 
 def test_packed_documents_equal_each_alone():
@@ -222,10 +253,9 @@ def test_packed_documents_equal_each_alone():
 
 
 def sequence_logp(model: cts.Decoder, dtype=jnp.float32):
-    """Summed log-prob of the tokens of `batch`, through prefill, shared prompt and token_logp."""
+    """Summed log-prob of the tokens of `batch`, through the shared prompt and token_logp."""
     prompt_BP, len_B, tokens_MT = batch()
-    prefix, _ = model.prefill(prompt_BP, len_B, dtype)
-    hidden_MTD = model(cts.last_tokens(prompt_BP, len_B), tokens_MT, prefix, dtype)
+    ((_, hidden_MTD),) = model([cts.Reading(prompt_BP, len_B, [tokens_MT])], dtype)
     return cts.token_logp(hidden_MTD, tokens_MT, model.head_VD(), 0.7)[0].sum()
 
 
@@ -309,17 +339,14 @@ def test_bfloat16_is_close():
     graphdef, params = split(decoder(cfg))
     prompt_BP, len_B, tokens_MT = batch()
 
-    prefill, call, _ = compiled(cfg)
-    hidden = np.asarray(
-        call(params, cts.last_tokens(prompt_BP, len_B), tokens_MT, prefill(params, prompt_BP, len_B)[0])
-    )
+    _, call, _ = compiled(cfg)
+    hidden = np.asarray(call(params, [cts.Reading(prompt_BP, len_B, [tokens_MT])])[0][1])
     logp, entropy = cts.token_logp(hidden, tokens_MT, decoder(cfg).head_VD())
 
     @jax.jit
     def run(params):
         model = nnx.merge(graphdef, params)
-        prefix, _ = model.prefill(prompt_BP, len_B, jnp.bfloat16)
-        hidden_MTD = model(cts.last_tokens(prompt_BP, len_B), tokens_MT, prefix, jnp.bfloat16)
+        ((_, hidden_MTD),) = model([cts.Reading(prompt_BP, len_B, [tokens_MT])], jnp.bfloat16)
         return hidden_MTD, cts.token_logp(hidden_MTD, tokens_MT, model.head_VD())
 
     hidden16, (logp16, entropy16) = run(params)
@@ -416,11 +443,10 @@ def test_stops_at_the_end_token(row, at):
 def test_sampled_logp_equals_token_logp(temperature):
     model = decoder(TINY)
     params = split(model)[1]
-    prefill, call, _ = compiled(TINY)
+    _, call, _ = compiled(TINY)
     prompt_BP, len_B, _ = batch()
     out = sampler(TINY, 3, STEPS)(prompt_BP, len_B, temperature=temperature, eos_id=5)
-    prefix, _ = prefill(params, prompt_BP, len_B)
-    hidden_MTD = call(params, cts.last_tokens(prompt_BP, len_B), out["tokens_MT"], prefix)
+    hidden_MTD = call(params, [cts.Reading(prompt_BP, len_B, [out["tokens_MT"]])])[0][1]
     full = log_softmax(np.asarray(hidden_MTD) @ np.asarray(model.head_VD()).T / temperature)
     expected = np.take_along_axis(full, out["tokens_MT"][..., None], -1)[..., 0]
     logp_MT, _ = cts.token_logp(hidden_MTD, out["tokens_MT"], model.head_VD(), temperature)
