@@ -58,28 +58,40 @@ def point(args: Args, flag: str, value) -> dict:
     return json.loads(done.stdout)
 
 
-def main(args: Args) -> None:
+def draw(panels: list[tuple[str, list[float], list[dict]]], title: str, out: str) -> None:
+    """One panel per axis (its name, its values, their JSON lines) with a dashed line of proportional growth."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(GRID) + 1, figsize=(15, 3.6))
-    with tempfile.TemporaryDirectory() as folder:
-        sizes = [checkpoint_config(folder, *width) for width in WIDTHS]
-        parameters = [layers * 15 * d * d / 1e6 for d, layers in WIDTHS]  # q, o: d^2 each, k, v: d^2 / 2, MLP: 12 d^2
-        panels = [(title, flag, values, values) for title, (flag, values) in GRID.items()]
-        for axis, (title, flag, values, x) in zip(
-            axes, [*panels, ("million parameters in blocks (with remat)", "model", sizes, parameters)]
-        ):
-            lines = [point(args, flag, value) for value in values]
-            for part in ("rollout", "update", "step"):
-                axis.plot(x, [line[f"{part}_s"] for line in lines], marker="o", label=part)
-            axis.set(xlabel=title, ylabel="seconds", xscale="log", yscale="log")
-    axes[0].legend()
-    figure.suptitle(f"{args.method}, nano unless said otherwise: 8 prompts of 64 tokens x 8 completions of 128")
+    figure, axes = plt.subplots(1, len(panels), figsize=(15, 3.8), sharey=True)
+    for axis, (name, x, lines) in zip(axes, panels):
+        for part in ("step", "update", "rollout"):
+            axis.plot(x, [line[f"{part}_s"] for line in lines], marker="o", label=part)
+        axis.plot(x, [lines[0]["step_s"] * value / x[0] for value in x], "--", color="grey", label="proportional")
+        axis.set(xlabel=name, xscale="log", yscale="log")
+        axis.set_xticks(x, [f"{value:.2g}" if value < 10 else f"{value:.0f}" for value in x])
+        axis.set_xticks([], minor=True)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel="seconds", ylim=(0.05, 20))
+    axes[-1].legend(loc="lower right")
+    figure.suptitle(title)
     figure.tight_layout()
-    figure.savefig(args.out, dpi=90)
+    figure.savefig(out, dpi=90)
+
+
+def main(args: Args) -> None:
+    if not pathlib.Path(args.out).absolute().parent.is_dir():
+        raise cts.InputError(f"--out {args.out}: there is no such folder")
+    panels = [(name, values, [point(args, flag, value) for value in values]) for name, (flag, values) in GRID.items()]
+    with tempfile.TemporaryDirectory() as folder:
+        lines = [point(args, "model", checkpoint_config(folder, *width)) for width in WIDTHS]
+    parameters = [layers * 15 * d * d / 1e6 for d, layers in WIDTHS]  # q, o: d^2 each, k, v: d^2 / 2, MLP: 12 d^2
+    panels.append(("million parameters in blocks (with remat)", parameters, lines))
+    title = f"{args.method}: nano, 8 prompts of 64 tokens x 8 completions of 128, where not said otherwise"
+    draw(panels, title, args.out)
 
 
 if __name__ == "__main__":
