@@ -42,7 +42,7 @@ import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -563,23 +563,24 @@ def apps_tests(row: dict, where: str) -> tuple[dict[str, Any] | None, int]:
     return tests if kept else None, len(inputs) - len(kept)
 
 
-def read_jsonl(path: pathlib.Path, fields: tuple[str, ...]) -> list[dict]:
-    """Rows of a JSONL source file, each checked to hold `fields` as strings."""
+def read_jsonl(path: pathlib.Path, fields: tuple[str, ...]) -> Iterator[dict]:
+    """Rows of a JSONL source file, one at a time (APPS has 1.3 GB), each checked to hold `fields` as strings."""
+    i = 0
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # not splitlines: U+2028 is text
+        with open(path, encoding="utf-8", newline="\n") as file:  # lines end at \n alone: U+2028 is text
+            for i, line in enumerate(file, 1):
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as e:
+                    raise InputError(f"{path}:{i}: not JSON ({e})") from None
+                for field in fields:
+                    if not isinstance(row, dict) or not isinstance(row.get(field), str):
+                        raise InputError(f"{path}:{i}: field {field!r} must be a string")
+                yield row
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"cannot read {path}: {e}; check --data_dir") from None
-    rows = []
-    for i, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as e:
-            raise InputError(f"{path}:{i}: not JSON ({e.msg})") from None
-        for field in fields:
-            if not isinstance(row, dict) or not isinstance(row.get(field), str):
-                raise InputError(f"{path}:{i}: field {field!r} must be a string")
-        rows.append(row)
-    return rows
+    if i == 0:
+        raise InputError(f"{path} is empty; check --data_dir")
 
 
 @dataclasses.dataclass(frozen=True)

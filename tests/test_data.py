@@ -239,7 +239,8 @@ GOOD_ROW = '{"question": "q", "answer": "#### 1"}\n'
     [
         (GOOD_ROW + "{oops\n", r"train\.jsonl:2: not JSON"),
         (GOOD_ROW + "\n" + GOOD_ROW, r"train\.jsonl:2: not JSON"),
-        ("", r"train\.jsonl:1: not JSON"),
+        ("", r"train\.jsonl is empty; check --data_dir"),
+        (GOOD_ROW + '{"question": "q", "answer": ' + "1" * 5000 + "}\n", r"train\.jsonl:2: not JSON"),
         (GOOD_ROW + '{"question": "q"}\n', r"train\.jsonl:2: field 'answer'"),
         ('{"question": 3, "answer": "#### 1"}\n', r"train\.jsonl:1: field 'question'"),
         ("[1]\n", r"train\.jsonl:1: field 'question'"),
