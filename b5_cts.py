@@ -205,6 +205,12 @@ def edit_trajectory(critic: Critic, traj_BJR, critique_BR, alpha_BJ, eta: float)
     return jax.lax.stop_gradient(traj_BJR - eta * grad_BJR)
 
 
+def with_replay(reading: cts.Reading, batch) -> list[cts.Reading]:
+    """What CTS reads beside the completions: y1 after the revise prompt too; y0 and y1 after the attempt prompt."""
+    revise = reading._replace(completions=[*reading.completions, batch["y1"]])
+    return [revise, cts.Reading(batch["x_prompt"], batch["x_prompt_len"], [batch["y0"], batch["y1"]])]
+
+
 def step_states(hidden, batch):
     """Pooled states: [B, J, D] of y0's and y1's steps after the attempt prompt, [B, D] of f (y1, f: constants)."""
     (prompt_hidden_BPD, *_), (_, y0_BTD, y1_BTD) = hidden
@@ -214,10 +220,9 @@ def step_states(hidden, batch):
 
 def cts_losses(states, critic: Critic, batch, args: Args):
     """({"align", "decode", "energy"}, metrics) of a micro-batch; each loss is a sum whose weights add up to 1 over the
-    whole batch. states: the model, and its hidden states of both readings."""
+    whole batch. states: the model, and its hidden states of the two readings of `with_replay`."""
     (model, hidden), stop = states, jax.lax.stop_gradient
-    y1_logp_BT, _ = cts.token_logp(hidden[0][2], batch["y1"], model.head_VD())
-    decode_loss = -(y1_logp_BT * batch["decode_weight"]).sum()
+    decode_loss = -(cts.token_logp(hidden[0][-1], batch["y1"], model.head_VD())[0] * batch["decode_weight"]).sum()
     y0_BJD, y1_BJD, f_BD = step_states(hidden, batch)
     f_BR = critic.points(f_BD, critic.project_f)
     # L_align: only the attempt's own trajectory carries gradient
@@ -238,12 +243,9 @@ def cts_losses(states, critic: Critic, batch, args: Args):
     U_y1_B = (critic.energies(critic.points(y1_BJD, critic.project), f_BR) * even_BJ).sum(-1)
     energy_loss = (jax.nn.relu(ENERGY_MARGIN - U_y0_B + U_y1_B) * batch["wrong_weight"]).sum()
     wrong_B = batch["wrong_weight"] > 0
-    metrics = {
-        "losses/energy_gap": (((U_y0_B - U_y1_B) * wrong_B).sum(), wrong_B.sum()),
-        "losses/edit_norm": ((edit_BJ.max(-1) * wrong_B).sum(), wrong_B.sum()),
-        "losses/align_converged": ((converged_2B[1] * wrong_B).sum(), wrong_B.sum()),
-        "losses/align_ref": ((apart_2B[1] * wrong_B).sum(), wrong_B.sum()),
-    }
+    of_wrong = lambda value_B: ((value_B * wrong_B).sum(), wrong_B.sum())
+    metrics = {"losses/energy_gap": of_wrong(U_y0_B - U_y1_B), "losses/edit_norm": of_wrong(edit_BJ.max(-1))}
+    metrics |= {"losses/align_converged": of_wrong(converged_2B[1]), "losses/align_ref": of_wrong(apart_2B[1])}
     return {"align": (align_B * batch["wrong_weight"]).sum(), "decode": decode_loss, "energy": energy_loss}, metrics
 
 
@@ -322,18 +324,16 @@ def main(args: Args) -> dict:
     @jax.jit
     def step_energies(params, batch):
         model, critic = nnx.merge(graphdef, params["policy"]), nnx.merge(critic_def, params["critic"])
-        attempt = cts.Reading(batch["x_prompt"], batch["x_prompt_len"], [batch["y0"]], [batch["y1"]])
-        hidden = model([cts.Reading(batch["prompt"], batch["prompt_len"]), attempt], dtype)
-        y0_BJD, _, f_BD = step_states(hidden, batch)
+        readings = with_replay(cts.Reading(batch["prompt"], batch["prompt_len"]), batch)
+        y0_BJD, _, f_BD = step_states(model(readings, dtype), batch)
         return critic.energies(critic.points(y0_BJD, critic.project), critic.points(f_BD, critic.project_f))
 
     def forward(policy, batch):
         """((log-probs, entropies) of the completions, states on the way); the prompt is computed once per group."""
         model, tokens_MT = nnx.merge(graphdef, policy), batch["tokens"].reshape(-1, T)
         readings = [cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])]
-        # CTS: y1 after the same prompt; after the attempt prompt y0, and y1 as a constant.
-        readings[0].answers.append(batch["y1"])
-        readings.append(cts.Reading(batch["x_prompt"], batch["x_prompt_len"], [batch["y0"]], [batch["y1"]]))
+        # CTS: y0 and y1 are read in the same pass.
+        readings = with_replay(readings[0], batch)
         hidden = model(readings, dtype)
         out = cts.token_logp(hidden[0][1], tokens_MT, model.head_VD(), args.temperature)
         return out, (model, hidden)

@@ -571,8 +571,10 @@ def read_jsonl(path: pathlib.Path, fields: tuple[str, ...]) -> Iterator[dict]:
             for i, line in enumerate(file, 1):
                 try:
                     row = json.loads(line)
-                except (ValueError, RecursionError) as e:
-                    raise InputError(f"{path}:{i}: not JSON ({e})") from None
+                except json.JSONDecodeError as e:
+                    raise InputError(f"{path}:{i}: not JSON ({e.msg}, column {e.colno})") from None
+                except (ValueError, RecursionError) as e:  # an integer too long, lists too deep
+                    raise InputError(f"{path}:{i}: not JSON that can be read ({e})") from None
                 for field in fields:
                     if not isinstance(row, dict) or not isinstance(row.get(field), str):
                         raise InputError(f"{path}:{i}: field {field!r} must be a string")
@@ -2073,26 +2075,23 @@ class ModelConfig:
 
 
 class Reading(NamedTuple):
-    """What is read in one go: B prompts [B, P] of len_B tokens, and after each of them its answers, arrays of tokens
-    [M, T] whose row m belongs to prompt m // (M // B). No gradient flows through `constants`, answers like the others.
-    """
+    """B prompts [B, P], len_B tokens long, and completions that follow them, given and not sampled: arrays of tokens
+    [M, T], whose row m belongs to prompt m // (M // B)."""
 
     prompt_BP: jax.Array
     len_B: jax.Array
-    answers: Sequence[jax.Array] = ()
-    constants: Sequence[jax.Array] = ()
+    completions: Sequence[jax.Array] = ()
 
 
 class Rows(NamedTuple):
-    """Rows of tokens [M, T] that pass through the layers together; they may see the keys of the rows at index `after`,
-    their prompts, of which len_B count."""
+    """Rows of tokens [M, T] that pass through the layers together. They may also see the first seen_B keys of the rows
+    at index `after`: their prompts."""
 
     tokens_MT: jax.Array
     pos_MT: jax.Array
     mask: jax.Array
     after: int | None = None
-    len_B: jax.Array | None = None
-    constant: bool = False
+    seen_B: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -2255,32 +2254,31 @@ class Decoder(nnx.Module):
         """All layers without a cache: of every Rows its hidden states [M, T, D] after the final norm, and its stacked
         (k, v) if asked for.
 
-        The rows go through a layer one after the other, not through the network: whatever their number, the backward
-        pass holds one gradient of the weights.
+        All rows pass a layer before any enters the next: so the backward pass adds up what they give to the weights
+        layer by layer and holds one gradient, whatever their number.
         """
-        stop, ropes = jax.lax.stop_gradient, [rope_table(self.cfg, r.pos_MT) for r in rows]
-        still = lambda tree, r: stop(tree) if r.constant else tree
+        ropes = [rope_table(self.cfg, r.pos_MT) for r in rows]
         weights = {name: w[...] for name, w in nnx.state(self.blocks).items()}
 
         def layer(xs, w):
             out, kv = [], []
             for r, x, rope in zip(rows, xs, ropes):
-                prefix = None if r.after is None else still((*kv[r.after], r.len_B), r)
-                x, new_kv = self._layer(still(w, r), x, rope, r.mask, prefix, None, None)
+                prefix = None if r.after is None else (*kv[r.after], r.seen_B)
+                x, new_kv = self._layer(w, x, rope, r.mask, prefix, None, None)
                 out.append(x)
                 kv.append(new_kv)
             return out, kv if keep_kv else None
 
-        # one lookup for all, along each prompt's tokens: its gradient is one array of the vocabulary's size
+        # one lookup for all, prompt by prompt: its gradient is one array of the vocabulary's size, added up in float32
         B = min(len(r.tokens_MT) for r in rows)
         flat = [r.tokens_MT.reshape(B, -1) for r in rows]
-        x_BSD = self.embed[...].astype(dtype)[jnp.concatenate(flat, 1)]
+        x_BSD = self.embed[...][jnp.concatenate(flat, 1)].astype(dtype)
         parts = jnp.split(x_BSD, np.cumsum([f.shape[1] for f in flat])[:-1], 1)
-        xs = [still(part.reshape(*r.tokens_MT.shape, -1), r) for r, part in zip(rows, parts)]
+        xs = [part.reshape(*r.tokens_MT.shape, -1) for r, part in zip(rows, parts)]
         # unrolled, what the layers keep for the backward pass is not copied into one stacked array
         unroll = 1 if self.cfg.remat else self.cfg.n_layers
         xs, kept = jax.lax.scan(jax.checkpoint(layer) if self.cfg.remat else layer, xs, weights, unroll=unroll)
-        return [still(rms_norm(x, self.final_norm[...], self.cfg.norm_eps), r) for x, r in zip(xs, rows)], kept
+        return [rms_norm(x, self.final_norm[...], self.cfg.norm_eps) for x in xs], kept
 
     def packed(self, tokens_MT, segment_MT, dtype=jnp.float32):
         """Hidden states of rows that hold several documents, told apart by segment_MT (RoPE is relative)."""
@@ -2299,20 +2297,19 @@ class Decoder(nnx.Module):
         return Prefix(k, v, len_B - 1), hidden_BPD
 
     def __call__(self, readings: Sequence[Reading], dtype=jnp.float32):
-        """For each Reading its hidden states: of its prompts [B, P, D], then of its answers and constants [M, T, D],
-        where the state at position t is the one that emits token t."""
+        """For each Reading its hidden states: of its prompts [B, P, D], then of its completions [M, T, D], where the
+        state at position t is the one that emits token t. All readings of a call have the same B."""
         rows, firsts = [], []
-        for prompt_BP, len_B, answers, constants in readings:
-            B, first = len(prompt_BP), len(rows)
-            firsts.append(first)
+        for prompt_BP, len_B, completions in readings:
+            B, seen_B, last_B1 = len(prompt_BP), len_B - 1, last_tokens(prompt_BP, len_B)[:, None]
+            assert len(readings[0].prompt_BP) == B, "readings of one call have as many prompts"
+            firsts.append(len(rows))
             rows.append(self._prompts(prompt_BP))
-            last_B1 = last_tokens(prompt_BP, len_B)[:, None]
-            for i, tokens_MT in enumerate([*answers, *constants]):
-                (M, T), n_B = tokens_MT.shape, len_B - 1
+            for tokens_MT in completions:
+                M, T = tokens_MT.shape
                 inputs_MT = jnp.concatenate([jnp.repeat(last_B1, M // B, 0), tokens_MT[:, :-1]], 1)
-                pos_MT = jnp.repeat(n_B, M // B)[:, None] + jnp.arange(T)
-                mask = jnp.tril(jnp.ones((T, T), bool))
-                rows.append(Rows(inputs_MT, pos_MT, mask, first, n_B, i >= len(answers)))
+                pos_MT = jnp.repeat(seen_B, M // B)[:, None] + jnp.arange(T)
+                rows.append(Rows(inputs_MT, pos_MT, jnp.tril(jnp.ones((T, T), bool)), firsts[-1], seen_B))
         hidden, _ = self._run(rows, dtype)
         return [hidden[i:j] for i, j in zip(firsts, [*firsts[1:], None])]
 
@@ -3493,11 +3490,8 @@ class Evaluator:
     def __init__(self, graphdef, tokenizer: Tokenizer, quads: list[Quadruple], shapes: dict[str, int], mesh, dtype):
         # short and long together would decode to the longest: rows that end together share a batch
         self.quads = sorted(quads, key=lambda q: (len(q.y1), q.meta["task_id"]))
-        self.tokenizer, self.shapes, self.rows = (
-            tokenizer,
-            shapes,
-            round_up(min(EVAL_ROWS, len(quads)), mesh.shape["data"]),
-        )
+        self.tokenizer, self.shapes = tokenizer, shapes
+        self.rows = round_up(min(EVAL_ROWS, len(quads)), mesh.shape["data"])
         self.data = NamedSharding(mesh, P("data"))
         eos_ids, pad, T = tokenizer.eos_ids, tokenizer.pad_id, shapes["T"]
 
@@ -4001,9 +3995,7 @@ def fixed_shapes(
     ids = [q.meta["task_id"] for q in quads]
     texts = [t for q in quads for t in (q.y0, q.y1)]
     longest = max(len(e.ids) for e in tokenizer.inner.encode_batch(texts, add_special_tokens=False)) + 1
-    longest_f = max(
-        quads, key=lambda q: len(tokenizer.encode(q.f))
-    ).f  # with room for any critique: control arms swap them
+    longest_f = max((q.f for q in quads), key=lambda f: len(tokenizer.encode(f)))  # control arms swap critiques
     return {
         "P_attempt": prompt_shape(tokenizer, [attempt_prompt(q.x) for q in quads], ids, max_prompt),
         "P_revise": prompt_shape(tokenizer, [revise_prompt(q.x, q.y0, longest_f) for q in quads], ids, max_prompt),

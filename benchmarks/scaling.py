@@ -75,7 +75,8 @@ def draw(panels: list[tuple[str, list[float], list[dict]]], title: str, out: str
         axis.set_xticks([], minor=True)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(alpha=0.3)
-    axes[0].set(ylabel="seconds", ylim=(0.05, 20))
+    seconds = [line[f"{part}_s"] for _, _, lines in panels for line in lines for part in ("step", "update", "rollout")]
+    axes[0].set(ylabel="seconds", ylim=(min(seconds) / 2, max(seconds) * 2))
     axes[-1].legend(loc="lower right")
     figure.suptitle(title)
     figure.tight_layout()
@@ -85,6 +86,8 @@ def draw(panels: list[tuple[str, list[float], list[dict]]], title: str, out: str
 def main(args: Args) -> None:
     if not pathlib.Path(args.out).absolute().parent.is_dir():
         raise cts.InputError(f"--out {args.out}: there is no such folder")
+    if not args.out.endswith((".png", ".svg", ".pdf")):
+        raise cts.InputError(f"--out {args.out}: must end in .png, .svg or .pdf")
     panels = [(name, values, [point(args, flag, value) for value in values]) for name, (flag, values) in GRID.items()]
     with tempfile.TemporaryDirectory() as folder:
         lines = [point(args, "model", checkpoint_config(folder, *width)) for width in WIDTHS]

@@ -240,7 +240,9 @@ GOOD_ROW = '{"question": "q", "answer": "#### 1"}\n'
         (GOOD_ROW + "{oops\n", r"train\.jsonl:2: not JSON"),
         (GOOD_ROW + "\n" + GOOD_ROW, r"train\.jsonl:2: not JSON"),
         ("", r"train\.jsonl is empty; check --data_dir"),
-        (GOOD_ROW + '{"question": "q", "answer": ' + "1" * 5000 + "}\n", r"train\.jsonl:2: not JSON"),
+        (GOOD_ROW + '{"question": "q", "answer": ' + "1" * 5000 + "}\n", r"train\.jsonl:2: not JSON that"),
+        (GOOD_ROW + "[" * 100_000 + "\n", r"train\.jsonl:2: not JSON that"),
+        (GOOD_ROW.replace("\n", "\r\n") + "{}\r\n", r"train\.jsonl:2: field 'question'"),
         (GOOD_ROW + '{"question": "q"}\n', r"train\.jsonl:2: field 'answer'"),
         ('{"question": 3, "answer": "#### 1"}\n', r"train\.jsonl:1: field 'question'"),
         ("[1]\n", r"train\.jsonl:1: field 'question'"),
@@ -258,6 +260,9 @@ def test_gsm8k_missing_or_unreadable_file(tmp_path):
     """The message names the file and the flag."""
     with pytest.raises(cts.InputError, match=r"train\.jsonl.*--data_dir"):
         cts.gsm8k(str(tmp_path))
+    (tmp_path / "a" / "train.jsonl").mkdir(parents=True)
+    with pytest.raises(cts.InputError, match=r"train\.jsonl.*--data_dir"):
+        cts.gsm8k(str(tmp_path / "a"))
     (tmp_path / "train.jsonl").write_bytes(b'{"question": "\xff", "answer": "#### 1"}\n')
     with pytest.raises(cts.InputError, match=r"train\.jsonl"):
         cts.gsm8k(str(tmp_path))

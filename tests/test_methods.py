@@ -722,9 +722,8 @@ def cts_outputs():
 
     def losses(params, batch, target):
         decoder, batch = nnx.merge(model_def, params["policy"]), {**batch, **{k: params[k] for k in STEPS}}
-        revise = cts.Reading(batch["prompt"], batch["prompt_len"], [batch["y0"], batch["y1"]])  # y0: for completions
-        attempt = cts.Reading(batch["x_prompt"], batch["x_prompt_len"], [batch["y0"]], [batch["y1"]])
-        states, args = (decoder, decoder([revise, attempt])), b5.Args(align="l2", target=target)
+        readings = b5.with_replay(cts.Reading(batch["prompt"], batch["prompt_len"], [batch["y0"]]), batch)
+        states, args = (decoder, decoder(readings)), b5.Args(align="l2", target=target)
         out, _ = b5.cts_losses(states, nnx.merge(critic_def, params["critic"]), batch, args)
         return jnp.stack([out[name] for name in NAMES])
 

@@ -210,33 +210,34 @@ def test_padding_changes_nothing():
 
 
 def test_readings_together_equal_each_alone():
-    """Two readings of different widths, one with three kinds of answers, in one call: the states of each by itself; a
-    constant has an answer's states and adds nothing to the gradient."""
+    """Two readings of different widths, each with two completions of different lengths, in one call: the states, and
+    the gradient of a sum over them, are those of each by itself. Readings of other sizes are refused."""
     graphdef, params = split(decoder(dataclasses.replace(CONFIGS["all"], remat=True)))
     (prompt_BP, len_B, tokens_MT), rng = batch(), np.random.default_rng(7)
     other_BP, one_BT, two_BT = (rng.integers(V, size=(2, n)).astype(np.int32) for n in (5, 3, 6))
     first = cts.Reading(prompt_BP, len_B, [tokens_MT, one_BT])
-    second = cts.Reading(other_BP, np.array([2, 5], np.int32), [one_BT], [two_BT])
-    read = jax.jit(lambda params, readings: nnx.merge(graphdef, params)(readings))
-    together = read(params, [first, second])
-    alone = [
-        [read(params, [cts.Reading(r.prompt_BP, r.len_B, [a])])[0] for a in (*r.answers, *r.constants)]
-        for r in (first, second)
-    ]
-    for hidden, each in zip(together, alone, strict=True):
-        np.testing.assert_allclose(hidden[0], each[0][0], atol=1e-5)
-        for answer, (_, expected) in zip(hidden[1:], each, strict=True):
-            np.testing.assert_allclose(answer, expected, atol=1e-5)
+    second = cts.Reading(other_BP, np.array([2, 5], np.int32), [one_BT, two_BT])
+    alone = [cts.Reading(r.prompt_BP, r.len_B, [c]) for r in (first, second) for c in r.completions]
 
-    def gradient(pick, *readings):
-        total = lambda params: sum(jnp.sin(h).sum() for h in pick(nnx.merge(graphdef, params)(readings)))
-        return jax.jit(jax.grad(total))(params)
+    @jax.jit
+    def read(params, *calls):
+        """States of every completion, each call of the decoder after the other, and the gradient of their sum."""
 
-    with_constant = gradient(lambda h: [h[0][1], h[1][1], h[1][2]], first, second)
-    without = gradient(lambda h: [h[0][1], h[1][1]], first, second._replace(constants=()))
-    for (path, a), b in zip(jax.tree.leaves_with_path(with_constant), jax.tree.leaves(without), strict=True):
+        def total(params):
+            model = nnx.merge(graphdef, params)
+            states = [h for call in calls for _, *completions in model(call) for h in completions]
+            return sum(jnp.sin(h).sum() for h in states), states
+
+        return jax.grad(total, has_aux=True)(params)
+
+    (grad, states), (grads, each) = read(params, [first, second]), read(params, *([r] for r in alone))
+    for a, b in zip(states, each, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    for (path, a), b in zip(jax.tree.leaves_with_path(grad), jax.tree.leaves(grads), strict=True):
         assert np.abs(b).max() > 1e-3 or "head" in jax.tree_util.keystr(path)
         np.testing.assert_allclose(a, b, atol=1e-4 * np.abs(b).max())
+    with pytest.raises(AssertionError, match="as many prompts"):
+        decoder(CONFIGS["all"])([first, second._replace(prompt_BP=other_BP[:1], len_B=np.array([2]))])
 
 
 def test_packed_documents_equal_each_alone():
@@ -353,6 +354,25 @@ def test_bfloat16_is_close():
     assert hidden16.dtype == jnp.bfloat16 and logp16.dtype == entropy16.dtype == jnp.float32
     assert np.abs(np.asarray(hidden16, np.float32) - hidden).max() < 0.05 * np.abs(hidden).max()
     assert 0 < np.abs(logp16 - logp).max() < 0.1 and np.abs(entropy16 - entropy).max() < 0.1
+
+
+def test_bfloat16_adds_up_the_embedding_gradient_in_float32():
+    """One token 4,096 times: added up in bfloat16, its gradient would stop growing after a few hundred."""
+    cfg = dataclasses.replace(TINY, n_layers=1)
+    graphdef, params = split(decoder(cfg))
+    tokens = np.random.default_rng(5).integers(V, size=(16, 256)).astype(np.int32)
+    tokens[:, 1:] = np.where(np.random.default_rng(6).random((16, 255)) < 0.9, 3, tokens[:, 1:])
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def gradient(params, dtype):
+        def total(params):
+            ((_, h),) = nnx.merge(graphdef, params)([cts.Reading(tokens[:, :8], np.full(16, 8), [tokens])], dtype)
+            return h.astype(jnp.float32)[..., 0].sum()
+
+        return jax.grad(total)(params)["embed"][...]
+
+    full, half = gradient(params, jnp.float32), gradient(params, jnp.bfloat16)
+    assert np.abs(full - half)[3].max() < 0.03 * np.abs(full)[3].max()
 
 
 # ---- log-probs ----------------------------------------------------------------------------------------------------
