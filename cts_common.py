@@ -114,6 +114,16 @@ META_TYPES = {  # required meta keys and their types; further keys are kept as t
 }  # fmt: skip
 
 
+def parse_line(line: str, where: str) -> Any:
+    """One line of JSON, read; InputError naming `where` (file:line) if it is none, or none that Python can read."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as e:
+        raise InputError(f"{where}: not JSON ({e.msg}, column {e.colno}); fix or remove the line") from None
+    except (ValueError, RecursionError) as e:  # an integer too long, lists too deep
+        raise InputError(f"{where}: not JSON that can be read ({e}); fix or remove the line") from None
+
+
 def parse_quadruple(line: str, where: str) -> Quadruple:
     """One JSONL line as a checked Quadruple; raises InputError naming `where` (file:line) and the field."""
 
@@ -121,10 +131,7 @@ def parse_quadruple(line: str, where: str) -> Quadruple:
         if not ok:
             raise InputError(f"{where}: field {field!r} {what}")
 
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        raise InputError(f"{where}: not JSON ({e}); fix or remove the line") from None
+    row = parse_line(line, where)
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object with x, y0, f, y1, meta, got {type(row).__name__}")
     for field in ("x", "y0", "f", "y1"):
@@ -569,12 +576,7 @@ def read_jsonl(path: pathlib.Path, fields: tuple[str, ...]) -> Iterator[dict]:
     try:
         with open(path, encoding="utf-8", newline="\n") as file:  # lines end at \n alone: U+2028 is text
             for i, line in enumerate(file, 1):
-                try:
-                    row = json.loads(line)
-                except json.JSONDecodeError as e:
-                    raise InputError(f"{path}:{i}: not JSON ({e.msg}, column {e.colno})") from None
-                except (ValueError, RecursionError) as e:  # an integer too long, lists too deep
-                    raise InputError(f"{path}:{i}: not JSON that can be read ({e})") from None
+                row = parse_line(line, f"{path}:{i}")
                 for field in fields:
                     if not isinstance(row, dict) or not isinstance(row.get(field), str):
                         raise InputError(f"{path}:{i}: field {field!r} must be a string")
