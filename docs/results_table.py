@@ -15,7 +15,7 @@ from collections import defaultdict
 
 COLUMNS = ("revised", "delta", "wrong→right", "right→wrong", "first attempt", "credit AUC")
 KEYS = ("accuracy_revised", "delta_critique", "wrong_to_right", "right_to_wrong", "accuracy", "credit_auc")
-HORIZONS = {"h=2": (2,), "h=3": (3,), "h=4": (4,), "h=5": (5,), "h≥6": (6, 7, 8)}
+HORIZONS = {"h≤2": range(3), "h=3": range(3, 4), "h=4": range(4, 5), "h=5": range(5, 6), "h≥6": range(6, 1000)}
 
 
 def cell(key: str, value: float | None) -> str:
@@ -23,10 +23,10 @@ def cell(key: str, value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}" if key == "credit_auc" else f"{100 * value:.1f}"
 
 
-def by_horizon(summary: dict, horizons: tuple[int, ...]) -> float:
-    """Revised accuracy over the test problems of some horizons."""
-    rows = [summary["by_horizon"][str(h)] for h in horizons if str(h) in summary["by_horizon"]]
-    return sum(r["n"] * r["accuracy_revised"] for r in rows) / max(sum(r["n"] for r in rows), 1)
+def by_horizon(summary: dict, horizons: range) -> float | None:
+    """Revised accuracy over the test problems of some horizons; None where there are none."""
+    rows = [r for h, r in summary["by_horizon"].items() if int(h) in horizons]
+    return sum(r["n"] * r["accuracy_revised"] for r in rows) / sum(r["n"] for r in rows) if rows else None
 
 
 def row(name: str, summary: dict) -> str:
@@ -37,7 +37,7 @@ def row(name: str, summary: dict) -> str:
 
 
 def table(results: list[dict]) -> str:
-    """Markdown: the base, every run, and each method's mean; ValueError if the fingerprints differ."""
+    """Markdown: the base, every run, and the mean of each method with several; ValueError if the fingerprints differ."""
     first = results[0]["fingerprint"]
     for result in results:
         differ = [k for k in first if k != "digest" and result["fingerprint"].get(k) != first[k]]
@@ -52,6 +52,8 @@ def table(results: list[dict]) -> str:
         lines.append(row(f"{result['method'][:2].upper()}, {result['args']['seed']}", result["summary"]))
     average = lambda values: None if None in values else sum(values) / len(values)
     for method, summaries in methods.items():
+        if len(summaries) == 1:
+            continue
         whole = {key: average([s.get(key) for s in summaries]) for key in KEYS}
         n = {h: {"n": s["n"], "accuracy_revised": average([t["by_horizon"][h]["accuracy_revised"] for t in summaries])}
              for h, s in summaries[0]["by_horizon"].items()}  # fmt: skip
