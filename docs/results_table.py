@@ -37,7 +37,7 @@ def row(name: str, summary: dict) -> str:
 
 
 def table(results: list[dict]) -> str:
-    """Markdown: the base, every run, and the mean of each method with several; ValueError if the fingerprints differ."""
+    """Markdown: the base, every run, and each method's mean of several; ValueError if the fingerprints differ."""
     first = results[0]["fingerprint"]
     for result in results:
         differ = [k for k in first if k != "digest" and result["fingerprint"].get(k) != first[k]]
