@@ -183,7 +183,7 @@ def main(args: Args) -> dict:
         """((log-probs, entropies) of the completions, states on the way); the prompt is computed once per group."""
         model, tokens_MT = nnx.merge(graphdef, policy), batch["tokens"].reshape(-1, T)
         readings = [cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])]
-        hidden = model(readings, dtype)
+        hidden = model(readings, dtype)  # of each reading: prompts [B, P, D], completions [M, T, D]
         out = cts.token_logp(hidden[0][1], tokens_MT, model.head_VD(), args.temperature)
         return out, (model, hidden)
 

@@ -334,7 +334,7 @@ def main(args: Args) -> dict:
         readings = [cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])]
         # CTS: y0 and y1 are read in the same pass.
         readings = with_replay(readings[0], batch)
-        hidden = model(readings, dtype)
+        hidden = model(readings, dtype)  # of each reading: prompts [B, P, D], completions [M, T, D]
         out = cts.token_logp(hidden[0][1], tokens_MT, model.head_VD(), args.temperature)
         return out, (model, hidden)
 

@@ -2099,7 +2099,7 @@ class Rows(NamedTuple):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-    """Keys [L, B, K, H, P] and values [L, B, K, P, H] of B prompts, and their lengths [B]."""
+    """Keys [L, B, K, H, P] and values [L, B, K, P, H] of B prompts, and how many of each count [B]."""
 
     k_LBKHP: jax.Array
     v_LBKPH: jax.Array

@@ -357,7 +357,7 @@ def test_bfloat16_is_close():
 
 
 def test_bfloat16_adds_up_the_embedding_gradient_in_float32():
-    """One token 4,096 times: added up in bfloat16, its gradient would stop growing after a few hundred."""
+    """One token some 3,700 times: added up in bfloat16, its gradient would stop growing after a few hundred."""
     cfg = dataclasses.replace(TINY, n_layers=1)
     graphdef, params = split(decoder(cfg))
     tokens = np.random.default_rng(5).integers(V, size=(16, 256)).astype(np.int32)
