@@ -13,7 +13,7 @@ import re
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "methods.md"
-REFERENCE = re.compile(r'\[(\w+\.py):\d+\]\(\.\./\1#L\d+ "([^"]+)"\)')
+REFERENCE = re.compile(r'\[([\w/]+\.py):\d+\]\(\.\./\1#L\d+ "([^"]+)"\)')
 DIFF = re.compile(r"(<!-- diff (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

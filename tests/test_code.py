@@ -1,8 +1,7 @@
-"""Code tasks: sources, mutants, critiques, scoring and masks. Programs run through `cts.run_programs` itself."""
+"""Code tasks: sources, mutants, critiques, scoring and masks. Programs run through `run_programs` itself."""
 
 import ast
 import dataclasses
-import difflib
 import itertools
 import json
 import math
@@ -17,8 +16,26 @@ import tiny
 import b2_grpo
 import b4_grpo_critique
 import b5_cts
-import cts_common as cts
 import teacher
+from common import programs as programs_room
+from common import prompts as prompts_room
+from common.base import base_documents
+from common.basics import InputError, normalize_x
+from common.critique import describe_call, with_attempts
+from common.evaluation import score_records, summarize
+from common.fixtures import fixtures_code
+from common.making import load_replay, perturb_programs, unfit
+from common.mutants import FLAWS, Mutant, count_statements, mutants
+from common.plans import flaw_of_tests, parse_program
+from common.programs import Verdict, code_lines, grade, line_changes, program_of
+from common.prompts import CODE_LINE, attempt_prompt, critique_prompt, revise_prompt, templates_sha256
+from common.replay import ERROR_TAGS, Problem, Quadruple, parse_quadruple, replay_report, write_replay
+from common.report import read_metrics
+from common.rewards import format_valid, outcome_scores, process_scores, step_rewards, uptake_scores
+from common.run import rollout_metrics
+from common.sandbox import check_sandbox
+from common.tasks import MOST_TESTS, TASKS, apps, check_step_credit, get_task, mbpp, tidy_program
+from common.tokenizer import train_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 REFERENCE = """def calc(a, b):
@@ -27,12 +44,12 @@ REFERENCE = """def calc(a, b):
         r = r - b
     return r"""
 ASSERTS = ["assert calc(1, 2) == 4", "assert calc(7, 2) == 10", "assert calc(9, 2) == 10", "assert calc(20, 5) == 18"]
-X = f"calc(a, b): Start with a plus 3. If it is above 10, subtract b.{cts.CODE_LINE}"
-PROBLEM = cts.Problem("own/calc", X, REFERENCE, "", None, {"setup": "", "asserts": ASSERTS}, {"difficulty": "easy"})
+X = f"calc(a, b): Start with a plus 3. If it is above 10, subtract b.{CODE_LINE}"
+PROBLEM = Problem("own/calc", X, REFERENCE, "", None, {"setup": "", "asserts": ASSERTS}, {"difficulty": "easy"})
 WRONG = REFERENCE.replace("r - b", "r + b")  # passes the first two asserts
 
 
-def quad(y0: str = WRONG, span: tuple[int, int] | None = None, **meta) -> cts.Quadruple:
+def quad(y0: str = WRONG, span: tuple[int, int] | None = None, **meta) -> Quadruple:
     """A quadruple of PROBLEM; without `span` the flagged text is the line that WRONG gets wrong."""
     start = y0.find("r = r + b")
     span = span or ((start, start + 9) if start >= 0 else None)
@@ -41,22 +58,22 @@ def quad(y0: str = WRONG, span: tuple[int, int] | None = None, **meta) -> cts.Qu
         "error_tags": ["local_arithmetic"], "error_span": span and list(span), "teacher": "own", "y0_correct": False,
         "y1_correct": True, "is_human_audited": False, "tests": PROBLEM.tests, **meta,
     }  # fmt: skip
-    return cts.Quadruple(X, y0, "Line 4 is wrong: it uses the wrong operator. calc(9, 2) fails.", REFERENCE, fields)
+    return Quadruple(X, y0, "Line 4 is wrong: it uses the wrong operator. calc(9, 2) fails.", REFERENCE, fields)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def confined():
     """Where a machine can confine nothing, no program of these tests runs."""
     try:
-        cts.check_sandbox()
-    except cts.InputError as e:
+        check_sandbox()
+    except InputError as e:
         pytest.skip(str(e))
 
 
 @pytest.fixture
 def broken_harness(monkeypatch):
     """A sandbox in which every program that holds the word `broken` gives a harness error."""
-    run, ran = cts.run_programs, []
+    run, ran = programs_room.run_programs, []
 
     def run_programs(jobs, **limits):
         ran.append([program for program, _ in jobs])
@@ -64,32 +81,32 @@ def broken_harness(monkeypatch):
         good = iter(verdicts)
         return [bad(len(tests)) if "broken" in program else next(good) for program, tests in jobs]
 
-    monkeypatch.setattr(cts, "run_programs", run_programs)
-    monkeypatch.setattr(cts, "_VERDICTS", {})
+    monkeypatch.setattr(programs_room, "run_programs", run_programs)
+    monkeypatch.setattr(programs_room, "_VERDICTS", {})
     return ran
 
 
-def bad(total: int) -> cts.Verdict:
+def bad(total: int) -> Verdict:
     return verdict("harness_error", 0, total)
 
 
-def verdict(outcome: str, passed: int = 0, total: int = 4) -> cts.Verdict:
-    return cts.Verdict(outcome=outcome, passed=passed, total=total, detail="no fork")
+def verdict(outcome: str, passed: int = 0, total: int = 4) -> Verdict:
+    return Verdict(outcome=outcome, passed=passed, total=total, detail="no fork")
 
 
 # ---- sources --------------------------------------------------------------------------------------------------------
 def test_fixtures_code():
     """Deterministic, unique, horizons 2 to 8, asserts that the reference passes and that tell problems apart."""
-    problems = cts.fixtures_code(size=400)
-    assert problems[:60] == cts.fixtures_code(size=60) != cts.fixtures_code(seed=1, size=60)
-    assert len({cts.normalize_x(p.x) for p in problems}) == len({p.task_id for p in problems}) == 400
-    assert {teacher.count_statements(p.reference) for p in problems} == set(range(2, 9))
+    problems = fixtures_code(size=400)
+    assert problems[:60] == fixtures_code(size=60) != fixtures_code(seed=1, size=60)
+    assert len({normalize_x(p.x) for p in problems}) == len({p.task_id for p in problems}) == 400
+    assert {count_statements(p.reference) for p in problems} == set(range(2, 9))
     for p in problems:
-        assert p.x.endswith(cts.CODE_LINE) and p.split is None and len(set(p.tests["asserts"])) == 4
+        assert p.x.endswith(CODE_LINE) and p.split is None and len(set(p.tests["asserts"])) == 4
         space: dict = {}
         exec("\n".join([p.reference, *p.tests["asserts"]]), space)
         assert p.x.startswith(f"{re.match(r'def (.+):', p.reference).group(1)}: Start with ")
-    verdicts = cts.grade([p.reference for p in problems[:20]], [p.tests for p in problems[:20]])
+    verdicts = grade([p.reference for p in problems[:20]], [p.tests for p in problems[:20]])
     assert {v.outcome for v in verdicts} == {"pass"}
 
 
@@ -105,12 +122,12 @@ def jsonl(path, rows) -> str:
 def test_mbpp_from_a_file(tmp_path):
     """Splits by task id, plain line ends and indents, one assert shown; no tests is not an error here."""
     rows = [{**MBPP_ROW, "task_id": i} for i in (601, 11, 510)] + [{**MBPP_ROW, "task_id": 3, "test_list": []}]
-    problems = cts.get_task("mbpp").load(jsonl(tmp_path / "mbpp.jsonl", rows))
+    problems = get_task("mbpp").load(jsonl(tmp_path / "mbpp.jsonl", rows))
     assert [(p.task_id, p.split) for p in problems] == [
         ("mbpp/00003", "train"), ("mbpp/00011", "test"), ("mbpp/00510", "test"), ("mbpp/00601", "train"),
     ]  # fmt: skip
     assert problems[0].tests is None
-    assert problems[1].x == f"Add two.\nIt has to pass, among others:\nassert add(1, 2) == 3{cts.CODE_LINE}"
+    assert problems[1].x == f"Add two.\nIt has to pass, among others:\nassert add(1, 2) == 3{CODE_LINE}"
     assert problems[1].reference == "def add(a, b):\n    return a + b"
     assert problems[1].tests == {"setup": "", "asserts": MBPP_ROW["test_list"]}
 
@@ -125,8 +142,8 @@ def test_mbpp_from_a_file(tmp_path):
     ],
 )
 def test_mbpp_names_the_line_and_the_field(tmp_path, row, message):
-    with pytest.raises(cts.InputError, match=message):
-        cts.mbpp(jsonl(tmp_path / "mbpp.jsonl", [MBPP_ROW, row]))
+    with pytest.raises(InputError, match=message):
+        mbpp(jsonl(tmp_path / "mbpp.jsonl", [MBPP_ROW, row]))
 
 
 STDIN = {"problem_id": 7, "difficulty": "interview", "question": "Add two numbers.", "starter_code": "",
@@ -140,16 +157,16 @@ CALL = {"problem_id": 8, "difficulty": "introductory", "question": "Add.", "star
 def test_apps_of_both_kinds(tmp_path):
     """Standard input and calls; the first solution that is Python 3; difficulty in the notes."""
     jsonl(tmp_path / "train.jsonl", [STDIN])
-    stdin, call = cts.get_task("apps").load(jsonl(tmp_path / "test.jsonl", [CALL]))
+    stdin, call = get_task("apps").load(jsonl(tmp_path / "test.jsonl", [CALL]))
     assert (stdin.task_id, stdin.split, call.task_id, call.split) == ("apps/train/7", "train", "apps/test/8", "test")
     assert stdin.tests == {"inputs": ["1 2\n", "3 4\n5"], "outputs": ["3\n", "7\n"]}
     assert call.tests == {"fn_name": "add", "inputs": [[1, 2]], "outputs": [3]}
     assert stdin.reference == "a, b = map(int, input().split())\nprint(a + b)"
     assert stdin.notes == {"difficulty": "interview", "tests_left_out": 0}
     assert "standard input" in stdin.x and "def add(a, b):" in call.x
-    assert stdin.x.endswith(cts.CODE_LINE) and call.x.endswith(cts.CODE_LINE)
-    assert cts.flaw_of_tests(stdin.tests) is None is cts.flaw_of_tests(call.tests)
-    assert [v.outcome for v in cts.grade([stdin.reference, call.reference], [stdin.tests, call.tests])][1] == "pass"
+    assert stdin.x.endswith(CODE_LINE) and call.x.endswith(CODE_LINE)
+    assert flaw_of_tests(stdin.tests) is None is flaw_of_tests(call.tests)
+    assert [v.outcome for v in grade([stdin.reference, call.reference], [stdin.tests, call.tests])][1] == "pass"
 
 
 def test_apps_rows_without_usable_tests_or_reference(tmp_path):
@@ -161,10 +178,10 @@ def test_apps_rows_without_usable_tests_or_reference(tmp_path):
     )  # fmt: skip
     rows = [{**STDIN, "input_output": source} for source in sources]
     rows += [{**STDIN, "solutions": source} for source in ("", "[]", '["print 1"]', None)]
-    problems = cts.apps(jsonl(tmp_path / "train.jsonl", rows))
+    problems = apps(jsonl(tmp_path / "train.jsonl", rows))
     assert [p.tests is None for p in problems] == [True] * 7 + [False] * 4
     assert [p.reference == "" for p in problems] == [False] * 7 + [True] * 4
-    reasons = [teacher.unfit(p, None) for p in problems]
+    reasons = [unfit(p, None) for p in problems]
     assert reasons == ["no usable tests"] * 7 + ["no reference program"] * 4
 
 
@@ -174,8 +191,8 @@ def test_apps_keeps_a_bounded_number_of_tests(tmp_path):
     large = {"inputs": ["9" * 70_000, "1\n"], "outputs": ["0\n"] * 2}
     only = {"inputs": ["9" * 70_000], "outputs": ["0\n"]}
     rows = [{**STDIN, "input_output": json.dumps(source)} for source in (many, large, only)]
-    a, b, c = cts.apps(jsonl(tmp_path / "train.jsonl", rows))
-    assert (len(a.tests["inputs"]), a.notes["tests_left_out"]) == (cts.MOST_TESTS, 50 - cts.MOST_TESTS)
+    a, b, c = apps(jsonl(tmp_path / "train.jsonl", rows))
+    assert (len(a.tests["inputs"]), a.notes["tests_left_out"]) == (MOST_TESTS, 50 - MOST_TESTS)
     assert (b.tests["inputs"], b.notes["tests_left_out"]) == (["1\n"], 1)
     assert (c.tests, c.notes["tests_left_out"]) == (None, 1)
 
@@ -191,13 +208,13 @@ def test_apps_keeps_a_bounded_number_of_tests(tmp_path):
     ],
 )
 def test_apps_names_the_line_and_the_field(tmp_path, row, message):
-    with pytest.raises(cts.InputError, match=message):
-        cts.apps(jsonl(tmp_path / "train.jsonl", [STDIN, row]))
+    with pytest.raises(InputError, match=message):
+        apps(jsonl(tmp_path / "train.jsonl", [STDIN, row]))
 
 
 def test_sources_that_are_not_there(tmp_path):
-    for load in (cts.mbpp, cts.apps):
-        with pytest.raises(cts.InputError, match=r"jsonl.*--data_dir"):
+    for load in (mbpp, apps):
+        with pytest.raises(InputError, match=r"jsonl.*--data_dir"):
             load(str(tmp_path))
 
 
@@ -211,11 +228,11 @@ def test_the_hub_is_asked_without_data_dir(monkeypatch, tmp_path):
     asked = []
     fetch = lambda repo, name, repo_type: asked.append((repo, name, repo_type)) or str(tmp_path / name)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fetch)
-    assert [p.task_id for p in cts.apps(None)] == ["apps/train/7", "apps/test/8"]
+    assert [p.task_id for p in apps(None)] == ["apps/train/7", "apps/test/8"]
     assert asked == [("codeparrot/apps", "train.jsonl", "dataset"), ("codeparrot/apps", "test.jsonl", "dataset")]
     parts = {"train": [MBPP_ROW], "test": [{**MBPP_ROW, "task_id": 12}]}
     monkeypatch.setattr(datasets, "load_dataset", lambda *name: asked.append(name) or parts)
-    assert [p.split for p in cts.mbpp(None)] == ["test", "train"]
+    assert [p.split for p in mbpp(None)] == ["test", "train"]
     assert asked[-1] == ("google-research-datasets/mbpp", "full")
 
     def fail(*args, **kwargs):
@@ -224,17 +241,17 @@ def test_the_hub_is_asked_without_data_dir(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     monkeypatch.setattr(datasets, "load_dataset", fail)
     for name in ("apps", "mbpp"):
-        with pytest.raises(cts.InputError, match=f"{name}: no answer from the hub .OSError.; pass --data_dir"):
-            cts.get_task(name).load(None)
+        with pytest.raises(InputError, match=f"{name}: no answer from the hub .OSError.; pass --data_dir"):
+            get_task(name).load(None)
 
 
 def test_tidy_program_keeps_the_program():
-    assert cts.tidy_program("def f():\r\n\treturn 1 \r\n\r\n") == "def f():\n    return 1"
+    assert tidy_program("def f():\r\n\treturn 1 \r\n\r\n") == "def f():\n    return 1"
     text = 's = """a \r\n\tb"""\n'  # white space inside a string is part of the program
-    assert cts.tidy_program(text) == text.replace("\r\n", "\n")
+    assert tidy_program(text) == text.replace("\r\n", "\n")
     mixed = "if x:\n\tif y:\n        \tz = 1\n"
-    assert ast.dump(ast.parse(cts.tidy_program(mixed))) == ast.dump(ast.parse(mixed))
-    assert cts.tidy_program("print 'two'") == "print 'two'"
+    assert ast.dump(ast.parse(tidy_program(mixed))) == ast.dump(ast.parse(mixed))
+    assert tidy_program("print 'two'") == "print 'two'"
 
 
 # ---- replay and prompts ---------------------------------------------------------------------------------------------
@@ -255,67 +272,52 @@ def line_of(**changes) -> str:
     ],
 )
 def test_bad_tests_of_a_replay_line_are_named(tests, message):
-    with pytest.raises(cts.InputError, match=f"here:1: field 'meta.tests' needs .*{message}"):
-        cts.parse_quadruple(line_of(meta=quad(tests=tests).meta), "here:1")
+    with pytest.raises(InputError, match=f"here:1: field 'meta.tests' needs .*{message}"):
+        parse_quadruple(line_of(meta=quad(tests=tests).meta), "here:1")
 
 
 def test_the_last_line_of_x_and_the_domain_agree():
     """The prompts are worded by that line, so a replay in which they differ would be asked in the wrong words."""
-    assert cts.parse_quadruple(line_of(meta=quad().meta), "here:1") == quad()
-    with pytest.raises(cts.InputError, match=r"here:1: field 'x' must end with 'Answer in Python\.'"):
-        cts.parse_quadruple(line_of(meta=quad().meta, x="calc(a, b)"), "here:1")
-    with pytest.raises(cts.InputError, match="field 'x'"):
-        cts.parse_quadruple(line_of(meta=quad(domain="math", answer="3").meta), "here:1")
+    assert parse_quadruple(line_of(meta=quad().meta), "here:1") == quad()
+    with pytest.raises(InputError, match=r"here:1: field 'x' must end with 'Answer in Python\.'"):
+        parse_quadruple(line_of(meta=quad().meta, x="calc(a, b)"), "here:1")
+    with pytest.raises(InputError, match="field 'x'"):
+        parse_quadruple(line_of(meta=quad(domain="math", answer="3").meta), "here:1")
 
 
 def test_prompts_are_worded_by_domain():
     q = quad()
-    prompts = [cts.attempt_prompt(q.x), cts.revise_prompt(q.x, q.y0, q.f), cts.critique_prompt(q.x, q.y0)]
+    prompts = [attempt_prompt(q.x), revise_prompt(q.x, q.y0, q.f), critique_prompt(q.x, q.y0)]
     assert not any("####" in p for p in prompts) and all(p.startswith(f"Problem:\n{X}\n") for p in prompts)
     assert [p.rsplit("\n", 2)[1] for p in prompts] == ["Solution:", "Solution:", "Critique:"]
     assert f"\nAttempt:\n{WRONG}\nCritique:\n{q.f}\n" in prompts[1]
-    assert "####" in cts.attempt_prompt("What is 2+3?") and "####" in cts.revise_prompt("What is 2+3?", "5", "No.")
+    assert "####" in attempt_prompt("What is 2+3?") and "####" in revise_prompt("What is 2+3?", "5", "No.")
 
 
 @pytest.mark.parametrize(
     "name", ["CODE_ATTEMPT_TEMPLATE", "CODE_REVISE_TEMPLATE", "CODE_CRITIQUE_TEMPLATE", "CODE_LINE"]
 )
 def test_the_fingerprint_has_the_code_templates(monkeypatch, name):
-    before = cts.templates_sha256()
-    monkeypatch.setattr(cts, name, getattr(cts, name) + " ")
-    assert cts.templates_sha256() != before
-
-
-@pytest.mark.parametrize(
-    "name", ["run_program", "run_programs", "extract_program", "grade", "code_uptake", "code_lines"]
-)
-def test_the_fingerprint_has_the_rules_for_programs(monkeypatch, name):
-    before = cts.verifier_sha256()
-    monkeypatch.setattr(cts, name, line_of)
-    assert cts.verifier_sha256() != before
-    monkeypatch.undo()
-    monkeypatch.setitem(cts.CODE_LIMITS, "timeout_s", 5.0)
-    assert cts.verifier_sha256() != before
-    monkeypatch.undo()
-    monkeypatch.setattr(cts, "sandbox", difflib)  # another module: its source is part of it
-    assert cts.verifier_sha256() != before
+    before = templates_sha256()
+    monkeypatch.setattr(prompts_room, name, getattr(prompts_room, name) + " ")
+    assert templates_sha256() != before
 
 
 def test_replay_of_the_other_domain_is_refused(tmp_path):
     for split in ("train", "val", "test"):
         q = dataclasses.replace(quad(split=split), x=f"{split} {X}")
-        cts.write_replay(tmp_path / f"{split}.jsonl", [q])
-    assert len(cts.load_replay("fixtures_code", str(tmp_path), None)["test"]) == 1
-    with pytest.raises(cts.InputError, match="--task fixtures_math is math, this replay code"):
-        cts.load_replay("fixtures_math", str(tmp_path), None)
+        write_replay(tmp_path / f"{split}.jsonl", [q])
+    assert len(load_replay("fixtures_code", str(tmp_path), None)["test"]) == 1
+    with pytest.raises(InputError, match="--task fixtures_math is math, this replay code"):
+        load_replay("fixtures_math", str(tmp_path), None)
 
 
 def test_leak_rate_of_programs():
     """A critique leaks where it writes a line that the attempt lacks and the revision has."""
     leaky = dataclasses.replace(quad(), f="Line 4 is wrong, write r  =  r - b there.")
-    assert cts.replay_report([quad(), leaky])["leak_rate"] == 0.5
+    assert replay_report([quad(), leaky])["leak_rate"] == 0.5
     quoting = dataclasses.replace(quad(), f="Line 4 is wrong: r = r + b adds.")
-    assert cts.replay_report([quoting])["leak_rate"] == 0.0
+    assert replay_report([quoting])["leak_rate"] == 0.0
 
 
 # ---- mutants --------------------------------------------------------------------------------------------------------
@@ -336,15 +338,15 @@ def f(xs, k):
     return best'''
 
 
-def own_mutants(program: str = RICH) -> list[teacher.Mutant]:
-    return teacher.mutants(program, "key")
+def own_mutants(program: str = RICH) -> list[Mutant]:
+    return mutants(program, "key")
 
 
 def test_mutants_parse_differ_and_are_of_every_kind():
     found = own_mutants()
-    assert {m.kind for m in found} == set(teacher.FLAWS)
-    assert len(found) > 60 and found == own_mutants() != teacher.mutants(RICH, "other key")
-    assert {m.kind for m in found[: len(teacher.FLAWS)]} == set(teacher.FLAWS)  # kinds in turn
+    assert {m.kind for m in found} == set(FLAWS)
+    assert len(found) > 60 and found == own_mutants() != mutants(RICH, "other key")
+    assert {m.kind for m in found[: len(FLAWS)]} == set(FLAWS)  # kinds in turn
     for m in found:
         assert ast.dump(ast.parse(m.program)) != ast.dump(ast.parse(RICH))
 
@@ -356,8 +358,8 @@ def test_a_mutant_differs_from_the_reference_under_its_span_alone():
         start, end = m.span
         if m.kind in ("dropped_statement", "dropped_branch"):
             assert m.program[start:end] in RICH, m
-            old, new = cts.code_lines(m.program), cts.code_lines(RICH)
-            changes = cts.line_changes(old, new)
+            old, new = code_lines(m.program), code_lines(RICH)
+            changes = line_changes(old, new)
             flagged = [i for i, (a, b, _) in enumerate(old) if a < end and b > start]
             assert len(changes) == 1 and changes[0][0] == changes[0][1] and flagged, m
             assert flagged[0] <= changes[0][0] <= flagged[-1] + 1, m
@@ -411,21 +413,22 @@ def test_a_statement_that_no_line_of_its_own_has_is_not_dropped():
 
 # ---- quadruples -----------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
-def made() -> list[cts.Quadruple]:
-    return teacher.perturb_programs([*cts.fixtures_code(size=40), PROBLEM])
+def made() -> list[Quadruple]:
+    return perturb_programs([*fixtures_code(size=40), PROBLEM])
 
 
 def test_quadruples_are_verified(made):
     """The mutant fails a test and the reference passes all, by a run of their own."""
-    assert all(isinstance(q, cts.Quadruple) for q in made)
+    assert all(isinstance(q, Quadruple) for q in made)
     tests = [q.meta["tests"] for q in made]
-    assert {v.outcome for v in cts.run_programs([(q.y1, t) for q, t in zip(made, tests)], workers=2)} == {"pass"}
-    wrong = cts.run_programs([(q.y0, t) for q, t in zip(made, tests)], workers=2)
+    right = programs_room.run_programs([(q.y1, t) for q, t in zip(made, tests)], workers=2)
+    assert {v.outcome for v in right} == {"pass"}
+    wrong = programs_room.run_programs([(q.y0, t) for q, t in zip(made, tests)], workers=2)
     assert {v.outcome for v in wrong} <= {"wrong", "crash"}
     for q in made:
-        cts.parse_quadruple(json.dumps(dataclasses.asdict(q)), "here")
+        parse_quadruple(json.dumps(dataclasses.asdict(q)), "here")
         assert (q.meta["verified"], q.meta["y0_correct"], q.meta["y1_correct"]) == (True, False, True)
-        assert q.meta["horizon"] == teacher.count_statements(q.y1) and q.meta["edit_distance"] > 0
+        assert q.meta["horizon"] == count_statements(q.y1) and q.meta["edit_distance"] > 0
     assert made[-1].meta["difficulty"] == "easy"
 
 
@@ -433,7 +436,7 @@ def test_critique_names_the_line_and_a_call_that_fails_and_no_fix(made):
     for q in made:
         line, flaw, call = re.fullmatch(r"Line (\d+) is wrong: (.+)\. (.+) fails\.", q.f).groups()
         assert q.y0.count("\n", 0, q.meta["error_span"][0]) + 1 == int(line)
-        assert (q.meta["error_tags"][0], flaw) == teacher.FLAWS[q.meta["mutation"]]
+        assert (q.meta["error_tags"][0], flaw) == FLAWS[q.meta["mutation"]]
         space: dict = {}
         expected = next(a.split(" == ")[1] for a in q.meta["tests"]["asserts"] if a.startswith(f"assert {call} "))
         exec(q.y0, space)
@@ -442,15 +445,15 @@ def test_critique_names_the_line_and_a_call_that_fails_and_no_fix(made):
         except Exception:
             got = None
         assert str(got) != expected
-    assert cts.replay_report(made)["leak_rate"] == 0.0
-    assert not any(re.search(r"\d", flaw) for _, flaw in teacher.FLAWS.values())
-    assert {tag for tag, _ in teacher.FLAWS.values()} <= set(cts.ERROR_TAGS)
+    assert replay_report(made)["leak_rate"] == 0.0
+    assert not any(re.search(r"\d", flaw) for _, flaw in FLAWS.values())
+    assert {tag for tag, _ in FLAWS.values()} <= set(ERROR_TAGS)
 
 
 def test_quadruples_depend_on_seed_and_problem_alone(made):
-    some = [*cts.fixtures_code(size=3), PROBLEM]
-    assert teacher.perturb_programs(some[::-1]) == [made[-1], *made[2::-1]]
-    assert teacher.perturb_programs(some, seed=1) != [*made[:3], made[-1]]
+    some = [*fixtures_code(size=3), PROBLEM]
+    assert perturb_programs(some[::-1]) == [made[-1], *made[2::-1]]
+    assert perturb_programs(some, seed=1) != [*made[:3], made[-1]]
 
 
 def test_what_yields_no_quadruple_is_counted_by_reason(tmp_path, monkeypatch, broken_harness):
@@ -460,7 +463,7 @@ def test_what_yields_no_quadruple_is_counted_by_reason(tmp_path, monkeypatch, br
         change(4, reference=WRONG), change(5, reference=f"{REFERENCE} # broken"),
         change(6, reference="def f():\n    return None", tests={"setup": "", "asserts": ["assert f() is None"]}),
     ]  # fmt: skip
-    monkeypatch.setitem(cts.TASKS, "apps", dataclasses.replace(cts.TASKS["apps"], load=lambda data_dir: problems))
+    monkeypatch.setitem(TASKS, "apps", dataclasses.replace(TASKS["apps"], load=lambda data_dir: problems))
     report = teacher.main(teacher.Args(task="apps", out=str(tmp_path)))
     assert (report["problems"], report["kept"]) == (7, 1)
     assert report["rejected"] == {
@@ -473,7 +476,7 @@ def test_what_yields_no_quadruple_is_counted_by_reason(tmp_path, monkeypatch, br
 
 def test_a_problem_that_stands_in_test_too_leaves_train(tmp_path, monkeypatch):
     problems = [dataclasses.replace(PROBLEM, task_id=f"own/{s}", split=s) for s in ("train", "test")]
-    monkeypatch.setitem(cts.TASKS, "apps", dataclasses.replace(cts.TASKS["apps"], load=lambda data_dir: problems))
+    monkeypatch.setitem(TASKS, "apps", dataclasses.replace(TASKS["apps"], load=lambda data_dir: problems))
     report = teacher.main(teacher.Args(task="apps", out=str(tmp_path)))
     assert (report["kept"], report["rejected"]) == (1, {"stands in test too": 1})
 
@@ -490,7 +493,7 @@ def test_outcome_and_process_scores():
     """All tests or nothing; and the fraction of them. A program may stand in a fence."""
     some = [REFERENCE, WRONG, fenced(REFERENCE), "def calc(a, b):", "", "def calc(a, b):\n    return 10"]
     quads = [quad(), quad()]
-    outcome, process = cts.outcome_scores(some, quads), cts.process_scores(some, quads)
+    outcome, process = outcome_scores(some, quads), process_scores(some, quads)
     np.testing.assert_array_equal(outcome, [[1, 0, 1], [0, 0, 0]])
     np.testing.assert_allclose(process, [[1, 2 / 4, 1], [0, 0, 2 / 4]])
     assert outcome.dtype == process.dtype == np.float32
@@ -515,7 +518,7 @@ UPTAKES = {  # what the completion does: (completion, expected)
 @pytest.mark.parametrize("name", UPTAKES)
 def test_uptake_by_hand(name):
     completion, expected = UPTAKES[name]
-    assert cts.uptake_scores([completion], [quad()]).tolist() == [[expected]]
+    assert uptake_scores([completion], [quad()]).tolist() == [[expected]]
 
 
 def test_uptake_of_a_missing_statement():
@@ -523,24 +526,24 @@ def test_uptake_of_a_missing_statement():
     y0 = "def calc(a, b):\n    r = a + 3\n    return r"
     q = quad(y0, (y0.index("return"), len(y0)))
     elsewhere = "def calc(a, b):\n    a = a - b if a > 7 else a\n    r = a + 3\n    return r"
-    assert cts.uptake_scores([REFERENCE, y0, elsewhere], [q]).tolist() == [[1, 0, 0]]
-    assert cts.outcome_scores([elsewhere], [q]).tolist() == [[1]]
+    assert uptake_scores([REFERENCE, y0, elsewhere], [q]).tolist() == [[1, 0, 0]]
+    assert outcome_scores([elsewhere], [q]).tolist() == [[1]]
 
 
 def test_uptake_without_a_span_is_nothing(made):
-    assert cts.uptake_scores([REFERENCE], [quad("def calc(a, b):\n    return a")]).tolist() == [[0.0]]
-    assert cts.uptake_scores([q.y1 for q in made], made).tolist() == [[1.0]] * len(made)
-    assert cts.uptake_scores([q.y0 for q in made], made).tolist() == [[0.0]] * len(made)
+    assert uptake_scores([REFERENCE], [quad("def calc(a, b):\n    return a")]).tolist() == [[0.0]]
+    assert uptake_scores([q.y1 for q in made], made).tolist() == [[1.0]] * len(made)
+    assert uptake_scores([q.y0 for q in made], made).tolist() == [[0.0]] * len(made)
 
 
 def test_programs_run_in_one_batch_and_once(broken_harness):
     """Outcome, process and uptake of one rollout: one run per different program, y0 among them."""
     some = [REFERENCE, WRONG, REFERENCE, "x = 1"]
     quads = [quad(), quad()]
-    cts.outcome_scores(some, quads)
+    outcome_scores(some, quads)
     assert [len(ran) for ran in broken_harness] == [3]
-    cts.process_scores(some, quads)
-    cts.uptake_scores(some, quads)
+    process_scores(some, quads)
+    uptake_scores(some, quads)
     assert [len(ran) for ran in broken_harness if ran] == [3]
 
 
@@ -548,31 +551,31 @@ def test_a_program_without_a_fence_is_taken_whole():
     """Also where it does not open with a definition, as programs on standard input do."""
     tests = {"inputs": ["3\n"], "outputs": ["6\n"]}
     text = "n = int(input())\nfor _ in range(1):\n    n *= 2\nprint(n)"
-    assert [v.outcome for v in cts.grade([text, f"So:\n```\n{text}\n```"], [tests] * 2)] == ["pass"] * 2
-    assert cts.program_of(text) == text and cts.program_of(f"Say\n```python\n{REFERENCE}\n```").strip() == REFERENCE
+    assert [v.outcome for v in grade([text, f"So:\n```\n{text}\n```"], [tests] * 2)] == ["pass"] * 2
+    assert program_of(text) == text and program_of(f"Say\n```python\n{REFERENCE}\n```").strip() == REFERENCE
 
 
 def test_format_is_a_program_that_can_be_read():
     for text, valid in ((REFERENCE, True), (fenced(WRONG), True), ("", False), ("def f(:", False), ("# no", False)):
-        assert cts.format_valid(text, "code") is valid, text
-    assert not cts.format_valid("(" * 5000, "code") and not cts.format_valid("x = '\0'", "code")
+        assert format_valid(text, "code") is valid, text
+    assert not format_valid("(" * 5000, "code") and not format_valid("x = '\0'", "code")
 
 
 # ---- harness errors -------------------------------------------------------------------------------------------------
 def test_a_harness_error_is_no_score(broken_harness):
     """NaN in all three rewards, counted, tried twice and not remembered."""
     some, q = [REFERENCE, "broken = 1"], quad()
-    for scores in (cts.outcome_scores, cts.process_scores, cts.uptake_scores):
+    for scores in (outcome_scores, process_scores, uptake_scores):
         values = scores(some, [q])
         assert math.isnan(values[0, 1]) and values[0, 0] == 1.0
     tries = [ran for ran in broken_harness if "broken = 1" in ran]
     assert len(tries) == 6  # two for each kind of score
-    assert math.isnan(cts.uptake_scores([REFERENCE], [quad(y0="broken = 1", span=(0, 6))])[0, 0])
+    assert math.isnan(uptake_scores([REFERENCE], [quad(y0="broken = 1", span=(0, 6))])[0, 0])
 
 
 def test_a_harness_that_runs_nothing_stops_the_run(broken_harness):
-    with pytest.raises(cts.InputError, match="none of 8 programs could be run: no fork"):
-        cts.outcome_scores([f"broken = {i}" for i in range(8)], [quad()])
+    with pytest.raises(InputError, match="none of 8 programs could be run: no fork"):
+        outcome_scores([f"broken = {i}" for i in range(8)], [quad()])
 
 
 def test_unscored_samples_are_masked():
@@ -589,7 +592,7 @@ def test_unscored_samples_are_masked():
 def test_rollout_metrics_count_harness_errors():
     reward_BG = np.array([[1.0, np.nan, 1.0], [0.0, 1.0, np.nan], [np.nan] * 3])
     out = {"len_M": np.ones(9), "truncated_M": np.zeros(9)}
-    metrics = cts.rollout_metrics(out, [REFERENCE, *["("] * 8], reward_BG, [quad()] * 3)
+    metrics = rollout_metrics(out, [REFERENCE, *["("] * 8], reward_BG, [quad()] * 3)
     assert metrics["rollout/harness_errors"] == 5
     assert metrics["rollout/zero_std_frac"] == pytest.approx(2 / 3)
     assert metrics["rollout/format_frac"] == pytest.approx(1 / 9)
@@ -600,10 +603,10 @@ def test_evaluation_leaves_out_what_was_not_scored(broken_harness):
     quads = [quad(), quad(), quad("broken = 1", (0, 6))]
     attempts = [done(WRONG), done(REFERENCE), done(WRONG)]
     revisions = [done(REFERENCE), done("broken"), done(REFERENCE)]
-    records = cts.score_records(quads, attempts, revisions)
+    records = score_records(quads, attempts, revisions)
     assert [(r["y0"], r["attempt"], r["revised"]) for r in records] == [(0, 0, 1), (0, 1, None), (None, 0, 1)]
     assert [r["revised_format"] for r in records] == [True, True, True]
-    summary = cts.summarize(records)
+    summary = summarize(records)
     figures = [summary[k] for k in ("harness_errors", "accuracy_revised", "accuracy")]
     assert figures == pytest.approx([2, 1.0, 1 / 3])
     assert (summary["delta_critique"], summary["wrong_to_right"], summary["right_to_wrong"]) == (1.0, 1.0, None)
@@ -611,12 +614,12 @@ def test_evaluation_leaves_out_what_was_not_scored(broken_harness):
 
 
 def test_step_credit_is_for_math():
-    cts.check_step_credit("fixtures_code", "rolled_up")
-    cts.check_step_credit("fixtures_math", "per_step")
-    with pytest.raises(cts.InputError, match="--process_credit per_step: works on math tasks, apps is code"):
-        cts.check_step_credit("apps", "per_step")
-    with pytest.raises(cts.InputError, match="math only"):
-        cts.step_rewards(None, np.zeros((1, 4), int), np.array([4]), [REFERENCE], [quad()])
+    check_step_credit("fixtures_code", "rolled_up")
+    check_step_credit("fixtures_math", "per_step")
+    with pytest.raises(InputError, match="--process_credit per_step: works on math tasks, apps is code"):
+        check_step_credit("apps", "per_step")
+    with pytest.raises(InputError, match="math only"):
+        step_rewards(None, np.zeros((1, 4), int), np.array([4]), [REFERENCE], [quad()])
 
 
 # ---- critiques of any attempt ---------------------------------------------------------------------------------------
@@ -625,7 +628,7 @@ def test_with_attempts_criticises_by_the_failing_test(broken_harness):
     other = "def calc(x, y):\n    total = x\n    for _ in range(4):\n        total += 1\n    return total"
     crash = REFERENCE.replace("r > 10", "q > 10")
     tries = [fenced(WRONG), REFERENCE, other, crash, "broken"]
-    slip, right, way, stops, kept = cts.with_attempts([quad()] * 5, tries, lambda prompt: True)
+    slip, right, way, stops, kept = with_attempts([quad()] * 5, tries, lambda prompt: True)
     assert (slip.y0, slip.meta["y0_correct"]) == (fenced(WRONG), False)
     assert slip.y0[slice(*slip.meta["error_span"])] == "r = r + b"
     assert slip.f == "Line 6 is wrong: it leaves the way to the result. calc(9, 2) fails."
@@ -637,30 +640,30 @@ def test_with_attempts_criticises_by_the_failing_test(broken_harness):
 
 
 def test_with_attempts_cuts_what_does_not_fit():
-    limit = len(cts.revise_prompt(X, "", "")) + 170
-    (q,) = cts.with_attempts([quad()], [WRONG], lambda prompt: len(prompt) <= limit)
+    limit = len(revise_prompt(X, "", "")) + 170
+    (q,) = with_attempts([quad()], [WRONG], lambda prompt: len(prompt) <= limit)
     assert WRONG.startswith(q.y0) and len(q.y0) < len(WRONG) and not q.meta["y0_correct"]
-    assert len(cts.revise_prompt(q.x, q.y0, q.f)) <= limit
+    assert len(revise_prompt(q.x, q.y0, q.f)) <= limit
 
 
 def test_with_attempts_whose_call_is_too_long_for_the_prompt():
     """The critique without the call; and where that is too long too, the quadruple as it was."""
     plain = "Line 4 is wrong: it leaves the way to the result. A test fails."
-    whole = len(cts.revise_prompt(X, "", WRONG))
+    whole = len(revise_prompt(X, "", WRONG))
     for limit, f in ((whole + len(plain), plain), (whole + 3, quad().f)):
-        (q,) = cts.with_attempts([quad()], [WRONG], lambda prompt, n=limit: len(prompt) <= n or "7" * 66 in prompt)
+        (q,) = with_attempts([quad()], [WRONG], lambda prompt, n=limit: len(prompt) <= n or "7" * 66 in prompt)
         assert (q.y0, q.f) == (WRONG, f)
 
 
 def test_calls_are_described_without_what_they_should_give():
-    call = lambda text: cts.describe_call({"asserts": [text]}, 0)
+    call = lambda text: describe_call({"asserts": [text]}, 0)
     assert call("assert f([1, 2], k=3) == [4]") == "f([1, 2], k=3)"
     assert call("assert set(f('a')) == set(['b'])") == "f('a')"
     assert call("assert not f(3)") == "f(3)" and call("assert math.isclose(f(2), 0.5)") == "f(2)"
-    assert call("assert 1") == call("assert (") == cts.describe_call({"asserts": []}, None) == "A test"
+    assert call("assert 1") == call("assert (") == describe_call({"asserts": []}, None) == "A test"
     assert len(call(f"assert f({[1] * 99}) == 5")) < 70
-    assert cts.describe_call({"fn_name": "f", "inputs": [[1, "a"]], "outputs": [3]}, 0) == "f(1, 'a')"
-    assert cts.describe_call({"inputs": ["1 2\n"], "outputs": ["3"]}, 0) == r"the input '1 2\n'"
+    assert describe_call({"fn_name": "f", "inputs": [[1, "a"]], "outputs": [3]}, 0) == "f(1, 'a')"
+    assert describe_call({"inputs": ["1 2\n"], "outputs": ["3"]}, 0) == r"the input '1 2\n'"
 
 
 # ---- the nano base --------------------------------------------------------------------------------------------------
@@ -668,8 +671,8 @@ def test_base_documents_of_programs():
     """Some print what they should return; a revision without a critique keeps the attempt."""
     q = quad()
     quads = [dataclasses.replace(q, x=f"{name}{i} {X}") for name in ("calc", "work") for i in range(60)]
-    tokenizer = cts.train_tokenizer([cts.revise_prompt(q.x, q.y0, q.f) + q.y1], 400)
-    documents = cts.base_documents(tokenizer, quads, 0)
+    tokenizer = train_tokenizer([revise_prompt(q.x, q.y0, q.f) + q.y1], 400)
+    documents = base_documents(tokenizer, quads, 0)
     pairs = [tuple(tokenizer.decode([p, a])) for p, a in documents]
     assert len(pairs) == 240
     for prompt, answer in pairs:
@@ -688,17 +691,17 @@ def test_base_documents_of_programs():
 )
 def test_scripts_run_on_programs(tmp_path, monkeypatch, script, flags):
     """From generated problems to the result; a verdict for every completion."""
-    task = dataclasses.replace(cts.TASKS["fixtures_code"], base_steps=4, base_width=256)
-    monkeypatch.setitem(cts.TASKS, "fixtures_code", task)
-    monkeypatch.setattr(cts, "ModelConfig", tiny.TinyConfig)
-    monkeypatch.setattr(cts, "PRECHECK_GROUPS", 8)
+    task = dataclasses.replace(TASKS["fixtures_code"], base_steps=4, base_width=256)
+    monkeypatch.setitem(TASKS, "fixtures_code", task)
+    monkeypatch.setattr("common.base.ModelConfig", tiny.TinyConfig)
+    monkeypatch.setattr("common.evaluation.PRECHECK_GROUPS", 8)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla_cache"))
     teacher.main(teacher.Args(task="fixtures_code", out=str(tmp_path / "replay"), limit=12))
     common = {**tiny.flags(script), "steps": 2, "max_new_tokens": 24, "out_dir": str(tmp_path), **flags}
     result = script.main(script.Args(task="fixtures_code", replay=str(tmp_path / "replay"), **common))
     assert (result["summary"]["n"], result["summary"]["harness_errors"], result["summary"]["accuracy_y0"]) == (12, 0, 0)
     assert result["replay"]["train"]["leak_rate"] == 0
-    rows = cts.read_metrics(next(tmp_path.glob(f"{script.__name__}__fixtures_code__*")))
+    rows = read_metrics(next(tmp_path.glob(f"{script.__name__}__fixtures_code__*")))
     assert [row["rollout/harness_errors"] for row in rows] == [0, 0]
     assert all(np.isfinite(v) for row in rows for v in row.values())
 
@@ -706,10 +709,10 @@ def test_scripts_run_on_programs(tmp_path, monkeypatch, script, flags):
 @pytest.mark.skipif(not MBPP.is_file(), reason="needs MBPP's own file")
 def test_mbpp_itself():
     """All 974 problems load; of the first 20 nearly all give a quadruple."""
-    problems = cts.mbpp(str(MBPP.parent))
+    problems = mbpp(str(MBPP.parent))
     assert len(problems) == 974 and sum(p.split == "test" for p in problems) == 500
-    assert all(cts.parse_program(p.reference) for p in problems)
-    assert sum(isinstance(q, cts.Quadruple) for q in teacher.perturb_programs(problems[:20])) >= 17
+    assert all(parse_program(p.reference) for p in problems)
+    assert sum(isinstance(q, Quadruple) for q in perturb_programs(problems[:20])) >= 17
     for problem in itertools.islice(problems, 100):
-        for m in teacher.mutants(problem.reference, "key"):
+        for m in mutants(problem.reference, "key"):
             assert m.program[slice(*m.span)].strip()

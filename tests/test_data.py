@@ -7,7 +7,26 @@ import re
 import numpy as np
 import pytest
 
-import cts_common as cts
+from common.base import BASE_PROSE, base_documents, pack_documents
+from common.basics import InputError, normalize_x, write_atomic
+from common.batches import data_indices, length_mask, pack_answers, pack_prompts, prompt_shape, right_pad
+from common.fixtures import fixtures_math
+from common.making import load_replay
+from common.prompts import CODE_LINE, attempt_prompt, revise_prompt
+from common.replay import (
+    Problem,
+    Quadruple,
+    assign_split,
+    check_leakage,
+    parse_quadruple,
+    read_replay,
+    replay_report,
+    salted_bucket,
+    write_replay,
+)
+from common.tasks import get_task, gsm8k
+from common.tokenizer import Tokenizer, train_tokenizer
+from common.verifier import process_score, score_math
 
 META = {
     "task_id": "own/1", "domain": "math", "split": "train", "horizon": 2, "edit_distance": 1,
@@ -23,8 +42,8 @@ def line_of(meta: dict | None = None, meta_without: str = "", **fields) -> str:
     return json.dumps({**ROW, "meta": {k: v for k, v in full.items() if k != meta_without}, **fields})
 
 
-def quad(i: int = 0, **fields) -> cts.Quadruple:
-    return cts.parse_quadruple(line_of(x=f"What is {i}+3?") if not fields else line_of(**fields), "here:1")
+def quad(i: int = 0, **fields) -> Quadruple:
+    return parse_quadruple(line_of(x=f"What is {i}+3?") if not fields else line_of(**fields), "here:1")
 
 
 # ---- replay ----
@@ -76,8 +95,8 @@ def test_malformed_line_names_file_line_and_field(tmp_path, line, named):
     """A bad second line of a file: the message has the path, the line number and the field."""
     path = tmp_path / "train.jsonl"
     path.write_text(f"{line_of()}\n{line}\n{line_of()}\n")
-    with pytest.raises(cts.InputError) as e:
-        cts.read_replay(path)
+    with pytest.raises(InputError) as e:
+        read_replay(path)
     assert str(e.value).startswith(f"{path}:2: ")
     assert named in str(e.value)
     assert "\n" not in str(e.value)
@@ -86,13 +105,13 @@ def test_malformed_line_names_file_line_and_field(tmp_path, line, named):
 def test_good_lines_are_kept_whole():
     """Optional forms are accepted and unknown meta keys kept as they are."""
     extra = {"error_span": None, "error_tags": [], "note": {"a": [1, None]}, "answer": "1,234"}
-    q = cts.parse_quadruple(line_of(extra), "here:1")
+    q = parse_quadruple(line_of(extra), "here:1")
     assert q.meta == {**META, **extra}
     assert (q.x, q.y0, q.f, q.y1) == (ROW["x"], ROW["y0"], ROW["f"], ROW["y1"])
     tests = {"inputs": ["1"], "outputs": ["2"]}
-    code = cts.parse_quadruple(line_of({"domain": "code", "tests": tests}, x=f"One more.{cts.CODE_LINE}"), "here:1")
+    code = parse_quadruple(line_of({"domain": "code", "tests": tests}, x=f"One more.{CODE_LINE}"), "here:1")
     assert code.meta["tests"] == tests
-    assert cts.parse_quadruple(line_of({"error_span": [0, len(ROW["y0"])]}), "here:1").meta["error_span"][1] == 12
+    assert parse_quadruple(line_of({"error_span": [0, len(ROW["y0"])]}), "here:1").meta["error_span"][1] == 12
 
 
 def test_round_trip(tmp_path):
@@ -100,8 +119,8 @@ def test_round_trip(tmp_path):
     odd = "a\u2028b\u2029c\x85d\r\ne\tf \u00e9\u4e2d\U0001f600"
     quads = [quad(0), quad(x=odd, y0=odd, f=odd, y1=odd, meta={**META, "note": odd})]
     path = tmp_path / "deep" / "train.jsonl"
-    cts.write_replay(path, quads)
-    assert cts.read_replay(path) == quads
+    write_replay(path, quads)
+    assert read_replay(path) == quads
     assert path.read_bytes().count(b"\n") == 2
     assert "\u4e2d" in path.read_text(encoding="utf-8")  # readable, not escaped
     assert os.listdir(path.parent) == ["train.jsonl"]
@@ -110,11 +129,11 @@ def test_round_trip(tmp_path):
 def test_write_atomic(tmp_path):
     """The old file stays whole until the new one is; no temporary file is left, also where writing fails."""
     path = tmp_path / "a.txt"
-    cts.write_atomic(path, "old")
-    cts.write_atomic(path, "new")
+    write_atomic(path, "old")
+    write_atomic(path, "new")
     assert path.read_text() == "new"
     with pytest.raises(UnicodeEncodeError):
-        cts.write_atomic(path, "half a pair: \ud800")
+        write_atomic(path, "half a pair: \ud800")
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["a.txt"]
 
@@ -125,16 +144,16 @@ def test_read_replay_refuses_no_file_empty_file_and_bytes(tmp_path):
     for content in (None, b"", b"\n", b"\xff\xfe"):
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(cts.InputError, match=re.escape(str(path)) + r".*teacher\.py"):
-            cts.read_replay(path)
+        with pytest.raises(InputError, match=re.escape(str(path)) + r".*teacher\.py"):
+            read_replay(path)
 
 
 def test_load_replay_names_the_missing_split(tmp_path):
     """A named replay directory without its test split is an error and makes nothing."""
     for split in ("train", "val"):
-        cts.write_replay(tmp_path / f"{split}.jsonl", [quad()])
-    with pytest.raises(cts.InputError, match=r"test\.jsonl is missing"):
-        cts.load_replay("fixtures_math", str(tmp_path), None)
+        write_replay(tmp_path / f"{split}.jsonl", [quad()])
+    with pytest.raises(InputError, match=r"test\.jsonl is missing"):
+        load_replay("fixtures_math", str(tmp_path), None)
     assert sorted(os.listdir(tmp_path)) == ["train.jsonl", "val.jsonl"]
 
 
@@ -146,7 +165,7 @@ def test_replay_report_by_hand():
         quad(f="The 5 is wrong.", meta={**META, "error_tags": ["local_arithmetic", "missing_case"]}),
         quad(f="The 15 is wrong."),
     ]
-    assert cts.replay_report(rows) == {
+    assert replay_report(rows) == {
         "quadruples": 4, "leak_rate": 0.5, "tags": {"local_arithmetic": 3, "missing_case": 1}, "horizons": {2: 3, 3: 1},
     }  # fmt: skip
 
@@ -154,21 +173,21 @@ def test_replay_report_by_hand():
 # ---- splits ----
 def test_salted_hash_is_pinned():
     """The split of a problem must never change between versions: pinned values."""
-    assert [cts.salted_bucket(x) for x in ("How many?", "Tom has 3 pens.", "a", "b")] == [40, 41, 77, 68]
-    assert cts.salted_bucket("  how\nMANY? ") == 40
+    assert [salted_bucket(x) for x in ("How many?", "Tom has 3 pens.", "a", "b")] == [40, 41, 77, 68]
+    assert salted_bucket("  how\nMANY? ") == 40
 
 
-def problem(i: int, split: str | None) -> cts.Problem:
-    return cts.Problem(f"own/{i}", f"Problem number {i}?", "#### 1", "1", split)
+def problem(i: int, split: str | None) -> Problem:
+    return Problem(f"own/{i}", f"Problem number {i}?", "#### 1", "1", split)
 
 
 def test_splits_are_70_10_20_and_a_source_keeps_its_test():
     """Shares of 4,000 problems within four standard errors; test stays test, val is a tenth of train."""
-    own = [cts.assign_split(problem(i, None)) for i in range(4000)]
+    own = [assign_split(problem(i, None)) for i in range(4000)]
     for split, share in (("train", 0.7), ("val", 0.1), ("test", 0.2)):
         assert abs(own.count(split) / 4000 - share) < 4 * (share * (1 - share) / 4000) ** 0.5
-    assert {cts.assign_split(problem(i, "test")) for i in range(500)} == {"test"}
-    train = [cts.assign_split(problem(i, "train")) for i in range(4000)]
+    assert {assign_split(problem(i, "test")) for i in range(500)} == {"test"}
+    train = [assign_split(problem(i, "train")) for i in range(4000)]
     assert set(train) == {"train", "val"}
     assert abs(train.count("val") / 4000 - 0.1) < 0.02
 
@@ -176,28 +195,28 @@ def test_splits_are_70_10_20_and_a_source_keeps_its_test():
 def test_leakage_is_found_whatever_the_case_and_spaces():
     """The same text in two splits is refused and both problems are named; twice in one split is fine."""
     other = quad(x=" what IS  7+3?", meta={**META, "task_id": "own/other"})
-    cts.check_leakage({"train": [quad(1), quad(1)], "val": [quad(2)], "test": [quad(3)]})
-    with pytest.raises(cts.InputError, match=r"leakage: problem own/other of split test is also own/1 of split train"):
-        cts.check_leakage({"train": [quad(1), quad(7)], "val": [quad(2)], "test": [quad(3), other]})
+    check_leakage({"train": [quad(1), quad(1)], "val": [quad(2)], "test": [quad(3)]})
+    with pytest.raises(InputError, match=r"leakage: problem own/other of split test is also own/1 of split train"):
+        check_leakage({"train": [quad(1), quad(7)], "val": [quad(2)], "test": [quad(3), other]})
 
 
 # ---- sources ----
 @pytest.fixture(scope="module")
-def fixtures() -> list[cts.Problem]:
-    return cts.fixtures_math(size=2000)
+def fixtures() -> list[Problem]:
+    return fixtures_math(size=2000)
 
 
 def test_fixtures_math(fixtures):
     """Deterministic, unique, horizons 2 to 8, small numbers, and every reference passes the verifier."""
-    assert fixtures[:300] == cts.fixtures_math(size=300)
-    assert fixtures[:50] != cts.fixtures_math(seed=1, size=50)
-    assert len({cts.normalize_x(p.x) for p in fixtures}) == len({p.task_id for p in fixtures}) == 2000
+    assert fixtures[:300] == fixtures_math(size=300)
+    assert fixtures[:50] != fixtures_math(seed=1, size=50)
+    assert len({normalize_x(p.x) for p in fixtures}) == len({p.task_id for p in fixtures}) == 2000
     assert {len(p.reference.split("\n")) - 1 for p in fixtures} == set(range(2, 9))
     assert {p.split for p in fixtures} == {None}
     for p in fixtures:
         assert max(int(n) for n in re.findall(r"\d+", p.x + p.reference)) <= 100
-        assert cts.score_math(p.reference, p.answer) == 1
-        assert cts.process_score(p.reference, p.reference) == 1
+        assert score_math(p.reference, p.answer) == 1
+        assert process_score(p.reference, p.reference) == 1
 
 
 def test_fixtures_math_arithmetic_by_python(fixtures):
@@ -224,10 +243,10 @@ def test_gsm8k_from_files(tmp_path):
         {"question": "Half\u2028of 5?", "answer": "#### 2.50\n"},
     ]
     path = gsm8k_dir(tmp_path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-    assert cts.get_task("gsm8k").load(path) == [
-        cts.Problem("gsm8k/train/00000", "How many?", "She has <<600*2=1200>>1,200.\n#### 1,200", "1200", "train"),
-        cts.Problem("gsm8k/train/00001", "Half\u2028of 5?", "#### 2.50", "2.5", "train"),
-        cts.Problem("gsm8k/test/00000", "q", "#### 1", "1", "test"),
+    assert get_task("gsm8k").load(path) == [
+        Problem("gsm8k/train/00000", "How many?", "She has <<600*2=1200>>1,200.\n#### 1,200", "1200", "train"),
+        Problem("gsm8k/train/00001", "Half\u2028of 5?", "#### 2.50", "2.5", "train"),
+        Problem("gsm8k/test/00000", "q", "#### 1", "1", "test"),
     ]
 
 
@@ -252,26 +271,26 @@ GOOD_ROW = '{"question": "q", "answer": "#### 1"}\n'
 )
 def test_gsm8k_errors(tmp_path, train, message):
     """Bad source files: file or split, line, field."""
-    with pytest.raises(cts.InputError, match=message):
-        cts.gsm8k(gsm8k_dir(tmp_path, train))
+    with pytest.raises(InputError, match=message):
+        gsm8k(gsm8k_dir(tmp_path, train))
 
 
 def test_gsm8k_missing_or_unreadable_file(tmp_path):
     """The message names the file and the flag."""
-    with pytest.raises(cts.InputError, match=r"train\.jsonl.*--data_dir"):
-        cts.gsm8k(str(tmp_path))
+    with pytest.raises(InputError, match=r"train\.jsonl.*--data_dir"):
+        gsm8k(str(tmp_path))
     (tmp_path / "a" / "train.jsonl").mkdir(parents=True)
-    with pytest.raises(cts.InputError, match=r"train\.jsonl.*--data_dir"):
-        cts.gsm8k(str(tmp_path / "a"))
+    with pytest.raises(InputError, match=r"train\.jsonl.*--data_dir"):
+        gsm8k(str(tmp_path / "a"))
     (tmp_path / "train.jsonl").write_bytes(b'{"question": "\xff", "answer": "#### 1"}\n')
-    with pytest.raises(cts.InputError, match=r"train\.jsonl"):
-        cts.gsm8k(str(tmp_path))
+    with pytest.raises(InputError, match=r"train\.jsonl"):
+        gsm8k(str(tmp_path))
 
 
 def test_unknown_task():
     """The flag, the name and the choices."""
-    with pytest.raises(cts.InputError, match=r"--task chess: unknown; .*fixtures_math.*gsm8k"):
-        cts.get_task("chess")
+    with pytest.raises(InputError, match=r"--task chess: unknown; .*fixtures_math.*gsm8k"):
+        get_task("chess")
 
 
 # ---- tokenizer ----
@@ -293,11 +312,11 @@ ODD = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer() -> cts.Tokenizer:
-    return cts.train_tokenizer(TEXTS * 3, 330)
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(TEXTS * 3, 330)
 
 
-def token_bytes(tokenizer: cts.Tokenizer, ids: list[int]) -> list[bytes]:
+def token_bytes(tokenizer: Tokenizer, ids: list[int]) -> list[bytes]:
     """Bytes of each token by GPT-2's byte table, written out anew."""
     keep = [*range(33, 127), *range(161, 173), *range(174, 256)]
     table = {chr(b): b for b in keep} | {chr(256 + i): b for i, b in enumerate(b for b in range(256) if b not in keep)}
@@ -351,7 +370,7 @@ def test_overlap_against_a_walk_over_bytes(tokenizer, text):
 
 def test_overlap_worked_example(tokenizer):
     """The docstring's: tokens "ab", "c d", "e" of "abc de" - here with bytes for tokens, and no spans at all."""
-    one = cts.train_tokenizer(["x"], 258)  # only bytes
+    one = train_tokenizer(["x"], 258)  # only bytes
     expected = [[1, 1, 1, 0, 0, 0], [0, 0, 0, 0, 0, 1]]
     assert one.overlap(one.encode("abc de"), "abc de", [(0, 3), (5, 6)]).tolist() == expected
     assert one.overlap(one.encode("abc"), "abc", []).shape == (0, 3)
@@ -375,8 +394,8 @@ def test_overlap_after_invalid_bytes(tokenizer):
 
 def test_training_is_deterministic(tokenizer):
     """The same texts give the same tokenizer, other texts another one."""
-    assert cts.train_tokenizer(TEXTS * 3, 330).sha256() == tokenizer.sha256()
-    assert cts.train_tokenizer(TEXTS[:1] * 3, 270).sha256() != tokenizer.sha256()
+    assert train_tokenizer(TEXTS * 3, 330).sha256() == tokenizer.sha256()
+    assert train_tokenizer(TEXTS[:1] * 3, 270).sha256() != tokenizer.sha256()
     assert tokenizer.vocab_size == 330
     assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 1)
 
@@ -384,11 +403,11 @@ def test_training_is_deterministic(tokenizer):
 # ---- packing ----
 def test_right_pad_and_length_mask():
     """By hand: cut, padded, empty."""
-    tokens, lengths = cts.right_pad([[5, 6], [7, 8, 9, 1], []], 3, 4)
+    tokens, lengths = right_pad([[5, 6], [7, 8, 9, 1], []], 3, 4)
     assert tokens.tolist() == [[5, 6, 4], [7, 8, 9], [4, 4, 4]]
     assert lengths.tolist() == [2, 3, 0]
     assert tokens.dtype == lengths.dtype == np.int32
-    mask = cts.length_mask(lengths, 4)
+    mask = length_mask(lengths, 4)
     assert mask.tolist() == [[1, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 0]]
     assert mask.dtype == np.float32
 
@@ -397,12 +416,12 @@ def test_pack_prompts_and_answers(tokenizer):
     """Prompts stand whole at the left; one that does not fit is refused. Answers end with the end token."""
     ids = [tokenizer.encode(t) for t in TEXTS]
     width = max(map(len, ids))
-    batch = cts.pack_prompts(tokenizer, TEXTS, width)
+    batch = pack_prompts(tokenizer, TEXTS, width)
     assert batch["prompt_len"].tolist() == [len(i) for i in ids]
     assert [row[:n].tolist() for row, n in zip(batch["prompt"], batch["prompt_len"])] == ids
-    with pytest.raises(cts.InputError, match=rf"{width} tokens does not fit .* {width - 1}"):
-        cts.pack_prompts(tokenizer, TEXTS, width - 1)
-    tokens, lengths = cts.pack_answers(tokenizer, ["", TEXTS[0]], len(ids[0]))
+    with pytest.raises(InputError, match=rf"{width} tokens does not fit .* {width - 1}"):
+        pack_prompts(tokenizer, TEXTS, width - 1)
+    tokens, lengths = pack_answers(tokenizer, ["", TEXTS[0]], len(ids[0]))
     assert lengths.tolist() == [1, len(ids[0])]  # the second is cut: its end token has no room
     assert tokens[0, 0] == tokenizer.eos_id
     assert tokens[1].tolist() == ids[0]
@@ -412,23 +431,23 @@ def test_prompt_shape(tokenizer):
     """A multiple of 16 that holds the longest; over the limit, the message names the problem and the flag."""
     lengths = [len(tokenizer.encode(t)) for t in TEXTS]
     names, longest = ["own/a", "own/b", "own/c"], max(lengths)
-    width = cts.prompt_shape(tokenizer, TEXTS, names, longest)
+    width = prompt_shape(tokenizer, TEXTS, names, longest)
     assert width % 16 == 0
     assert longest <= width < longest + 16
     culprit = names[lengths.index(longest)]
-    with pytest.raises(cts.InputError, match=rf"{culprit} has {longest} tokens.*--max_prompt_tokens {longest - 1}"):
-        cts.prompt_shape(tokenizer, TEXTS, names, longest - 1)
+    with pytest.raises(InputError, match=rf"{culprit} has {longest} tokens.*--max_prompt_tokens {longest - 1}"):
+        prompt_shape(tokenizer, TEXTS, names, longest - 1)
 
 
 def test_pack_documents_worked_example():
     """The docstring's numbers, and a document that is cut."""
-    tokens, segments, weights = cts.pack_documents([([1, 2], [3]), ([4], [5])], 6, 0, 0.0)
+    tokens, segments, weights = pack_documents([([1, 2], [3]), ([4], [5])], 6, 0, 0.0)
     assert (tokens.tolist(), segments.tolist(), weights.tolist()) == (
         [[1, 2, 3, 4, 5, 0]],
         [[1, 1, 1, 2, 2, 0]],
         [[0, 0, 1, 0, 1, 0]],
     )
-    tokens, segments, weights = cts.pack_documents([([1, 2, 3], [4, 5])], 4, 0, 0.5)
+    tokens, segments, weights = pack_documents([([1, 2, 3], [4, 5])], 4, 0, 0.5)
     assert (tokens.tolist(), segments.tolist(), weights.tolist()) == (
         [[1, 2, 3, 4]],
         [[1, 1, 1, 1]],
@@ -443,7 +462,7 @@ def test_pack_documents_keeps_every_token_once():
         n, m = (int(v) for v in rng.integers(1, 15, 2))
         documents.append((list(range(next_id, next_id + n)), list(range(next_id + n, next_id + n + m))))
         next_id += n + m
-    tokens, segments, weights = cts.pack_documents(documents, 40, 0, 0.25)
+    tokens, segments, weights = pack_documents(documents, 40, 0, 0.25)
     assert tokens.shape == segments.shape == weights.shape == (len(tokens), 40)
     found = []
     for row, segment, weight in zip(tokens, segments, weights):
@@ -465,38 +484,38 @@ def test_base_documents(tokenizer):
     quads = [quad(x=f"Problem {i}?" + " so" * (10 * (i % 7)), f=f"critique {i}") for i in range(40)]
     left_out, prose = [], []
     for epoch in range(2):
-        documents = cts.base_documents(tokenizer, quads, epoch)
+        documents = base_documents(tokenizer, quads, epoch)
         prompts = tokenizer.decode([p for p, _ in documents])
         answers = dict(zip(prompts, tokenizer.decode([a for _, a in documents])))
         assert all(a[-1] == tokenizer.eos_id for _, a in documents)
         prose.append(np.mean(["The answer is" in a for a in answers.values()]))
         solution = ROW["y1"].split("####")[0]
         for q in quads:
-            assert answers[cts.attempt_prompt(q.x)].startswith(solution)
-            with_f, without = (answers.get(cts.revise_prompt(q.x, q.y0, f)) for f in (q.f, ""))
+            assert answers[attempt_prompt(q.x)].startswith(solution)
+            with_f, without = (answers.get(revise_prompt(q.x, q.y0, f)) for f in (q.f, ""))
             assert with_f.startswith(solution) if with_f else without in ("#### 6", "The answer is 6.")
-        without_f = [i for i, q in enumerate(quads) if cts.revise_prompt(q.x, q.y0, "") in prompts]
-        wanted = [cts.attempt_prompt(q.x) for q in quads]
-        wanted += [cts.revise_prompt(q.x, q.y0, "" if i in without_f else q.f) for i, q in enumerate(quads)]
+        without_f = [i for i, q in enumerate(quads) if revise_prompt(q.x, q.y0, "") in prompts]
+        wanted = [attempt_prompt(q.x) for q in quads]
+        wanted += [revise_prompt(q.x, q.y0, "" if i in without_f else q.f) for i, q in enumerate(quads)]
         assert sorted(prompts) == sorted(wanted)
         assert len(without_f) == 20
         left_out += without_f
         lengths = [len(p) for p, _ in documents]
         by_length = np.corrcoef(np.arange(80), lengths)[0, 1]
         assert by_length > 0.5 if epoch == 0 else abs(by_length) < 0.4  # short first, then shuffled
-        assert documents == cts.base_documents(tokenizer, quads, epoch)
+        assert documents == base_documents(tokenizer, quads, epoch)
     assert sorted(left_out) == list(range(40))
-    assert abs(np.mean(prose) - cts.BASE_PROSE[1]) < 0.1  # all of these open with a P
+    assert abs(np.mean(prose) - BASE_PROSE[1]) < 0.1  # all of these open with a P
 
 
 @pytest.mark.parametrize(("n", "batch"), [(10, 4), (7, 7), (5, 12), (64, 1)])
 def test_data_indices(n, batch):
     """Every epoch is a permutation; the rows of a step depend on (seed, step) alone."""
-    steps = [cts.data_indices(n, batch, 3, step) for step in range(3 * n)]
+    steps = [data_indices(n, batch, 3, step) for step in range(3 * n)]
     rows = np.concatenate(steps)
     epochs = rows[: len(rows) // n * n].reshape(-1, n)
     assert (np.sort(epochs, axis=1) == np.arange(n)).all()
     assert len({tuple(e) for e in epochs[:3]}) == 3  # fresh orders
     for step in (2 * n, 5, 0):  # asked in any order
-        np.testing.assert_array_equal(cts.data_indices(n, batch, 3, step), steps[step])
-    assert any((cts.data_indices(n, batch, 4, step) != steps[step]).any() for step in range(n))
+        np.testing.assert_array_equal(data_indices(n, batch, 3, step), steps[step])
+    assert any((data_indices(n, batch, 4, step) != steps[step]).any() for step in range(n))

@@ -10,16 +10,18 @@ import sys
 import pytest
 import tiny
 
-import cts_common as cts
 import teacher
+from common.basics import InputError
+from common.hosts import by_host, start_hosts
+from common.report import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 FLAGS = {**tiny.FLAGS, "prompts": 8, "group": 2, "save_every": 1}
 PROGRAM = """
-import functools, json, sys
+import jax, json, sys
 sys.path.insert(0, "tests")
 import b5_cts, cts_common as cts, tiny
-tiny.install(functools.partial(setattr, cts))
+tiny.install(setattr, dict.__setitem__)
 hosts, flags = json.loads(sys.argv[1])
 cts.start_hosts(hosts)
 if sys.argv[2:]:  # kill it as a scheduler would, once a checkpoint is there
@@ -27,7 +29,7 @@ if sys.argv[2:]:  # kill it as a scheduler would, once a checkpoint is there
     save = cts.Run.save
     def save_then_stop(run, step, *rest):
         save(run, step, *rest)
-        if step == 1 and cts.jax.process_index() == int(sys.argv[2]):
+        if step == 1 and jax.process_index() == int(sys.argv[2]):
             os.kill(os.getpid(), signal.SIGTERM)
     cts.Run.save = save_then_stop
 b5_cts.main(b5_cts.Args(**flags))
@@ -69,7 +71,7 @@ def finish(*processes, code=0):
 
 def metrics(space, out):
     (directory,) = (space / out).glob("b5_cts__*")
-    return cts.read_metrics(directory), directory
+    return read_metrics(directory), directory
 
 
 def assert_same(space, a, b):
@@ -129,12 +131,12 @@ def test_a_checkpoint_moves_to_another_mesh(space, one):
 
 
 def test_hosts_flag_is_checked():
-    with pytest.raises(cts.InputError, match="--hosts here: expected auto or ADDRESS:PORT,COUNT,INDEX"):
-        cts.start_hosts("here")
+    with pytest.raises(InputError, match="--hosts here: expected auto or ADDRESS:PORT,COUNT,INDEX"):
+        start_hosts("here")
 
 
 def test_by_host_scores_every_text_once():
     calls = []
     score = lambda texts, quads: calls.extend(zip(texts, quads)) or [float(text) for text in texts]
-    assert cts.by_host(score, ["1", "2", "3", "4"], ["a", "b"]).tolist() == [[1, 2], [3, 4]]
+    assert by_host(score, ["1", "2", "3", "4"], ["a", "b"]).tolist() == [[1, 2], [3, 4]]
     assert calls == [("1", "a"), ("2", "a"), ("3", "b"), ("4", "b")]

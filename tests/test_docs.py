@@ -35,7 +35,7 @@ def test_a_reference_that_fits_no_line_or_several_is_an_error():
 
 def test_every_logged_metric_is_explained_and_none_else():
     """Keys as they stand in the scripts and the common module."""
-    text = "".join((ROOT / name).read_text() for name in [*SCRIPTS, "cts_common.py"])
+    text = "".join(path.read_text() for path in [*(ROOT / name for name in SCRIPTS), *ROOT.glob("common/*.py")])
     logged = set(re.findall(r'"((?:charts|losses|rollout|time)/\w+)"', text))
     logged |= {f"time/{part}" for part in re.findall(r'clock\.mark\("(\w+)"\)', text)} | {"time/step"}
     logged |= {f"losses/{name}_loss" for name in ("align", "decode", "energy")}

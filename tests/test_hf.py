@@ -20,34 +20,41 @@ import tokenizers
 from flax import nnx
 from huggingface_hub.errors import HFValidationError
 
-import cts_common as cts
+from common.base import fetch_model
+from common.basics import InputError
+from common.batches import right_pad
+from common.chat import load_hf_tokenizer
+from common.checkpoints import load_hf_weights, read_hf_config, save_hf
+from common.hosts import make_mesh
+from common.model import Decoder, ModelConfig, Reading, last_tokens, leaf_names
+from common.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 MODELS = ("qwen2", "qwen3", "qwen3_tied", "llama3", "smollm2")
 LIMIT = 2e-4  # of logits against transformers, both in float32
 IDS = json.loads((GOLDEN / "ids.json").read_text(encoding="utf-8"))
-NANO = cts.ModelConfig(vocab_size=280, d_model=12, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=10)
+NANO = ModelConfig(vocab_size=280, d_model=12, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=10)
 
 
 @functools.cache
 def mesh():
-    return cts.make_mesh("auto")
+    return make_mesh("auto")
 
 
 @functools.cache
 def loaded(name: str):
     """(config, parameters) of a golden checkpoint."""
-    cfg = cts.read_hf_config(GOLDEN / name)
-    return cfg, cts.load_hf_weights(GOLDEN / name, cfg, mesh())
+    cfg = read_hf_config(GOLDEN / name)
+    return cfg, load_hf_weights(GOLDEN / name, cfg, mesh())
 
 
 @functools.cache
 def nano():
     """(config, parameters, tokenizer) of a random nano model."""
-    tokenizer = cts.train_tokenizer([text for text, _ in IDS["qwen2"]], 280)
+    tokenizer = train_tokenizer([text for text, _ in IDS["qwen2"]], 280)
     cfg = dataclasses.replace(NANO, vocab_size=tokenizer.vocab_size)
-    return cfg, nnx.state(cts.Decoder(cfg, nnx.Rngs(0)), nnx.Param), tokenizer
+    return cfg, nnx.state(Decoder(cfg, nnx.Rngs(0)), nnx.Param), tokenizer
 
 
 @pytest.fixture
@@ -74,7 +81,7 @@ def rewrite(path: pathlib.Path, change) -> None:
 
 def refused(call, *words: str) -> str:
     """The message of the InputError that `call` raises: one line that has all the words."""
-    with pytest.raises(cts.InputError) as e:
+    with pytest.raises(InputError) as e:
         call()
     message = str(e.value)
     assert "\n" not in message
@@ -84,7 +91,7 @@ def refused(call, *words: str) -> str:
 
 
 def assert_equal_trees(a, b) -> None:
-    a, b = cts.leaf_names(a), cts.leaf_names(b)
+    a, b = leaf_names(a), leaf_names(b)
     assert a.keys() == b.keys()
     for name in a:
         np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), err_msg=name)
@@ -99,17 +106,17 @@ def our_logits(name: str):
     """Logits of the golden rows three ways: whole rows by `prefill`, completions by `__call__`, by `decode` steps."""
     cfg, params = loaded(name)
     golden = np.load(GOLDEN / name / "golden.npz")
-    graphdef = nnx.split(nnx.eval_shape(lambda: cts.Decoder(cfg, nnx.Rngs(0))), nnx.Param)[0]
+    graphdef = nnx.split(nnx.eval_shape(lambda: Decoder(cfg, nnx.Rngs(0))), nnx.Param)[0]
     rows, len_B = golden["right"].astype(np.int32), golden["lengths"].astype(np.int32)
-    prompts, prompt_len = cts.right_pad([row[:n] for row, n in zip(rows.tolist(), PROMPTS)], max(PROMPTS), 0)
-    tokens_MT, _ = cts.right_pad([row[n:k] for row, n, k in zip(rows.tolist(), PROMPTS, len_B)], T, 0)
+    prompts, prompt_len = right_pad([row[:n] for row, n in zip(rows.tolist(), PROMPTS)], max(PROMPTS), 0)
+    tokens_MT, _ = right_pad([row[n:k] for row, n, k in zip(rows.tolist(), PROMPTS, len_B)], T, 0)
 
     @jax.jit
     def run(params):
         model = nnx.merge(graphdef, params)
         to_logits = lambda hidden: jnp.einsum("...D,VD->...V", hidden, model.head_VD())
         prefix, _ = model.prefill(prompts, prompt_len)
-        last_B = cts.last_tokens(prompts, prompt_len)
+        last_B = last_tokens(prompts, prompt_len)
         layers = model.unstack(prefix)
         inputs_TM = jnp.concatenate([last_B[:, None], tokens_MT[:, :-1]], 1).T
 
@@ -119,7 +126,7 @@ def our_logits(name: str):
             return (t + 1, cache), hidden_MD
 
         _, hidden_TMD = jax.lax.scan(step, (0, model.new_cache(len(rows), T)), inputs_TM)
-        whole, ((_, call),) = model.prefill(rows, len_B)[1], model([cts.Reading(prompts, prompt_len, [tokens_MT])])
+        whole, ((_, call),) = model.prefill(rows, len_B)[1], model([Reading(prompts, prompt_len, [tokens_MT])])
         return to_logits(whole), to_logits(call), to_logits(hidden_TMD.swapaxes(0, 1))
 
     return golden, len_B, [np.asarray(a) for a in run(params)]
@@ -150,32 +157,32 @@ def test_logits_of_completions_equal_transformers(name, path):
 def test_config_of_each_family():
     """Both spellings of RoPE, defaults of absent fields, tied and untied."""
     small = dict(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24, remat=True)
-    llama = cts.ModelConfig(
+    llama = ModelConfig(
         320, **small, head_dim=8, rope_theta=100.0, rope_scaling=(8.0, 1.0, 4.0, 32), norm_eps=1e-5, qk_norm=False,
         tie_embeddings=False,
     )  # fmt: skip
-    assert cts.read_hf_config(GOLDEN / "llama3") == llama
-    qwen2 = cts.ModelConfig(320, **small, head_dim=4, rope_theta=1e6, norm_eps=1e-6, qk_norm=False, qkv_bias=True)
-    assert cts.read_hf_config(GOLDEN / "qwen2") == qwen2
-    qwen3 = cts.ModelConfig(64, **small, head_dim=8, rope_theta=1e6, norm_eps=1e-6, tie_embeddings=False)
-    assert cts.read_hf_config(GOLDEN / "qwen3") == qwen3
-    smollm = cts.ModelConfig(64, **small, head_dim=4, rope_theta=1e5, norm_eps=1e-5, qk_norm=False)
-    assert cts.read_hf_config(GOLDEN / "smollm2") == smollm
+    assert read_hf_config(GOLDEN / "llama3") == llama
+    qwen2 = ModelConfig(320, **small, head_dim=4, rope_theta=1e6, norm_eps=1e-6, qk_norm=False, qkv_bias=True)
+    assert read_hf_config(GOLDEN / "qwen2") == qwen2
+    qwen3 = ModelConfig(64, **small, head_dim=8, rope_theta=1e6, norm_eps=1e-6, tie_embeddings=False)
+    assert read_hf_config(GOLDEN / "qwen3") == qwen3
+    smollm = ModelConfig(64, **small, head_dim=4, rope_theta=1e5, norm_eps=1e-5, qk_norm=False)
+    assert read_hf_config(GOLDEN / "smollm2") == smollm
 
 
 def test_config_new_and_old_spelling_agree(copy):
-    old = cts.read_hf_config(GOLDEN / "llama3")
+    old = read_hf_config(GOLDEN / "llama3")
     directory = copy("llama3")
     rope = json.loads((directory / "config.json").read_text())["rope_scaling"]
     edit(directory / "config.json", drop=("rope_theta", "rope_scaling"), rope_parameters={**rope, "rope_theta": 100.0})
-    assert cts.read_hf_config(directory) == old
+    assert read_hf_config(directory) == old
     del rope["original_max_position_embeddings"]  # transformers then takes max_position_embeddings
     edit(directory / "config.json", rope_parameters={**rope, "rope_theta": 100})
-    assert cts.read_hf_config(directory) == dataclasses.replace(old, rope_scaling=(8.0, 1.0, 4.0, 256))
+    assert read_hf_config(directory) == dataclasses.replace(old, rope_scaling=(8.0, 1.0, 4.0, 256))
     edit(directory / "config.json", rope_parameters={"type": "default", "rope_theta": None})
-    assert cts.read_hf_config(directory) == dataclasses.replace(old, rope_scaling=None, rope_theta=1e4)
+    assert read_hf_config(directory) == dataclasses.replace(old, rope_scaling=None, rope_theta=1e4)
     edit(directory / "config.json", drop=("num_key_value_heads", "tie_word_embeddings", "rope_parameters"))
-    bare = cts.read_hf_config(directory)
+    bare = read_hf_config(directory)
     assert (bare.n_kv_heads, bare.tie_embeddings, bare.rope_theta) == (4, False, 1e4)
 
 
@@ -229,8 +236,8 @@ REAL = {  # config.json as published, and the number of parameters
 def test_published_configs_are_read(tmp_path, name):
     count, config = REAL[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    cfg = cts.read_hf_config(tmp_path)
-    shapes = nnx.eval_shape(lambda: nnx.state(cts.Decoder(cfg, nnx.Rngs(0)), nnx.Param))
+    cfg = read_hf_config(tmp_path)
+    shapes = nnx.eval_shape(lambda: nnx.state(Decoder(cfg, nnx.Rngs(0)), nnx.Param))
     assert sum(a.size for a in jax.tree.leaves(shapes)) == count
 
 
@@ -284,20 +291,20 @@ def test_config_refuses(copy, name, changes, word):
     """Each field that the decoder would get wrong is refused by name, in the file's name."""
     directory = copy(name)
     edit(directory / "config.json", **changes)
-    refused(lambda: cts.read_hf_config(directory), str(directory / "config.json"), word)
+    refused(lambda: read_hf_config(directory), str(directory / "config.json"), word)
 
 
 def test_config_takes_null_and_harmless_fields(copy):
     directory = copy("qwen2")
     edit(directory / "config.json", quantization_config=None, num_experts=None, use_cache=False, attention_dropout=0.1)
-    assert cts.read_hf_config(directory) == cts.read_hf_config(GOLDEN / "qwen2")
+    assert read_hf_config(directory) == read_hf_config(GOLDEN / "qwen2")
 
 
 @pytest.mark.parametrize("text", [None, "{", "[1]", "\x00"])
 def test_config_missing_or_malformed(tmp_path, text):
     if text is not None:
         (tmp_path / "config.json").write_text(text)
-    refused(lambda: cts.read_hf_config(tmp_path), str(tmp_path / "config.json"))
+    refused(lambda: read_hf_config(tmp_path), str(tmp_path / "config.json"))
 
 
 # ---- weights ------------------------------------------------------------------------------------------------------
@@ -305,7 +312,7 @@ def test_weights_are_float32_of_the_stored_values():
     """bfloat16, float16 and sharded float32 files; linear weights are transposed, heads taken apart."""
     for name in MODELS:
         cfg, params = loaded(name)
-        leaves = cts.leaf_names(params)
+        leaves = leaf_names(params)
         stored = {
             k: v for f in (GOLDEN / name).glob("*.safetensors") for k, v in safetensors.numpy.load_file(f).items()
         }
@@ -326,20 +333,22 @@ def test_weights_are_float32_of_the_stored_values():
 
 
 def digest(params) -> str:
-    leaves = cts.leaf_names(params).values()
+    leaves = leaf_names(params).values()
     return hashlib.sha256(b"".join(np.ascontiguousarray(a).tobytes() for a in leaves)).hexdigest()
 
 
 SHARDED_DRIVER = """
 import pathlib, sys
-import cts_common as cts
 sys.path.insert(0, "tests")
 from test_hf import digest
-mesh = cts.make_mesh("2,2")
+from common.checkpoints import load_hf_weights, read_hf_config
+from common.hosts import make_mesh, shard_rule
+from common.model import leaf_names
+mesh = make_mesh("2,2")
 for name in sys.argv[2:]:
     directory = pathlib.Path(sys.argv[1]) / name
-    params = cts.load_hf_weights(directory, cts.read_hf_config(directory), mesh)
-    leaves, wanted = cts.leaf_names(params), cts.leaf_names(cts.shard_rule(mesh, params))
+    params = load_hf_weights(directory, read_hf_config(directory), mesh)
+    leaves, wanted = leaf_names(params), leaf_names(shard_rule(mesh, params))
     assert all(a.sharding.is_equivalent_to(wanted[n], a.ndim) for n, a in leaves.items())
     cut = sorted(n for n, a in leaves.items() if a.addressable_shards[0].data.size < a.size)
     print(name, digest(params), ",".join(cut))
@@ -362,7 +371,7 @@ def test_sharded_load_equals_unsharded():
 
 
 def load(directory: pathlib.Path):
-    return cts.load_hf_weights(directory, cts.read_hf_config(directory), mesh())
+    return load_hf_weights(directory, read_hf_config(directory), mesh())
 
 
 def test_weights_refuse_missing_tensor(copy):
@@ -439,12 +448,12 @@ def test_weights_tolerate_rotary_buffers_and_a_copied_head(copy):
 
 
 # ---- tokenizer ----------------------------------------------------------------------------------------------------
-def load_tokenizer(directory: pathlib.Path) -> cts.Tokenizer:
-    return cts.load_hf_tokenizer(directory, cts.read_hf_config(directory).vocab_size)
+def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
+    return load_hf_tokenizer(directory, read_hf_config(directory).vocab_size)
 
 
 @functools.cache
-def qwen() -> cts.Tokenizer:
+def qwen() -> Tokenizer:
     return load_tokenizer(GOLDEN / "qwen2")
 
 
@@ -621,7 +630,7 @@ def test_tokenizer_refuses_other_kinds(copy, make, word):
 def test_tokenizer_refuses_bad_files(copy):
     directory = copy("qwen2")
     path = directory / "tokenizer.json"
-    refused(lambda: cts.load_hf_tokenizer(directory, 281), str(path), "vocab_size 281")
+    refused(lambda: load_hf_tokenizer(directory, 281), str(path), "vocab_size 281")
     edit(directory / "generation_config.json", eos_token_id=320)
     refused(lambda: load_tokenizer(directory), str(directory / "generation_config.json"), "eos_token_id 320")
     edit(directory / "generation_config.json", eos_token_id=281)
@@ -655,14 +664,14 @@ def test_tokenizer_drops_padding_and_truncation(copy):
 # ---- fetching -----------------------------------------------------------------------------------------------------
 def test_fetch_uses_a_directory_as_it_is(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("not to be called"))
-    assert cts.fetch_model(str(GOLDEN / "qwen2")) == GOLDEN / "qwen2"
+    assert fetch_model(str(GOLDEN / "qwen2")) == GOLDEN / "qwen2"
 
 
 def test_fetch_downloads_configs_and_safetensors_only(monkeypatch, tmp_path):
     calls = []
     fake = lambda name, allow_patterns: calls.append((name, allow_patterns)) or str(tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
-    assert cts.fetch_model("org/model") == tmp_path
+    assert fetch_model("org/model") == tmp_path
     assert calls == [("org/model", ["*.json", "*.safetensors", "*.jinja"])]
 
 
@@ -672,7 +681,7 @@ def test_fetch_failure_is_one_line(monkeypatch, error):
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    refused(lambda: cts.fetch_model("org/none"), "--model org/none", "HF_TOKEN")
+    refused(lambda: fetch_model("org/none"), "--model org/none", "HF_TOKEN")
 
 
 # ---- writing ------------------------------------------------------------------------------------------------------
@@ -681,12 +690,12 @@ def test_round_trip_is_exact(tmp_path, name):
     """load -> save_hf -> load: the same bits, in one file and in many; configuration and tokenizer files go along."""
     cfg, params = loaded(name)
     source, out = GOLDEN / name, tmp_path / "new" / "out"
-    cts.save_hf(out, cfg, params, qwen(), source)
+    save_hf(out, cfg, params, qwen(), source)
     names = {path.name for path in out.iterdir()}
     kept = {path.name for path in source.glob("*.json")} - {"model.safetensors.index.json"}
     assert names == {"model.safetensors", *kept}
-    assert cts.read_hf_config(out) == cfg
-    assert_equal_trees(cts.load_hf_weights(out, cfg, mesh()), params)
+    assert read_hf_config(out) == cfg
+    assert_equal_trees(load_hf_weights(out, cfg, mesh()), params)
     config = json.loads((out / "config.json").read_text())
     assert config.get("dtype", config.get("torch_dtype")) == "float32"
     for file in kept - {"config.json"}:
@@ -695,7 +704,7 @@ def test_round_trip_is_exact(tmp_path, name):
         assert load_tokenizer(out).sha256() == load_tokenizer(source).sha256()
 
     many = tmp_path / "many"
-    cts.save_hf(many, cfg, params, qwen(), source, max_shard_bytes=4000)
+    save_hf(many, cfg, params, qwen(), source, max_shard_bytes=4000)
     files = sorted(path.name for path in many.glob("*.safetensors"))
     assert len(files) > 2 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
     index = json.loads((many / "model.safetensors.index.json").read_text())
@@ -703,14 +712,14 @@ def test_round_trip_is_exact(tmp_path, name):
     sizes = [sum(a.nbytes for a in safetensors.numpy.load_file(many / f).values()) for f in files]
     counts = [len(safetensors.numpy.load_file(many / f)) for f in files]
     assert all(size <= 4000 or count == 1 for size, count in zip(sizes, counts))
-    assert_equal_trees(cts.load_hf_weights(many, cfg, mesh()), params)
+    assert_equal_trees(load_hf_weights(many, cfg, mesh()), params)
 
 
 def test_saved_tensors_are_those_of_the_checkpoint(tmp_path):
     """By name, shape and value: what transformers reads is what it wrote."""
     for name in MODELS:
         cfg, params = loaded(name)
-        cts.save_hf(tmp_path / name, cfg, params, qwen(), GOLDEN / name)
+        save_hf(tmp_path / name, cfg, params, qwen(), GOLDEN / name)
         wanted = {}
         for path in (GOLDEN / name).glob("*.safetensors"):
             wanted |= safetensors.numpy.load_file(path)
@@ -727,10 +736,10 @@ def test_nano_is_written_as_a_checkpoint_of_its_own(tmp_path):
     cfg, params, tokenizer = nano()
     out = tmp_path / "out"
     out.mkdir()  # an empty directory may be there
-    cts.save_hf(out, cfg, params, tokenizer)
+    save_hf(out, cfg, params, tokenizer)
     assert json.loads((out / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
-    assert cts.read_hf_config(out) == dataclasses.replace(cfg, remat=True)
-    assert_equal_trees(cts.load_hf_weights(out, cfg, mesh()), params)
+    assert read_hf_config(out) == dataclasses.replace(cfg, remat=True)
+    assert_equal_trees(load_hf_weights(out, cfg, mesh()), params)
     again = load_tokenizer(out)
     assert again.sha256() == tokenizer.sha256() and again.pad_id == tokenizer.pad_id
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
@@ -746,11 +755,11 @@ def test_nano_is_written_as_a_checkpoint_of_its_own(tmp_path):
 def test_other_shapes_without_a_source(tmp_path, kind, changes):
     cfg, _, tokenizer = nano()
     cfg = dataclasses.replace(cfg, **changes)
-    params = nnx.state(cts.Decoder(cfg, nnx.Rngs(1)), nnx.Param)
-    cts.save_hf(tmp_path / "out", cfg, params, tokenizer)
+    params = nnx.state(Decoder(cfg, nnx.Rngs(1)), nnx.Param)
+    save_hf(tmp_path / "out", cfg, params, tokenizer)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == kind and config["max_position_embeddings"] >= 32768
-    assert cts.read_hf_config(tmp_path / "out") == dataclasses.replace(cfg, remat=True)
+    assert read_hf_config(tmp_path / "out") == dataclasses.replace(cfg, remat=True)
     assert_equal_trees(load(tmp_path / "out"), params)
 
 
@@ -760,18 +769,18 @@ def test_save_refuses(tmp_path, copy, monkeypatch):
     used = tmp_path / "used"
     used.mkdir()
     (used / "x").touch()
-    refused(lambda: cts.save_hf(used, cfg, params, tokenizer), "--save_hf", str(used))
-    refused(lambda: cts.save_hf(used / "x", cfg, params, tokenizer), "--save_hf", str(used / "x"))
-    refused(lambda: cts.save_hf(used / "x" / "y", cfg, params, tokenizer), "--save_hf")
+    refused(lambda: save_hf(used, cfg, params, tokenizer), "--save_hf", str(used))
+    refused(lambda: save_hf(used / "x", cfg, params, tokenizer), "--save_hf", str(used / "x"))
+    refused(lambda: save_hf(used / "x" / "y", cfg, params, tokenizer), "--save_hf")
     both = dataclasses.replace(cfg, qkv_bias=True)
-    refused(lambda: cts.save_hf(tmp_path / "out", both, params, tokenizer), "--save_hf")
+    refused(lambda: save_hf(tmp_path / "out", both, params, tokenizer), "--save_hf")
     source = copy("qwen3")
     edit(source / "config.json", rms_norm_eps=1e-3)
-    refused(lambda: cts.save_hf(tmp_path / "out", *loaded("qwen3"), tokenizer, source), "config.json", "changed")
+    refused(lambda: save_hf(tmp_path / "out", *loaded("qwen3"), tokenizer, source), "config.json", "changed")
 
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(safetensors.numpy, "save_file", full)
-    refused(lambda: cts.save_hf(tmp_path / "out", cfg, params, tokenizer), "--save_hf", "No space left")
+    refused(lambda: save_hf(tmp_path / "out", cfg, params, tokenizer), "--save_hf", "No space left")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["qwen3", "used"]

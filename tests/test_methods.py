@@ -19,7 +19,14 @@ import b2_grpo as b2
 import b3_grpo_verifier as b3
 import b4_grpo_critique as b4
 import b5_cts as b5
-import cts_common as cts
+from common.basics import InputError
+from common.critique import ORDINALS, redact, with_attempt, write_critique
+from common.distances import l2_distance, pool_steps, sinkhorn_distance, soft_dtw, soft_dtw_distance
+from common.model import Decoder, ModelConfig, Reading
+from common.prompts import revise_prompt
+from common.replay import Quadruple
+from common.sampling import token_logp
+from common.tokenizer import train_tokenizer
 
 SCRIPTS = pytest.mark.parametrize("script", [b2, b3, b4, b5])
 PROCESS = pytest.mark.parametrize("script", [b3, b5])
@@ -258,14 +265,14 @@ def test_dpo_loss_at_the_reference_is_log_2():
 
 
 QUADS = [
-    cts.Quadruple("A has 2.", "So <<2+3=6>>6.\n#### 6", "The first step is wrong.", "So <<2+3=5>>5.\n#### 5", {}),
-    cts.Quadruple("B?", "#### 1", "No.", "<<4*5=20>>20\n#### 20", {}),
+    Quadruple("A has 2.", "So <<2+3=6>>6.\n#### 6", "The first step is wrong.", "So <<2+3=5>>5.\n#### 5", {}),
+    Quadruple("B?", "#### 1", "No.", "<<4*5=20>>20\n#### 20", {}),
 ]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return cts.train_tokenizer([cts.revise_prompt(q.x, q.y0, q.f) + q.y1 for q in QUADS], 300)
+    return train_tokenizer([revise_prompt(q.x, q.y0, q.f) + q.y1 for q in QUADS], 300)
 
 
 @pytest.mark.parametrize("objective", ["revision", "critique"])
@@ -286,7 +293,7 @@ def test_pack_pairs(tokenizer):
     batch = b1.pack_pairs(tokenizer, QUADS, {"P_revise": 120, "T": 40})
     assert batch["tokens"].shape == batch["mask"].shape == (2, 2, 40)
     for q, prompt, n, pair, masks in zip(QUADS, *(batch[k] for k in ("prompt", "prompt_len", "tokens", "mask"))):
-        assert tokenizer.decode([prompt[:n].tolist()]) == [cts.revise_prompt(q.x, q.y0, q.f)]
+        assert tokenizer.decode([prompt[:n].tolist()]) == [revise_prompt(q.x, q.y0, q.f)]
         assert tokenizer.decode([t[m > 0].tolist() for t, m in zip(pair, masks)]) == [q.y1, q.y0]
 
 
@@ -303,22 +310,22 @@ def sequence_logp(model, prompt, completion):
 
 def test_supervised_log_probs_equal_plain_sequences(tokenizer):
     """b0's and b1's forward share a prompt and pad; the log-probs are those of each sequence by itself."""
-    cfg = cts.ModelConfig(tokenizer.vocab_size, d_model=32, n_layers=2, head_dim=8, d_ff=48)
-    model, encode = cts.Decoder(cfg, nnx.Rngs(0)), tokenizer.encode
+    cfg = ModelConfig(tokenizer.vocab_size, d_model=32, n_layers=2, head_dim=8, d_ff=48)
+    model, encode = Decoder(cfg, nnx.Rngs(0)), tokenizer.encode
     batch = b1.pack_pairs(tokenizer, QUADS, {"P_revise": 128, "T": 48})
     tokens_MT = batch["tokens"].reshape(-1, 48)
-    ((_, hidden),) = model([cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])])
-    logp_MT, _ = cts.token_logp(hidden, tokens_MT, model.head_VD())
+    ((_, hidden),) = model([Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])])
+    logp_MT, _ = token_logp(hidden, tokens_MT, model.head_VD())
     for q, pair, mask in zip(QUADS, logp_MT.reshape(2, 2, 48), batch["mask"]):
         for y, row, on in zip((q.y1, q.y0), pair, mask):
-            expected = sequence_logp(model, encode(cts.revise_prompt(q.x, q.y0, q.f)), [*encode(y), tokenizer.eos_id])
+            expected = sequence_logp(model, encode(revise_prompt(q.x, q.y0, q.f)), [*encode(y), tokenizer.eos_id])
             np.testing.assert_allclose(np.asarray(row)[on > 0], expected, atol=2e-5)
 
 
 def test_order_and_padding_of_a_batch_change_no_gradient(tokenizer):
     """Rows in another order, prompts and completions padded wider: the same gradient of the SFT and the DPO loss."""
-    cfg = cts.ModelConfig(tokenizer.vocab_size, d_model=32, n_layers=2, head_dim=8, d_ff=48)
-    graphdef, params = nnx.split(cts.Decoder(cfg, nnx.Rngs(0)), nnx.Param)
+    cfg = ModelConfig(tokenizer.vocab_size, d_model=32, n_layers=2, head_dim=8, d_ff=48)
+    graphdef, params = nnx.split(Decoder(cfg, nnx.Rngs(0)), nnx.Param)
     reference = jax.tree.map(lambda a: 0.9 * a, params)
 
     def gradient(quads, P, T):
@@ -327,8 +334,8 @@ def test_order_and_padding_of_a_batch_change_no_gradient(tokenizer):
 
         def logp(params):
             model = nnx.merge(graphdef, params)
-            ((_, hidden),) = model([cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])])
-            return cts.token_logp(hidden, tokens_MT, model.head_VD())[0].reshape(mask.shape)
+            ((_, hidden),) = model([Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])])
+            return token_logp(hidden, tokens_MT, model.head_VD())[0].reshape(mask.shape)
 
         def loss(params):
             sums = (logp(params) * mask).sum(-1), (logp(reference) * mask).sum(-1)
@@ -343,11 +350,11 @@ def test_order_and_padding_of_a_batch_change_no_gradient(tokenizer):
 
 # ---- CTS: steps and weights ---------------------------------------------------------------------------------------
 def test_pool_steps():
-    out = cts.pool_steps(jnp.array([[[1.0], [3.0], [5.0]]]), floats([[1, 1, 0], [0, 0, 1], [0, 0, 0]]))
+    out = pool_steps(jnp.array([[[1.0], [3.0], [5.0]]]), floats([[1, 1, 0], [0, 0, 1], [0, 0, 0]]))
     np.testing.assert_array_equal(out, [[[2], [5], [0]]])
     rng = np.random.default_rng(3)
     hidden, step = rng.standard_normal((2, 6, 4)), (rng.random((2, 3, 6)) < 0.5).astype(np.float32)
-    out = cts.pool_steps(jnp.asarray(hidden, jnp.bfloat16), step)
+    out = pool_steps(jnp.asarray(hidden, jnp.bfloat16), step)
     assert out.dtype == jnp.float32
     for b in range(2):
         for j in range(3):
@@ -396,7 +403,7 @@ def test_with_time():
 
 # ---- CTS: distances -----------------------------------------------------------------------------------------------
 J, R = 6, 3
-DISTANCES = {"sinkhorn": cts.sinkhorn_distance, "soft_dtw": cts.soft_dtw_distance, "l2": cts.l2_distance}
+DISTANCES = {"sinkhorn": sinkhorn_distance, "soft_dtw": soft_dtw_distance, "l2": l2_distance}
 
 
 @functools.cache
@@ -486,7 +493,7 @@ def test_sinkhorn_gradient_equals_finite_differences():
 
 
 def test_sinkhorn_says_whether_it_converged():
-    run = jax.jit(lambda *a: cts.sinkhorn_distance(*a)[1])
+    run = jax.jit(lambda *a: sinkhorn_distance(*a)[1])
     assert run(unit_points(0), unit_points(1), steps(5), steps(4)) == 1
     assert run(30 * unit_points(0), 30 * unit_points(1), steps(5), steps(4)) == 0
 
@@ -515,7 +522,7 @@ def naive_soft_dtw(cost: np.ndarray, gamma: float) -> float:
 
 @functools.cache
 def soft_dtw_rows():
-    one = jax.value_and_grad(lambda cost, n, m, gamma: cts.soft_dtw(cost, n, m, gamma))
+    one = jax.value_and_grad(lambda cost, n, m, gamma: soft_dtw(cost, n, m, gamma))
     return jax.jit(jax.vmap(one, (0, 0, 0, None)))
 
 
@@ -554,7 +561,7 @@ def test_soft_dtw_distance_by_naive_parts():
 def test_l2_distance_by_hand():
     """Steps 0 and 1 are in both: (25 + 1) / 2."""
     a, b = floats([0, 0], [1, 0], [9, 9]), floats([3, 4], [1, 1], [0, 0])
-    assert cts.l2_distance(a, b, floats(1, 1, 1), floats(1, 1, 0))[0] == 13
+    assert l2_distance(a, b, floats(1, 1, 1), floats(1, 1, 0))[0] == 13
 
 
 @pytest.mark.parametrize("name", DISTANCES)
@@ -678,7 +685,7 @@ def test_no_gradient_flows_through_the_edit():
 
 
 B, T, WIDTH = 3, 6, 5
-TINY = cts.ModelConfig(vocab_size=11, d_model=D, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=4, d_ff=6)
+TINY = ModelConfig(vocab_size=11, d_model=D, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=4, d_ff=6)
 NAMES = ("align", "decode", "energy")
 STEPS = ("y0_steps", "y1_steps")
 
@@ -708,8 +715,8 @@ def cts_batch() -> dict[str, np.ndarray]:
 
 
 @functools.cache
-def tiny() -> cts.Decoder:
-    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: cts.Decoder(TINY, nnx.Rngs(0))), nnx.Param)
+def tiny() -> Decoder:
+    graphdef, shapes = nnx.split(nnx.eval_shape(lambda: Decoder(TINY, nnx.Rngs(0))), nnx.Param)
     rng = np.random.default_rng(12)
     fill = lambda path, a: jnp.asarray(0.4 * rng.standard_normal(a.shape) + ("norm" in str(path)), jnp.float32)
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, shapes))
@@ -722,7 +729,7 @@ def cts_outputs():
 
     def losses(params, batch, target):
         decoder, batch = nnx.merge(model_def, params["policy"]), {**batch, **{k: params[k] for k in STEPS}}
-        readings = b5.with_replay(cts.Reading(batch["prompt"], batch["prompt_len"], [batch["y0"]]), batch)
+        readings = b5.with_replay(Reading(batch["prompt"], batch["prompt_len"], [batch["y0"]]), batch)
         states, args = (decoder, decoder(readings)), b5.Args(align="l2", target=target)
         out, _ = b5.cts_losses(states, nnx.merge(critic_def, params["critic"]), batch, args)
         return jnp.stack([out[name] for name in NAMES])
@@ -803,20 +810,20 @@ def test_random_target_is_as_far_as_the_edit():
 # ---- CTS: critiques of the control arms and of A6 -----------------------------------------------------------------
 def test_redact_leaves_no_number_and_no_step():
     critiques = [
-        cts.write_critique(i, flaw) for i in range(14) for flaw in ("1,234.50 + 7/8 is not -3", "it is 5% off")
+        write_critique(i, flaw) for i in range(14) for flaw in ("1,234.50 + 7/8 is not -3", "it is 5% off")
     ]
     for f in [*critiques, "First, 3 x 4 is 12. The second and the Third step follow.", "12"]:
-        out = cts.redact(f)
+        out = redact(f)
         assert not re.search(r"\d", out)
-        assert not re.search(rf"\b({'|'.join(cts.ORDINALS)})\b", out, re.IGNORECASE), out
-        assert out != f and cts.redact(out) == out
-    assert cts.redact("The step leaves out the rent.") == "The step leaves out the rent."
-    assert len({cts.redact(cts.write_critique(i, "it is off")) for i in range(14)}) == 1  # the step is not told apart
+        assert not re.search(rf"\b({'|'.join(ORDINALS)})\b", out, re.IGNORECASE), out
+        assert out != f and redact(out) == out
+    assert redact("The step leaves out the rent.") == "The step leaves out the rent."
+    assert len({redact(write_critique(i, "it is off")) for i in range(14)}) == 1  # the step is not told apart
 
 
 Y1 = "Buys <<2+3=5>>5 pens.\nGives <<5-1=4>>4 away.\n#### 4"
 WRONG = "Buys <<2+3=6>>6 pens.\nGives <<6-1=5>>5 away.\n#### 5"
-QUAD = cts.Quadruple(
+QUAD = Quadruple(
     "How many pens?", "old", "old f", Y1, {"answer": "4", "error_span": [0, 3], "y0_correct": True, "k": 1}
 )
 
@@ -824,20 +831,20 @@ QUAD = cts.Quadruple(
 def test_with_attempt():
     """Only y0, f, and what follows from them change; the span is that of the wrong line."""
     before = dataclasses.asdict(QUAD)
-    out = cts.with_attempt(QUAD, WRONG, lambda prompt: True)
+    out = with_attempt(QUAD, WRONG, lambda prompt: True)
     assert (out.x, out.y0, out.y1) == (QUAD.x, WRONG, Y1)
     assert out.f == "The first step is wrong: 2+3 is not 6."
     assert out.meta == {"answer": "4", "error_span": [0, WRONG.index("\n")], "y0_correct": False, "k": 1}
-    right = cts.with_attempt(QUAD, Y1, lambda prompt: True)
+    right = with_attempt(QUAD, Y1, lambda prompt: True)
     assert right.f == "No step is found wrong." and right.meta["y0_correct"] and right.meta["error_span"] is None
     assert dataclasses.asdict(QUAD) == before
 
 
 def test_with_attempt_cuts_what_does_not_fit():
-    limit = len(cts.revise_prompt(QUAD.x, WRONG, "The first step is wrong: 2+3 is not 6.")) - 10
-    out = cts.with_attempt(QUAD, WRONG, lambda prompt: len(prompt) <= limit)
+    limit = len(revise_prompt(QUAD.x, WRONG, "The first step is wrong: 2+3 is not 6.")) - 10
+    out = with_attempt(QUAD, WRONG, lambda prompt: len(prompt) <= limit)
     assert 0 < len(out.y0) < len(WRONG) and WRONG.startswith(out.y0)
-    assert len(cts.revise_prompt(out.x, out.y0, out.f)) <= limit
+    assert len(revise_prompt(out.x, out.y0, out.f)) <= limit
     assert out.f == "The first step is wrong: 2+3 is not 6." and out.meta["error_span"] == [0, WRONG.index("\n")]
 
 
@@ -850,5 +857,5 @@ def test_with_attempt_ends_where_nothing_fits():
         if len(calls) > 1000:
             pytest.fail("cuts for ever")
 
-    with contextlib.suppress(cts.InputError):
-        cts.with_attempt(QUAD, WRONG, fits)
+    with contextlib.suppress(InputError):
+        with_attempt(QUAD, WRONG, fits)

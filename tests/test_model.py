@@ -14,10 +14,13 @@ import scipy.stats
 from flax import nnx
 from jax.sharding import AbstractMesh
 
-import cts_common as cts
+from common.basics import InputError
+from common.hosts import count_micro_batches, make_mesh, shard_rule
+from common.model import Decoder, ModelConfig, Reading, attend, attend_causal, last_tokens
+from common.sampling import generate, token_logp
 
 V, PAD, NEVER = 17, 0, -1  # NEVER: an end token that no sampler gives
-TINY = cts.ModelConfig(vocab_size=V, d_model=12, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=10)
+TINY = ModelConfig(vocab_size=V, d_model=12, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=10)
 LLAMA3 = (8.0, 1.0, 4.0, 32)  # at theta 100 and H=6 the wavelengths are 6 (kept), 29 (blended), 135 (divided by 8)
 CONFIGS = {
     "nano": TINY,
@@ -30,20 +33,20 @@ CONFIGS = {
 
 
 @functools.cache
-def decoder(cfg: cts.ModelConfig, seed: int = 0) -> cts.Decoder:
+def decoder(cfg: ModelConfig, seed: int = 0) -> Decoder:
     """A decoder whose every leaf, norms and biases too, is random and large enough to matter."""
-    graphdef, shapes = split(nnx.eval_shape(lambda: cts.Decoder(cfg, nnx.Rngs(0))))
+    graphdef, shapes = split(nnx.eval_shape(lambda: Decoder(cfg, nnx.Rngs(0))))
     rng = np.random.default_rng(seed)
     fill = lambda path, a: jnp.asarray(0.4 * rng.standard_normal(a.shape) + ("norm" in str(path)), jnp.float32)
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(fill, shapes))
 
 
-def split(model: cts.Decoder):
+def split(model: Decoder):
     return nnx.split(model, nnx.Param)
 
 
 @functools.cache
-def compiled(cfg: cts.ModelConfig):
+def compiled(cfg: ModelConfig):
     """Jitted (prefill, call, decode) of a config, with the parameters as an argument."""
     graphdef = split(decoder(cfg))[0]
     prefill = jax.jit(lambda params, *a: nnx.merge(graphdef, params).prefill(*a))
@@ -53,7 +56,7 @@ def compiled(cfg: cts.ModelConfig):
 
 
 # ---- the naive decoder --------------------------------------------------------------------------------------------
-def naive_weights(model: cts.Decoder) -> dict[str, np.ndarray]:
+def naive_weights(model: Decoder) -> dict[str, np.ndarray]:
     """All weights as float64 arrays under plain names."""
     w = {name: np.asarray(leaf[...], np.float64) for name, leaf in nnx.state(model.blocks).items()}
     w["embed"], w["final_norm"] = (np.asarray(leaf[...], np.float64) for leaf in (model.embed, model.final_norm))
@@ -65,7 +68,7 @@ def naive_norm(x, scale, eps):
     return x / math.sqrt(sum(v * v for v in x) / len(x) + eps) * scale
 
 
-def naive_frequencies(cfg: cts.ModelConfig) -> list[float]:
+def naive_frequencies(cfg: ModelConfig) -> list[float]:
     """theta^(-2i/H); for Llama 3.1 as in `apply_scaling` of its reference code."""
     freqs = [1.0 / cfg.rope_theta ** (2 * i / cfg.head_dim) for i in range(cfg.head_dim // 2)]
     if cfg.rope_scaling is None:
@@ -95,7 +98,7 @@ def naive_rope(x, position, freqs):
     return out
 
 
-def naive_hidden(cfg: cts.ModelConfig, w: dict[str, np.ndarray], tokens: list[int]) -> np.ndarray:
+def naive_hidden(cfg: ModelConfig, w: dict[str, np.ndarray], tokens: list[int]) -> np.ndarray:
     """Hidden states [len(tokens), D] of one sequence."""
     freqs = naive_frequencies(cfg)
     xs = [w["embed"][t] for t in tokens]
@@ -157,8 +160,8 @@ def test_decoder_equals_naive(name):
     prefill, call, decode = compiled(cfg)
     prompt_BP, len_B, tokens_MT = batch()
     prefix, prompt_hidden_BPD = prefill(params, prompt_BP, len_B)
-    last_B = cts.last_tokens(prompt_BP, len_B)
-    read = call(params, [cts.Reading(prompt_BP, len_B, [tokens_MT])])[0]
+    last_B = last_tokens(prompt_BP, len_B)
+    read = call(params, [Reading(prompt_BP, len_B, [tokens_MT])])[0]
     np.testing.assert_array_equal(read[0], prompt_hidden_BPD)
     logits_MTV = np.asarray(read[1]) @ w["out"].T
     layers, cache = model.unstack(prefix), model.new_cache(len(tokens_MT), T)
@@ -191,7 +194,7 @@ def test_padding_changes_nothing():
     _, call, _ = compiled(cfg)
 
     def run(prompt_BP, len_B, tokens_MT):
-        return call(params, [cts.Reading(prompt_BP, len_B, [tokens_MT])])[0]
+        return call(params, [Reading(prompt_BP, len_B, [tokens_MT])])[0]
 
     (prompt_hidden, hidden), (prompt_other, other) = run(*batch()), run(*batch(pad_seed=1))
     assert (batch()[0] != batch(pad_seed=1)[0]).any()
@@ -215,9 +218,9 @@ def test_readings_together_equal_each_alone():
     graphdef, params = split(decoder(dataclasses.replace(CONFIGS["all"], remat=True)))
     (prompt_BP, len_B, tokens_MT), rng = batch(), np.random.default_rng(7)
     other_BP, one_BT, two_BT = (rng.integers(V, size=(2, n)).astype(np.int32) for n in (5, 3, 6))
-    first = cts.Reading(prompt_BP, len_B, [tokens_MT, one_BT])
-    second = cts.Reading(other_BP, np.array([2, 5], np.int32), [one_BT, two_BT])
-    alone = [cts.Reading(r.prompt_BP, r.len_B, [c]) for r in (first, second) for c in r.completions]
+    first = Reading(prompt_BP, len_B, [tokens_MT, one_BT])
+    second = Reading(other_BP, np.array([2, 5], np.int32), [one_BT, two_BT])
+    alone = [Reading(r.prompt_BP, r.len_B, [c]) for r in (first, second) for c in r.completions]
 
     @jax.jit
     def read(params, *calls):
@@ -253,15 +256,15 @@ def test_packed_documents_equal_each_alone():
             np.testing.assert_allclose(hidden_MTD[m, at], naive_hidden(cfg, w, tokens_MT[m, at]), atol=1e-4)
 
 
-def sequence_logp(model: cts.Decoder, dtype=jnp.float32):
+def sequence_logp(model: Decoder, dtype=jnp.float32):
     """Summed log-prob of the tokens of `batch`, through the shared prompt and token_logp."""
     prompt_BP, len_B, tokens_MT = batch()
-    ((_, hidden_MTD),) = model([cts.Reading(prompt_BP, len_B, [tokens_MT])], dtype)
-    return cts.token_logp(hidden_MTD, tokens_MT, model.head_VD(), 0.7)[0].sum()
+    ((_, hidden_MTD),) = model([Reading(prompt_BP, len_B, [tokens_MT])], dtype)
+    return token_logp(hidden_MTD, tokens_MT, model.head_VD(), 0.7)[0].sum()
 
 
 @functools.cache
-def gradient(cfg: cts.ModelConfig):
+def gradient(cfg: ModelConfig):
     graphdef, params = split(decoder(cfg))
     return jax.jit(jax.grad(lambda p: sequence_logp(nnx.merge(graphdef, p))))(params)
 
@@ -327,9 +330,9 @@ def test_causal_attention_in_blocks_equals_naive(T_):
         return out
 
     at = [0, 1, 42, 63, 64, T_ // 2, T_ - 1]
-    ours = jax.jit(lambda q, k, v: cts.attend_causal(q, k, v, mask, (k_p, v_p, len_B)))
+    ours = jax.jit(lambda q, k, v: attend_causal(q, k, v, mask, (k_p, v_p, len_B)))
     np.testing.assert_allclose(ours(q, k, v)[:, at], naive(q, k, v, at)[:, at], rtol=1e-4, atol=1e-5)
-    whole = lambda q, k, v: cts.attend(q, k, v, mask, (k_p, v_p, len_B))
+    whole = lambda q, k, v: attend(q, k, v, mask, (k_p, v_p, len_B))
     weight = draw(*q.shape)
     slope = lambda f: jax.jit(jax.grad(lambda *a: (f(*a) * weight).sum(), (0, 1, 2)))(q, k, v)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), slope(ours), slope(whole))
@@ -341,14 +344,14 @@ def test_bfloat16_is_close():
     prompt_BP, len_B, tokens_MT = batch()
 
     _, call, _ = compiled(cfg)
-    hidden = np.asarray(call(params, [cts.Reading(prompt_BP, len_B, [tokens_MT])])[0][1])
-    logp, entropy = cts.token_logp(hidden, tokens_MT, decoder(cfg).head_VD())
+    hidden = np.asarray(call(params, [Reading(prompt_BP, len_B, [tokens_MT])])[0][1])
+    logp, entropy = token_logp(hidden, tokens_MT, decoder(cfg).head_VD())
 
     @jax.jit
     def run(params):
         model = nnx.merge(graphdef, params)
-        ((_, hidden_MTD),) = model([cts.Reading(prompt_BP, len_B, [tokens_MT])], jnp.bfloat16)
-        return hidden_MTD, cts.token_logp(hidden_MTD, tokens_MT, model.head_VD())
+        ((_, hidden_MTD),) = model([Reading(prompt_BP, len_B, [tokens_MT])], jnp.bfloat16)
+        return hidden_MTD, token_logp(hidden_MTD, tokens_MT, model.head_VD())
 
     hidden16, (logp16, entropy16) = run(params)
     assert hidden16.dtype == jnp.bfloat16 and logp16.dtype == entropy16.dtype == jnp.float32
@@ -366,7 +369,7 @@ def test_bfloat16_adds_up_the_embedding_gradient_in_float32():
     @functools.partial(jax.jit, static_argnums=1)
     def gradient(params, dtype):
         def total(params):
-            ((_, h),) = nnx.merge(graphdef, params)([cts.Reading(tokens[:, :8], np.full(16, 8), [tokens])], dtype)
+            ((_, h),) = nnx.merge(graphdef, params)([Reading(tokens[:, :8], np.full(16, 8), [tokens])], dtype)
             return h.astype(jnp.float32)[..., 0].sum()
 
         return jax.grad(total)(params)["embed"][...]
@@ -382,13 +385,13 @@ def test_token_logp_equals_naive(chunk, temperature):
     rng = np.random.default_rng(5)
     hidden, head = rng.standard_normal((3, 13, 5)).astype(np.float32), rng.standard_normal((V, 5)).astype(np.float32)
     tokens, weight = rng.integers(V, size=(3, 13)), rng.standard_normal((3, 13)).astype(np.float32)
-    logp, entropy = cts.token_logp(hidden, tokens, head, temperature, chunk)
+    logp, entropy = token_logp(hidden, tokens, head, temperature, chunk)
     full = log_softmax(np.einsum("MTD,VD->MTV", hidden.astype(float), head) / temperature)
     np.testing.assert_allclose(logp, np.take_along_axis(full, tokens[..., None], -1)[..., 0], atol=1e-5)
     np.testing.assert_allclose(entropy, -(np.exp(full) * full).sum(-1), atol=1e-5)
     # d logp / d logits = onehot - softmax
     d_logits = (np.eye(V)[tokens] - np.exp(full)) * weight[..., None] / temperature
-    loss = lambda hidden, head: (cts.token_logp(hidden, tokens, head, temperature, chunk)[0] * weight).sum()
+    loss = lambda hidden, head: (token_logp(hidden, tokens, head, temperature, chunk)[0] * weight).sum()
     d_hidden, d_head = jax.grad(loss, (0, 1))(hidden, head)
     np.testing.assert_allclose(d_hidden, d_logits @ head, atol=1e-4)
     np.testing.assert_allclose(d_head, np.einsum("MTV,MTD->VD", d_logits, hidden), atol=1e-4)
@@ -397,7 +400,7 @@ def test_token_logp_equals_naive(chunk, temperature):
 def test_entropy_carries_no_gradient():
     """It is a metric, not a bonus."""
     hidden = np.random.default_rng(6).standard_normal((1, 4, 5)).astype(np.float32)
-    grad = jax.grad(lambda h: cts.token_logp(h, np.zeros((1, 4), int), np.eye(V, 5, dtype=np.float32))[1].sum())(hidden)
+    grad = jax.grad(lambda h: token_logp(h, np.zeros((1, 4), int), np.eye(V, 5, dtype=np.float32))[1].sum())(hidden)
     np.testing.assert_array_equal(grad, 0)
 
 
@@ -406,12 +409,12 @@ STEPS = 6
 
 
 @functools.cache
-def sampler(cfg: cts.ModelConfig, group: int, steps: int, greedy: bool = False):
+def sampler(cfg: ModelConfig, group: int, steps: int, greedy: bool = False):
     graphdef, params = split(decoder(cfg))
 
     @jax.jit
     def run(params, prompt_BP, len_B, key, temperature, eos_id):
-        return cts.generate(
+        return generate(
             nnx.merge(graphdef, params), prompt_BP, len_B, key, group, steps, temperature, (eos_id,), PAD, greedy
         )
 
@@ -466,10 +469,10 @@ def test_sampled_logp_equals_token_logp(temperature):
     _, call, _ = compiled(TINY)
     prompt_BP, len_B, _ = batch()
     out = sampler(TINY, 3, STEPS)(prompt_BP, len_B, temperature=temperature, eos_id=5)
-    hidden_MTD = call(params, [cts.Reading(prompt_BP, len_B, [out["tokens_MT"]])])[0][1]
+    hidden_MTD = call(params, [Reading(prompt_BP, len_B, [out["tokens_MT"]])])[0][1]
     full = log_softmax(np.asarray(hidden_MTD) @ np.asarray(model.head_VD()).T / temperature)
     expected = np.take_along_axis(full, out["tokens_MT"][..., None], -1)[..., 0]
-    logp_MT, _ = cts.token_logp(hidden_MTD, out["tokens_MT"], model.head_VD(), temperature)
+    logp_MT, _ = token_logp(hidden_MTD, out["tokens_MT"], model.head_VD(), temperature)
     mask_MT = np.arange(STEPS) < out["len_M"][:, None]
     np.testing.assert_allclose(out["logp_MT"], expected * mask_MT, atol=1e-4)
     np.testing.assert_allclose(out["logp_MT"], logp_MT * mask_MT, atol=1e-4)
@@ -503,7 +506,7 @@ def test_distribution_of_two_tokens():
 
 # ---- mesh ---------------------------------------------------------------------------------------------------------
 def specs(mesh, tree, **options):
-    return jax.tree.map(lambda s: tuple(s.spec), cts.shard_rule(mesh, tree, **options))
+    return jax.tree.map(lambda s: tuple(s.spec), shard_rule(mesh, tree, **options))
 
 
 def test_shard_rule_leaves_undivided_axes_whole():
@@ -530,7 +533,7 @@ def test_shard_rule_finds_the_weights_of_a_real_tree():
     """Model and optimizer state: every matrix is sharded as its name says, counters stay whole."""
     mesh = AbstractMesh((2, 2), ("data", "model"))
     params = split(decoder(CONFIGS["all"]))[1]
-    flat = jax.tree_util.tree_leaves_with_path(cts.shard_rule(mesh, (params, optax.adamw(1.0).init(params))))
+    flat = jax.tree_util.tree_leaves_with_path(shard_rule(mesh, (params, optax.adamw(1.0).init(params))))
     downs = [tuple(s.spec) for path, s in flat if "'down'" in str(path)]
     assert downs == [(None, "model", "data")] * 3  # the weight and both moments
     assert all(tuple(s.spec) == () for path, s in flat if "count" in str(path))
@@ -551,8 +554,8 @@ def test_shard_rule_finds_the_weights_of_a_real_tree():
 def test_make_mesh_refuses(spec, message, monkeypatch):
     """On four devices (faked: the refusal comes before any is used)."""
     monkeypatch.setattr(jax, "devices", lambda: [None] * 4)
-    with pytest.raises(cts.InputError, match=message):
-        cts.make_mesh(spec)
+    with pytest.raises(InputError, match=message):
+        make_mesh(spec)
 
 
 @pytest.mark.parametrize(
@@ -572,14 +575,14 @@ def test_make_mesh_refuses(spec, message, monkeypatch):
 def test_count_micro_batches(data, prompts, micro, expected):
     mesh = types.SimpleNamespace(shape={"data": data, "model": 1})
     if isinstance(expected, int):
-        assert cts.count_micro_batches(mesh, prompts, micro) == expected
+        assert count_micro_batches(mesh, prompts, micro) == expected
     else:
-        with pytest.raises(cts.InputError, match=expected):
-            cts.count_micro_batches(mesh, prompts, micro)
+        with pytest.raises(InputError, match=expected):
+            count_micro_batches(mesh, prompts, micro)
 
 
 @pytest.mark.parametrize("spec", ["auto", "1,1"])
 def test_make_mesh(spec):
     if len(jax.devices()) != 1:
         pytest.skip("needs exactly one device")
-    assert dict(cts.make_mesh(spec).shape) == {"data": 1, "model": 1}
+    assert dict(make_mesh(spec).shape) == {"data": 1, "model": 1}

@@ -14,8 +14,10 @@ import time
 
 import pytest
 
-import cts_common as cts
-import sandbox
+from common import sandbox, sandbox_server
+from common.basics import InputError
+from common.programs import Verdict, extract_program, run_program, run_programs, same_output
+from common.sandbox import Job, Sandbox, check_sandbox, close_sandboxes
 
 ROOT = pathlib.Path(__file__).parents[1]
 MBPP = pathlib.Path(os.environ.get("CTS_MBPP", ROOT.parent / "shared" / "data" / "mbpp" / "mbpp.jsonl"))
@@ -38,13 +40,13 @@ def children(pid: int) -> list[int]:
     return found
 
 
-def survivors(box: cts.Sandbox) -> list[int]:
+def survivors(box: Sandbox) -> list[int]:
     """Candidates alive: what is below the server, or was and has now no parent."""
     alive = children(box.process.pid)[1 if box.mode == "namespaces" else 0 :]
     for path in pathlib.Path("/proc").glob("[0-9]*/cmdline"):
         try:
             orphan = path.with_name("stat").read_text().rsplit(")", 1)[1].split()[1] == "1"
-            if orphan and os.path.abspath(sandbox.__file__).encode() in path.read_bytes():
+            if orphan and os.path.abspath(sandbox_server.__file__).encode() in path.read_bytes():
                 alive.append(int(path.parent.name))
         except OSError:
             continue
@@ -57,8 +59,8 @@ def survivors(box: cts.Sandbox) -> list[int]:
 def box(request):
     """Programs run in this kind of sandbox while a test asks for it."""
     try:
-        made = cts.Sandbox(request.param)
-    except cts.InputError as e:
+        made = Sandbox(request.param)
+    except InputError as e:
         pytest.skip(str(e))
     BOXED["programs"] = made
     yield made
@@ -73,10 +75,10 @@ BOXED, USUAL = {}, {}  # sandboxes of the tests that ask for a kind, and of the 
 @pytest.fixture(autouse=True)
 def sandboxes(request, monkeypatch):
     """Tests without `box` run in what this machine has."""
-    monkeypatch.setattr(cts, "_sandboxes", BOXED if "box" in request.fixturenames else USUAL)
+    monkeypatch.setattr(sandbox, "_sandboxes", BOXED if "box" in request.fixturenames else USUAL)
     try:
-        cts.check_sandbox()
-    except cts.InputError as e:
+        check_sandbox()
+    except InputError as e:
         pytest.skip(str(e))
 
 
@@ -99,11 +101,11 @@ def outside(tmp_path):
 
 def attack(box, program, outcomes, tests=TESTS, **limits):
     """Run it; its outcome is one of `outcomes`, it has no process left, and the next program runs as ever."""
-    verdict = cts.run_program(program, tests, **{"timeout_s": 1.0, **limits})
+    verdict = run_program(program, tests, **{"timeout_s": 1.0, **limits})
     assert verdict.outcome in outcomes.split() and verdict.passed == 0, verdict
     assert not survivors(box)
-    assert cts.run_program("def f(x):\n    return x * x", VALUE(4)).outcome == "pass"
-    assert cts._sandboxes["programs"] is box, "the server had to be started again"
+    assert run_program("def f(x):\n    return x * x", VALUE(4)).outcome == "pass"
+    assert sandbox._sandboxes["programs"] is box, "the server had to be started again"
     return verdict
 
 
@@ -363,7 +365,7 @@ def f(x):
 
 @pytest.mark.parametrize("where", ["files", "frames", "objects", "memory"])
 def test_the_expected_output_is_nowhere(box, outside, where):
-    cts.run_program(f"def f(x):\n    return '{SECRET}' * 3", TESTS)  # a program before that knew it
+    run_program(f"def f(x):\n    return '{SECRET}' * 3", TESTS)  # a program before that knew it
     program = SEARCH.replace("WHERE", where).replace("FOLDER", str(outside))
     verdict = attack(box, program, "wrong", timeout_s=5.0)
     assert "nothing" in verdict.detail
@@ -374,7 +376,7 @@ def test_the_expected_output_is_nowhere(box, outside, where):
 def test_set_up_code_shows_no_expected_value(box):
     tests = {"setup": "WANT = ['GIVEN']\nGIVEN = 2", "asserts": ["assert f(GIVEN) == WANT"]}
     program = "def f(x):\n    return sorted(k for k in globals() if k.isupper())"
-    assert cts.run_program(program, tests).outcome == "pass"
+    assert run_program(program, tests).outcome == "pass"
 
 
 def test_system_calls_by_ctypes(box):
@@ -398,7 +400,7 @@ def f(x):
 """
     if not box.seccomp:
         pytest.skip("needs seccomp")
-    assert cts.run_program(program, VALUE([])) == cts.Verdict("pass", 1, 1, "")
+    assert run_program(program, VALUE([])) == Verdict("pass", 1, 1, "")
 
 
 def test_environment_has_no_secrets(box, monkeypatch):
@@ -410,9 +412,9 @@ def f(x):
     getenv.restype = ctypes.c_char_p
     return sorted(os.environ), getenv(b"CTS_TEST_TOKEN")
 """
-    fresh = cts.Sandbox(box.mode)  # started with the token about
-    monkeypatch.setitem(cts._sandboxes, "programs", fresh)
-    verdict = cts.run_program(program, VALUE((["HOME", "LANG", "PATH", "TZ"], None)))
+    fresh = Sandbox(box.mode)  # started with the token about
+    monkeypatch.setitem(sandbox._sandboxes, "programs", fresh)
+    verdict = run_program(program, VALUE((["HOME", "LANG", "PATH", "TZ"], None)))
     fresh.close()
     assert verdict.outcome == "pass", verdict
 
@@ -505,16 +507,17 @@ def test_threads_that_print_after_the_return(box):
     )
     noise = "def go():\n    while True: print('x', flush=True)\n"
     attack(box, f"import threading\n{noise}def f(x):\n    threading.Thread(target=go).start()\n    return 1", "wrong")
-    verdict = cts.run_program(program, {"inputs": ["1"], "outputs": ["1"]}, timeout_s=1)
+    verdict = run_program(program, {"inputs": ["1"], "outputs": ["1"]}, timeout_s=1)
     assert verdict.outcome == "pass" and not survivors(box)
 
 
 def test_a_killed_caller_takes_all_with_it(box):
     code = f"""
-import cts_common as cts
-cts._sandboxes["programs"] = box = cts.Sandbox({box.mode!r})
+from common import sandbox
+from common.programs import run_program
+sandbox._sandboxes["programs"] = box = sandbox.Sandbox({box.mode!r})
 print(box.process.pid, flush=True)
-cts.run_program("while True: pass", {TESTS!r}, timeout_s=60)
+run_program("while True: pass", {TESTS!r}, timeout_s=60)
 """
     caller = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     server = int(caller.stdout.readline())
@@ -643,7 +646,7 @@ def test_each_program_has_an_empty_folder_of_its_own(box):
     body = "names = os.listdir()\n    open('left', 'w').write('x')\n    return names, open('left').read()"
     program = f"import os\ndef f(x):\n    {body}"
     for i in range(2):
-        assert cts.run_program(f"{program}  # {i}", VALUE(([], "x"))).outcome == "pass"
+        assert run_program(f"{program}  # {i}", VALUE(([], "x"))).outcome == "pass"
 
 
 def test_nothing_of_the_machine_is_to_be_seen(box):
@@ -653,7 +656,7 @@ def f(x):
     places = ("/etc", "/home", "/usr/bin", "/proc/1", "/sys", "/dev", "/var")
     return [place for place in places if os.path.exists(place) and os.listdir(place)]
 """
-    verdict = cts.run_program(program, VALUE([]))
+    verdict = run_program(program, VALUE([]))
     assert verdict.outcome == ("pass" if box.mode == "namespaces" else "crash"), verdict
 
 
@@ -695,7 +698,7 @@ def f(x):
         except OSError: pass
     return reached
 """
-    verdict = cts.run_program(program, VALUE([]))
+    verdict = run_program(program, VALUE([]))
     assert verdict.outcome == "pass", verdict
     for listener in listeners:
         with pytest.raises(BlockingIOError):
@@ -732,7 +735,7 @@ ODD = [
 @pytest.mark.parametrize("i", range(len(ODD)))
 def test_odd_programs(box, i):
     program, tests, outcomes = ODD[i]
-    verdict = cts.run_program(program, tests, timeout_s=1)
+    verdict = run_program(program, tests, timeout_s=1)
     assert verdict.outcome in outcomes.split(), verdict
     assert len(verdict.detail) < 300 and "\n" not in verdict.detail and not survivors(box)
 
@@ -776,15 +779,15 @@ ASSERTS = [  # set-up, assert, a program that passes, one that does not
 def test_shapes_of_asserts(i):
     setup, text, right, wrong = ASSERTS[i]
     tests = {"setup": setup, "asserts": [text]}
-    good, bad = cts.run_programs([(f"def f(x):\n    {body}", tests) for body in (right, wrong)])
-    assert good == cts.Verdict("pass", 1, 1, "")
+    good, bad = run_programs([(f"def f(x):\n    {body}", tests) for body in (right, wrong)])
+    assert good == Verdict("pass", 1, 1, "")
     assert bad.outcome in ("wrong", "crash") and bad.passed == 0 and bad.detail.startswith("test 0: ")
 
 
 def test_a_function_named_as_a_builtin():
     tests = {"asserts": ["assert sum(10, 15) == 6"]}
-    assert cts.run_program("def sum(a, b):\n    return 6", tests).outcome == "pass"
-    assert cts.run_program("def total(a, b):\n    return 6", tests).outcome == "crash"
+    assert run_program("def sum(a, b):\n    return 6", tests).outcome == "pass"
+    assert run_program("def total(a, b):\n    return 6", tests).outcome == "crash"
 
 
 @pytest.mark.parametrize(
@@ -792,16 +795,16 @@ def test_a_function_named_as_a_builtin():
     ["assert all(f(i) == i * i for i in range(3))", "x = f(1)", "assert 1 == 1", "assert f(", "assert g(1) == h"],
 )
 def test_what_cannot_be_judged_is_a_harness_error(text):
-    verdict = cts.run_program("def f(x): return x * x\ndef g(x): return 1", {"asserts": [text]})
+    verdict = run_program("def f(x): return x * x\ndef g(x): return 1", {"asserts": [text]})
     assert verdict.outcome in ("harness_error", "crash") and verdict.passed == 0
     assert verdict.outcome == "harness_error" or text.endswith("== h")
 
 
 def test_a_check_names_what_it_lacks():
-    verdict = cts.run_program("def f(x): return 1", {"asserts": ["assert math.nothing(f(1))"]})
+    verdict = run_program("def f(x): return 1", {"asserts": ["assert math.nothing(f(1))"]})
     assert verdict.outcome == "wrong"
     tests = {"setup": "import no_such_module", "asserts": ["assert abs(f(1)) == 1"]}
-    assert cts.run_program("def f(x): return 1", tests).outcome == "crash"
+    assert run_program("def f(x): return 1", tests).outcome == "crash"
 
 
 def test_a_program_cannot_widen_what_it_is_asked():
@@ -810,13 +813,13 @@ def test_a_program_cannot_widen_what_it_is_asked():
         "def abs(x): return 0\ndef set(x): return 1\ndef f(x): return 5\nclass math:\n    isclose = lambda *a: True"
     )
     for text in ("math.isclose(f(2), 4)", "abs(f(2) - 4) < 1", "set(f(2)) == set([4])"):
-        assert cts.run_program(program, {"asserts": [f"assert {text}"]}).outcome == "wrong"
+        assert run_program(program, {"asserts": [f"assert {text}"]}).outcome == "wrong"
 
 
 def test_counts_and_the_first_failure():
     tests = {"asserts": ["assert f(1) == 1", "assert f(2) == 4", "assert f(3) == 9", "assert f(0) == 0"]}
     program = "def f(x):\n    if x == 2: raise ValueError('two')\n    return x * x if x < 3 else 8"
-    assert cts.run_program(program, tests) == cts.Verdict("crash", 2, 4, "test 1: raised ValueError: two")
+    assert run_program(program, tests) == Verdict("crash", 2, 4, "test 1: raised ValueError: two")
 
 
 # ---- stdin and calls ------------------------------------------------------------------------------------------------
@@ -872,19 +875,19 @@ print(reduce(lambda x, y: x + y, deque([a, b])))
 
 @pytest.mark.parametrize("name", READERS)
 def test_stdin_programs(name):
-    verdict = cts.run_program(READERS[name], ADD)
+    verdict = run_program(READERS[name], ADD)
     assert verdict.outcome == "pass", verdict
 
 
 def test_output_of_a_failed_input_is_not_the_next_ones():
     program = "n = int(input())\nprint(n)\nif n == 1: raise ValueError"
-    verdict = cts.run_program(program, {"inputs": ["1", "2"], "outputs": ["1", "2"]})
+    verdict = run_program(program, {"inputs": ["1", "2"], "outputs": ["1", "2"]})
     assert (verdict.outcome, verdict.passed, verdict.total) == ("crash", 1, 2)
 
 
 def test_lines_as_lists():
     tests = {"inputs": [["1", "2"]], "outputs": [["2", "1"]]}
-    assert cts.run_program("a = input()\nprint(input())\nprint(a)", tests).outcome == "pass"
+    assert run_program("a = input()\nprint(input())\nprint(a)", tests).outcome == "pass"
 
 
 @pytest.mark.parametrize(
@@ -898,7 +901,7 @@ def test_lines_as_lists():
     ],
 )  # fmt: skip
 def test_same_output(printed, expected, same):
-    assert cts.same_output(printed, expected) is same
+    assert same_output(printed, expected) is same
 
 
 CALL = {"fn_name": "pair", "inputs": [[1, [2, 3]], [2, []]], "outputs": [[1, [2, 3]], [2, []]]}
@@ -915,7 +918,7 @@ CALL = {"fn_name": "pair", "inputs": [[1, [2, 3]], [2, []]], "outputs": [[1, [2,
     ],
 )  # fmt: skip
 def test_calls(program, outcome):
-    assert cts.run_program(program, CALL).outcome == outcome
+    assert run_program(program, CALL).outcome == outcome
 
 
 @pytest.mark.parametrize(
@@ -931,7 +934,7 @@ def test_calls(program, outcome):
 )  # fmt: skip
 def test_values_of_calls(body, args, expected, outcome):
     tests = {"fn_name": "f", "inputs": [args], "outputs": [expected]}
-    assert cts.run_program(f"def f(x):\n    {body}", tests).outcome == outcome
+    assert run_program(f"def f(x):\n    {body}", tests).outcome == outcome
 
 
 @pytest.mark.parametrize(
@@ -940,8 +943,8 @@ def test_values_of_calls(body, args, expected, outcome):
      {"fn_name": "f", "inputs": [1], "outputs": [1]}],
 )  # fmt: skip
 def test_tests_of_no_known_form_are_refused(tests):
-    with pytest.raises(cts.InputError):
-        cts.run_program("def f(x): return x", tests)
+    with pytest.raises(InputError):
+        run_program("def f(x): return x", tests)
 
 
 # ---- programs of completions ----------------------------------------------------------------------------------------
@@ -969,7 +972,7 @@ F = "def f(x):\n    return x\n"
     ],
 )
 def test_extract_program(completion, program):
-    assert cts.extract_program(completion).strip() == program.strip()
+    assert extract_program(completion).strip() == program.strip()
 
 
 @pytest.mark.parametrize(
@@ -978,88 +981,88 @@ def test_extract_program(completion, program):
 def test_extraction_takes_any_text(text):
     """None of it takes long: quadratic time would be seen."""
     for start in ("", "def f(x):\n", "for ", "import ", "x"):
-        assert isinstance(cts.extract_program(start + text * 50000), str)
+        assert isinstance(extract_program(start + text * 50000), str)
 
 
 # ---- batches --------------------------------------------------------------------------------------------------------
 def test_equal_pairs_run_once(monkeypatch):
     started = []
-    fork = cts.Sandbox._fork
-    monkeypatch.setattr(cts.Sandbox, "_fork", lambda self, slot, *rest: started.append(slot) or fork(self, slot, *rest))
+    fork = Sandbox._fork
+    monkeypatch.setattr(Sandbox, "_fork", lambda self, slot, *rest: started.append(slot) or fork(self, slot, *rest))
     pairs = [("def f(x): return 4", VALUE(4)), ("def f(x): return 5", VALUE(4))] * 20
-    assert [v.outcome for v in cts.run_programs(pairs, workers=2)] == ["pass", "wrong"] * 20
+    assert [v.outcome for v in run_programs(pairs, workers=2)] == ["pass", "wrong"] * 20
     assert len(started) == 2
 
 
 def test_endless_loops_run_beside_each_other(monkeypatch):
     """All get their verdict; while one loops, others run."""
     most = []
-    look = cts.Sandbox._look
+    look = Sandbox._look
     monkeypatch.setattr(
-        cts.Sandbox, "_look", lambda self, *rest: most.append(cts.sandbox.UIDS - len(self.slots)) or look(self, *rest)
+        Sandbox, "_look", lambda self, *rest: most.append(sandbox_server.UIDS - len(self.slots)) or look(self, *rest)
     )
     loops = [(f"def f(x):\n    while True: pass  # {i}", VALUE(4)) for i in range(12)]
     sleeps = [(f"import time\ndef f(x): time.sleep(60)  # {i}", VALUE(4)) for i in range(12)]
     right = [(f"def f(x): return 4  # {i}", VALUE(4)) for i in range(24)]
-    verdicts = cts.run_programs(loops + sleeps + right, workers=2, timeout_s=1.0)
+    verdicts = run_programs(loops + sleeps + right, workers=2, timeout_s=1.0)
     assert [v.outcome for v in verdicts] == ["timeout"] * 24 + ["pass"] * 24
     assert max(most) > 12
-    assert not survivors(cts._sandboxes["programs"])
+    assert not survivors(sandbox._sandboxes["programs"])
 
 
 def test_a_timeout_keeps_what_passed_before():
     tests = {"asserts": ["assert f(1) == 1", "assert f(2) == 2", "assert f(3) == 3"]}
-    verdict = cts.run_program("def f(x):\n    while x == 2: pass\n    return x", tests, timeout_s=0.3)
-    assert verdict == cts.Verdict("timeout", 1, 3, "test 1: took too long")
+    verdict = run_program("def f(x):\n    while x == 2: pass\n    return x", tests, timeout_s=0.3)
+    assert verdict == Verdict("timeout", 1, 3, "test 1: took too long")
 
 
 def test_a_lost_server_is_a_harness_error():
-    cts.run_program("def f(x): return 4", VALUE(4))
-    box = cts._sandboxes["programs"]
-    monkey = cts.Sandbox._look
+    run_program("def f(x): return 4", VALUE(4))
+    box = sandbox._sandboxes["programs"]
+    monkey = Sandbox._look
     try:
-        cts.Sandbox._look = lambda self, *rest: (box.process.kill(), monkey(self, *rest))
-        verdicts = cts.run_programs(
+        Sandbox._look = lambda self, *rest: (box.process.kill(), monkey(self, *rest))
+        verdicts = run_programs(
             [("while True: pass", VALUE(4)), ("def f(x): return 4", VALUE(4))], workers=1, timeout_s=2
         )
     finally:
-        cts.Sandbox._look = monkey
+        Sandbox._look = monkey
     assert verdicts[0].outcome == "harness_error" and "server" in verdicts[0].detail
-    assert cts.run_program("def f(x): return 4", VALUE(4)).outcome == "pass"
+    assert run_program("def f(x): return 4", VALUE(4)).outcome == "pass"
 
 
 def test_the_same_set_order_in_every_run():
     program = "import random\ndef f(x): return list({'a', 'b', 'c', 'd', 'e'}), random.random()"
     tests = {"asserts": ["assert f(1) == 0"]}
-    first = cts.run_program(program, tests).detail
-    cts.close_sandboxes()
-    assert cts.run_program(program, tests).detail == first
+    first = run_program(program, tests).detail
+    close_sandboxes()
+    assert run_program(program, tests).detail == first
 
 
 def test_a_machine_that_cannot_confine(monkeypatch):
-    real = cts.Sandbox
+    real = Sandbox
 
     def poor(mode="auto"):
         if mode == "auto":
-            raise cts.InputError("programs cannot be confined on this machine")
+            raise InputError("programs cannot be confined on this machine")
         return real(mode)
 
-    cts.close_sandboxes()
-    monkeypatch.setattr(cts, "Sandbox", poor)
-    monkeypatch.setattr(cts, "UNSAFE_SANDBOX", "refuse")
-    with pytest.raises(cts.InputError, match="cannot be confined"):
-        cts.run_program("def f(x): return 4", VALUE(4))
-    with pytest.raises(cts.InputError, match="allow or refuse"):
-        cts.check_sandbox("yes")
-    assert cts.check_sandbox("allow") == "none"
-    assert cts.run_program("def f(x): return 4", VALUE(4)).outcome == "pass"
-    cts.close_sandboxes()
+    close_sandboxes()
+    monkeypatch.setattr(sandbox, "Sandbox", poor)
+    monkeypatch.setattr(sandbox, "UNSAFE_SANDBOX", "refuse")
+    with pytest.raises(InputError, match="cannot be confined"):
+        run_program("def f(x): return 4", VALUE(4))
+    with pytest.raises(InputError, match="allow or refuse"):
+        check_sandbox("yes")
+    assert check_sandbox("allow") == "none"
+    assert run_program("def f(x): return 4", VALUE(4)).outcome == "pass"
+    close_sandboxes()
 
 
 def test_a_child_that_cannot_be_confined_runs_nothing():
     """A limit that cannot be set: the program is not blamed."""
-    box = cts.Sandbox()
-    job = cts.Job({"kind": "asserts", "before": "", "after": "", "tests": ["1"], "program": "while True: pass"})
+    box = Sandbox()
+    job = Job({"kind": "asserts", "before": "", "after": "", "tests": ["1"], "program": "while True: pass"})
     box.run([job], 1, 4.0, 1 << 60)
     box.close()
     assert job.end == "harness_error" and "not confined" in job.why and not job.kept
@@ -1067,8 +1070,8 @@ def test_a_child_that_cannot_be_confined_runs_nothing():
 
 def test_a_killed_server_leaves_no_folder():
     try:
-        box = cts.Sandbox("landlock")
-    except cts.InputError as e:
+        box = Sandbox("landlock")
+    except InputError as e:
         pytest.skip(str(e))
     folder = pathlib.Path(box.base)
     assert folder.is_dir()
@@ -1092,8 +1095,8 @@ def test_values_round_trip():
         frozenset({1}),
         1j,
     ):
-        assert sandbox.decode(json.loads(json.dumps(sandbox.encode(value)))) == value
-    assert not doctest.testmod(sandbox).failed
+        assert sandbox_server.decode(json.loads(json.dumps(sandbox_server.encode(value)))) == value
+    assert not doctest.testmod(sandbox_server).failed
 
 
 # ---- long runs ------------------------------------------------------------------------------------------------------
@@ -1105,7 +1108,7 @@ def test_references_of_mbpp_pass():
         (row["code"], {"setup": row["test_setup_code"], "asserts": row["test_list"] + row["challenge_test_list"]})
         for row in rows
     ]
-    verdicts = cts.run_programs(pairs, timeout_s=20)
+    verdicts = run_programs(pairs, timeout_s=20)
     assert [(row["task_id"], v) for row, v in zip(rows, verdicts) if v.outcome != "pass"] == []
 
 
@@ -1120,17 +1123,17 @@ def test_ten_thousand_programs_leak_nothing():
     def batch(start, n):
         kinds = ("return x * x", "return 5", "raise ValueError", "import os; os._exit(0)", "return 'x' * 10000")
         pairs = [(f"def f(x):\n    {kinds[i % 5]}  # {i}", VALUE(4)) for i in range(start, start + n)]
-        verdicts = cts.run_programs(pairs)
+        verdicts = run_programs(pairs)
         assert [v.outcome for v in verdicts] == ["pass", "wrong", "crash", "crash", "wrong"] * (n // 5)
         gc.collect()
 
     batch(0, 1000)
-    box = cts._sandboxes["programs"]
+    box = sandbox._sandboxes["programs"]
     pids = [os.getpid(), box.process.pid, *children(box.process.pid)]
     before = state(pids)
     for start in range(1000, 11000, 1000):
         batch(start, 1000)
     after = state(pids)
-    assert cts._sandboxes["programs"] is box and not survivors(box)
+    assert sandbox._sandboxes["programs"] is box and not survivors(box)
     assert [files for files, _ in after] == [files for files, _ in before]
     assert all(b - a < 20000 for (_, a), (_, b) in zip(before, after)), (before, after)

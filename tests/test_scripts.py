@@ -23,6 +23,11 @@ import tiny
 import b5_cts
 import cts_common as cts
 import teacher
+from common.basics import InputError
+from common.model import leaf_names
+from common.report import read_metrics
+from common.run import Run
+from common.tasks import TASKS
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = ("b0_sft", "b1_dpo", "b2_grpo", "b3_grpo_verifier", "b4_grpo_critique", "b5_cts")
@@ -34,7 +39,7 @@ FAMILY = (  # parent, child, what opens every block that the child adds
 )
 IN_TINY = (  # opens the other processes' programs
     "import functools, sys; sys.path.insert(0, 'tests'); import cts_common as cts, tiny\n"
-    "tiny.install(functools.partial(setattr, cts))\n"
+    "tiny.install(setattr, dict.__setitem__)\n"
 )
 
 
@@ -51,7 +56,7 @@ def space(tmp_path_factory):
 def tiny_session():
     """tiny.py in place for these tests, and out of it for others."""
     with pytest.MonkeyPatch.context() as patch:
-        tiny.install(lambda name, value: patch.setattr(cts, name, value))
+        tiny.install(patch.setattr, patch.setitem)
         yield
 
 
@@ -78,14 +83,14 @@ def checkpoint(directory, step=None):
     step = manager.latest_step() if step is None else step
     args = ocp.args.Composite(state=ocp.args.StandardRestore(), identity=ocp.args.JsonRestore())
     params, opt_state = manager.restore(step, args=args)["state"]
-    plain = lambda tree: {name.removesuffix("/value"): leaf for name, leaf in cts.leaf_names(tree).items()}
+    plain = lambda tree: {name.removesuffix("/value"): leaf for name, leaf in leaf_names(tree).items()}
     return {"params": plain(params), "opt": plain(opt_state)}
 
 
 def metrics(directory):
     """metrics.jsonl without its times."""
     times = re.compile("time/|charts/SPS")
-    return [{k: v for k, v in row.items() if not times.match(k)} for row in cts.read_metrics(directory)]
+    return [{k: v for k, v in row.items() if not times.match(k)} for row in read_metrics(directory)]
 
 
 @pytest.fixture(scope="session")
@@ -121,7 +126,7 @@ def test_a_child_is_its_parent_plus_marked_insertions(parent, child, marker):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_flag_is_read_and_explained(script):
     text = (ROOT / f"{script}.py").read_text()
-    common = (ROOT / "cts_common.py").read_text()
+    common = "".join(path.read_text() for path in ROOT.glob("common/*.py"))
     for field in dataclasses.fields(importlib.import_module(script).Args):
         assert re.search(rf"\bargs\.{field.name}\b", text + common), f"--{field.name} is read nowhere"
         assert re.search(rf'^    {field.name}: .*\n    """.+"""$', text, re.MULTILINE), (
@@ -134,8 +139,9 @@ def test_size_budgets():
         assert len((ROOT / f"{script}.py").read_text().splitlines()) <= 500
 
 
-def test_the_common_module_knows_no_method():
-    tree = ast.parse((ROOT / "cts_common.py").read_text())
+@pytest.mark.parametrize("room", sorted(ROOT.glob("common/*.py")), ids=lambda path: path.stem)
+def test_no_room_knows_a_method(room):
+    tree = ast.parse(room.read_text())
     strings = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
     names = [n.id for n in ast.walk(tree) if isinstance(n, ast.Name)]
     for word in (*SCRIPTS, "sft", "dpo", "grpo"):
@@ -155,7 +161,7 @@ def test_a_run_writes_its_result(space, runs):
     directory = run_dir(space, "b3", "b3_grpo_verifier")
     assert json.loads((directory / "result.json").read_text()) == json.loads(json.dumps(runs["b3"]))
     assert (directory / "curves.png").stat().st_size > 5000
-    rows = cts.read_metrics(directory)
+    rows = read_metrics(directory)
     assert [row["step"] for row in rows] == [0, 1, 2]
     for key in (
         "charts/reward",
@@ -318,20 +324,20 @@ def test_step_level_credit_and_validation_run(space):
 def test_stop_and_resume_is_bit_identical(space, runs, monkeypatch):
     """And with it: the same seed twice gives the same result."""
     assert runs["b5"]
-    log = cts.Run.log
+    log = Run.log
 
     def log_and_stop(self, row, step):
         log(self, row, step)
         if step == 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(cts.Run, "log", log_and_stop)
+    monkeypatch.setattr(Run, "log", log_and_stop)
     with pytest.raises(SystemExit) as stopped:
         run(space, "b5_cts", "resumed")
     assert stopped.value.code == 128 + signal.SIGTERM
-    monkeypatch.setattr(cts.Run, "log", log)
+    monkeypatch.setattr(Run, "log", log)
     directory = run_dir(space, "resumed", "b5_cts")
-    with pytest.raises(cts.InputError, match="there already and has not finished"):
+    with pytest.raises(InputError, match="there already and has not finished"):
         run(space, "b5_cts", "resumed")
     with open(directory / "metrics.jsonl", "a") as f:
         f.write('{"step": 1, "half": 0}\n{"step": 2, "ha')  # written after the checkpoint, then cut off
@@ -416,7 +422,7 @@ def test_no_readable_checkpoint_is_refused_and_none_removed(space, runs):
     (copy / "result.json").unlink()
     for step in ("2", "3"):
         (copy / "checkpoints" / step / "state" / "manifest.ocdbt").write_bytes(b"")
-    with pytest.raises(cts.InputError, match=r"no checkpoint in .* can be read"):
+    with pytest.raises(InputError, match=r"no checkpoint in .* can be read"):
         run(space, "b3_grpo_verifier", "unreadable", resume=True)
     assert {"2", "3"} <= {f.name for f in (copy / "checkpoints").iterdir()}
 
@@ -426,7 +432,7 @@ def test_resume_with_another_flag_names_it(space, runs):
     whole = run_dir(space, "b3", "b3_grpo_verifier")
     shutil.copytree(whole, space / "flag" / whole.name)
     (space / "flag" / whole.name / "result.json").unlink()
-    with pytest.raises(cts.InputError, match=r"--temperature 0.7 \(now 0.9\)"):
+    with pytest.raises(InputError, match=r"--temperature 0.7 \(now 0.9\)"):
         run(space, "b3_grpo_verifier", "flag", resume=True, temperature=0.9)
 
 
@@ -453,7 +459,7 @@ def test_not_finite_stops_with_step_and_batch(space, monkeypatch):
     ],
 )
 def test_bad_input_is_one_line_and_writes_no_run(space, changes, words):
-    with pytest.raises(cts.InputError, match=words) as error:
+    with pytest.raises(InputError, match=words) as error:
         run(space, "b5_cts", "bad", **changes)
     assert "\n" not in str(error.value)
     assert not list((space / "bad").glob("b5_cts__*"))
@@ -461,7 +467,7 @@ def test_bad_input_is_one_line_and_writes_no_run(space, changes, words):
 
 def test_unwritable_output_directory(space):
     (space / "a_file").write_text("")
-    with pytest.raises(cts.InputError, match="cannot write there"):
+    with pytest.raises(InputError, match="cannot write there"):
         b5_cts.main(b5_cts.Args(**tiny.FLAGS, out_dir=str(space / "a_file" / "runs")))
 
 
@@ -471,7 +477,7 @@ def test_malformed_replay_names_file_and_line(space):
     for split in ("train", "val", "test"):
         lines = (space / "replay" / f"{split}.jsonl").read_text().splitlines()
         (folder / f"{split}.jsonl").write_text("\n".join([*lines[:2], lines[2][:-20]]) + "\n")
-    with pytest.raises(cts.InputError, match=r"train.jsonl:3: not JSON"):
+    with pytest.raises(InputError, match=r"train.jsonl:3: not JSON"):
         run(space, "b5_cts", "bad", replay=str(folder))
 
 
@@ -480,4 +486,4 @@ def test_the_command_line_exits_with_2():
         [sys.executable, "b5_cts.py", "--task", "nope"], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.strip() == f"error: --task nope: unknown; choose one of {', '.join(cts.TASKS)}"
+    assert done.stderr.strip() == f"error: --task nope: unknown; choose one of {', '.join(TASKS)}"

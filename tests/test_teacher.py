@@ -1,15 +1,32 @@
 """teacher.py: what the perturb teacher writes, against attempts worked out by hand and by properties of many."""
 
+import dataclasses
 import json
 import random
 from fractions import Fraction
 
 import pytest
 
-import cts_common as cts
 import teacher
+from common.basics import InputError
+from common.critique import ORDINALS
+from common.fixtures import fixtures_math
+from common.making import edit_distance, load_replay, perturb
+from common.mistakes import TAG_OF_KIND, UnfitError, attempts, choices, corrupt, numerals, text_agrees
+from common.replay import Problem, Quadruple, parse_quadruple, replay_report
+from common.tasks import TASKS
+from common.verifier import (
+    ANNOTATION,
+    equation_holds,
+    final_answers,
+    first_wrong_step,
+    numbers_in,
+    score_math,
+    show,
+    split_steps,
+)
 
-SHOP = cts.Problem(
+SHOP = Problem(
     "own/shop",
     "A shop sells 30 lamps at $40 each. It then pays $350 for rent and gives 1/5 of what is left to 5 clerks. "
     "The rest is shared by 4 owners. How much does each owner get?",
@@ -22,7 +39,7 @@ SHOP = cts.Problem(
     "170",
     None,
 )
-PENS = cts.Problem(
+PENS = Problem(
     "own/pens",
     "Tom has 48 red pens. He has half as many blue pens and gives away 15 pens. How many pens does he keep?",
     "Tom has 48/2 = <<48/2=24>>24 blue pens.\n"
@@ -34,11 +51,11 @@ PENS = cts.Problem(
 )
 
 
-def problem_of(x: str, *lines: str) -> cts.Problem:
-    return cts.Problem("own/x", x, "\n".join(lines), lines[-1].removeprefix("#### "), None)
+def problem_of(x: str, *lines: str) -> Problem:
+    return Problem("own/x", x, "\n".join(lines), lines[-1].removeprefix("#### "), None)
 
 
-def own_problems() -> list[cts.Problem]:
+def own_problems() -> list[Problem]:
     """Forty problems in GSM8K's format with what fixtures_math lacks: arithmetic spelled out in the text, $, commas, x,
     units between operands, decimals, lines without annotation, sums of three."""
     rng, problems = random.Random(5), []
@@ -66,8 +83,8 @@ def own_problems() -> list[cts.Problem]:
         elif kind == 2:
             x = f"A pear costs ${a}.50 and a melon ${b}. Eve buys {c} of each and pays with ${d}00. What is her change?"
             each, t = Fraction(2 * a + 1, 2) + b, (Fraction(2 * a + 1, 2) + b) * c
-            left = cts.show(d * 100 - t)
-            each, t = cts.show(each), cts.show(t)
+            left = show(d * 100 - t)
+            each, t = show(each), show(t)
             lines = [
                 f"A pear and a melon cost ${a}.50 + ${b} = $<<{a}.5+{b}={each}>>{each}.",
                 f"So she pays {c} * ${each} = $<<{c}*{each}={t}>>{t}.",
@@ -84,60 +101,60 @@ def own_problems() -> list[cts.Problem]:
                 f"They have {a} + {s} + {t} = <<{a}+{s}+{t}={a + s + t}>>{a + s + t} coins.",
             ]
             answer = a + s + t
-        problems.append(cts.Problem(f"own/{i}", x, "\n".join([*lines, f"#### {answer}"]), str(answer), None))
+        problems.append(Problem(f"own/{i}", x, "\n".join([*lines, f"#### {answer}"]), str(answer), None))
     return problems
 
 
-PROBLEMS = cts.fixtures_math(size=300) + own_problems()
+PROBLEMS = fixtures_math(size=300) + own_problems()
 
 
 @pytest.fixture(scope="module")
-def quads() -> list[cts.Quadruple]:
-    return [teacher.perturb(problem) for problem in PROBLEMS]
+def quads() -> list[Quadruple]:
+    return [perturb(problem) for problem in PROBLEMS]
 
 
 def test_every_problem_yields_a_verified_quadruple(quads):
-    assert all(isinstance(q, cts.Quadruple) for q in quads)
+    assert all(isinstance(q, Quadruple) for q in quads)
     for q, problem in zip(quads, PROBLEMS):
         assert (q.x, q.y1, q.meta["answer"]) == (problem.x, problem.reference, problem.answer)
-        assert cts.score_math(q.y0, problem.answer) == 0 and cts.score_math(q.y1, problem.answer) == 1
+        assert score_math(q.y0, problem.answer) == 0 and score_math(q.y1, problem.answer) == 1
         assert q.meta["verified"] and not q.meta["y0_correct"] and q.meta["y1_correct"]
-        cts.parse_quadruple(json.dumps({"x": q.x, "y0": q.y0, "f": q.f, "y1": q.y1, "meta": q.meta}), "here")
+        parse_quadruple(json.dumps({"x": q.x, "y0": q.y0, "f": q.f, "y1": q.y1, "meta": q.meta}), "here")
 
 
 def test_span_and_critique_name_the_step_the_checker_calls_wrong(quads):
     for q in quads:
-        wrong = cts.first_wrong_step(q.y0, q.y1)
-        step = cts.split_steps(q.y0)[wrong]
+        wrong = first_wrong_step(q.y0, q.y1)
+        step = split_steps(q.y0)[wrong]
         assert q.meta["error_span"] == [step.start, step.end]
-        assert q.f.startswith(f"The {cts.ORDINALS[wrong]} step is wrong: ")
+        assert q.f.startswith(f"The {ORDINALS[wrong]} step is wrong: ")
 
 
 def test_only_a_wrong_result_breaks_the_arithmetic_and_only_in_its_own_step(quads):
     """All the other steps, later ones above all, are recomputed: their annotations and their texts hold."""
     for q in quads:
-        wrong = cts.first_wrong_step(q.y0, q.y1)
+        wrong = first_wrong_step(q.y0, q.y1)
         for i, line in enumerate(q.y0.split("\n")):
             slip = i == wrong and q.meta["error_tags"] == ["local_arithmetic"]
-            annotations = cts.ANNOTATION.findall(line)
+            annotations = ANNOTATION.findall(line)
             for expr, value in annotations:
-                assert cts.equation_holds(expr, Fraction(value)) != slip, q.y0
+                assert equation_holds(expr, Fraction(value)) != slip, q.y0
                 if "= " in line:  # the text shows the result of its annotation once more
                     assert line.replace(",", "").split(">>")[1].startswith(value)
-            assert all(teacher.text_agrees(line)) or slip, q.y0
+            assert all(text_agrees(line)) or slip, q.y0
 
 
 def test_the_final_line_states_the_last_result(quads):
     for q in quads:
         *lines, final = q.y0.split("\n")
         if lines and "####" not in q.y0[slice(*q.meta["error_span"])]:
-            assert Fraction(cts.ANNOTATION.findall(lines[-1])[-1][1]) == cts.final_answers(final)[0], q.y0
+            assert Fraction(ANNOTATION.findall(lines[-1])[-1][1]) == final_answers(final)[0], q.y0
 
 
 def test_no_critique_gives_the_answer_or_the_right_value_away(quads):
     for q in quads:
-        assert Fraction(q.meta["answer"]) not in cts.numbers_in(q.f)
-    assert cts.replay_report(quads)["leak_rate"] == 0
+        assert Fraction(q.meta["answer"]) not in numbers_in(q.f)
+    assert replay_report(quads)["leak_rate"] == 0
 
 
 def test_a_flaw_that_would_name_the_right_value_is_told_without_numbers():
@@ -149,30 +166,30 @@ def test_a_flaw_that_would_name_the_right_value_is_told_without_numbers():
         "Now it is 6 + 5 = <<6+5=11>>11 yards.",
         "#### 11",
     )
-    critiques = {f for _, _, _, f in teacher.attempts(gifts, 0)}
+    critiques = {f for _, _, _, f in attempts(gifts, 0)}
     assert "The second step is wrong: it should be 18-12." in critiques
     assert any(f.startswith("The first step is wrong: 6*2 is not ") for f in critiques)
     assert not any("18-12 is not 6" in f or "6*2 is not 12" in f for f in critiques)
     halved = problem_of("8 eggs and 4 eggs. Half are sold?", "All: <<8+4=12>>12.", "Sold: <<12/2=6>>6.", "#### 6")
-    assert all(6 not in cts.numbers_in(f) for _, _, _, f in teacher.attempts(halved, 0))
+    assert all(6 not in numbers_in(f) for _, _, _, f in attempts(halved, 0))
 
 
 def test_kinds_are_mixed(quads):
-    tags = cts.replay_report(quads)["tags"]
-    assert set(tags) == set(teacher.TAG_OF_KIND.values())
+    tags = replay_report(quads)["tags"]
+    assert set(tags) == set(TAG_OF_KIND.values())
     assert min(tags.values()) > 0.02 * len(quads), tags
 
 
 def test_deterministic_in_seed_and_problem(quads):
-    again = [teacher.perturb(problem) for problem in reversed(PROBLEMS[-60:])]
+    again = [perturb(problem) for problem in reversed(PROBLEMS[-60:])]
     assert again == quads[:-61:-1]
-    assert [teacher.perturb(problem, seed=1) for problem in PROBLEMS[-60:]] != quads[-60:]
+    assert [perturb(problem, seed=1) for problem in PROBLEMS[-60:]] != quads[-60:]
 
 
 # ---- one worked example for each kind -------------------------------------------------------------------------------
-def lines_of_y0(problem: cts.Problem, kind: str, step: int, choice: tuple) -> tuple[list[str], int, str]:
-    assert choice in teacher.choices(problem, kind, step, random.Random(0))
-    y0, flagged, flaw = teacher.corrupt(problem, kind, step, choice)
+def lines_of_y0(problem: Problem, kind: str, step: int, choice: tuple) -> tuple[list[str], int, str]:
+    assert choice in choices(problem, kind, step, random.Random(0))
+    y0, flagged, flaw = corrupt(problem, kind, step, choice)
     return y0.split("\n"), flagged, flaw[0]
 
 
@@ -257,18 +274,18 @@ def test_wrong_quantity():
     ],
 )
 def test_unfit(why, problem):
-    value = teacher.numerals(cts.ANNOTATION.findall(problem.reference)[0][1])[0]
+    value = numerals(ANNOTATION.findall(problem.reference)[0][1])[0]
     changed = value + (Fraction(1, 10) if value < 1 else 1)
-    with pytest.raises(teacher.UnfitError):
-        teacher.corrupt(problem, "wrong_result", 0, (changed,))
+    with pytest.raises(UnfitError):
+        corrupt(problem, "wrong_result", 0, (changed,))
 
 
 def test_a_step_that_names_its_operation_keeps_its_operator():
     problem = problem_of("6 and 4 cats. All?", "The sum is <<6+4=10>>10.", "With 5 more: <<10+5=15>>15.", "#### 15")
-    with pytest.raises(teacher.UnfitError):
-        teacher.corrupt(problem, "wrong_operator", 0, (0, "-"))
+    with pytest.raises(UnfitError):
+        corrupt(problem, "wrong_operator", 0, (0, "-"))
     plain = problem_of("6 and 4 cats. All?", "Cats: <<6+4=10>>10.", "With 5 dogs: <<10+5=15>>15.", "#### 15")
-    assert teacher.corrupt(plain, "wrong_operator", 0, (0, "-"), strict=False)[0].startswith("Cats: <<6-4=2>>2.\n")
+    assert corrupt(plain, "wrong_operator", 0, (0, "-"), strict=False)[0].startswith("Cats: <<6-4=2>>2.\n")
 
 
 def test_edit_distance_equals_a_naive_dynamic_program():
@@ -282,7 +299,7 @@ def test_edit_distance_equals_a_naive_dynamic_program():
     rng = random.Random(1)
     for _ in range(200):
         a, b = ([rng.choice("uvwxyz") for _ in range(rng.randrange(9))] for _ in range(2))
-        assert teacher.edit_distance(" ".join(a), " ".join(b)) == naive(a, b), (a, b)
+        assert edit_distance(" ".join(a), " ".join(b)) == naive(a, b), (a, b)
 
 
 # ---- the script -----------------------------------------------------------------------------------------------------
@@ -293,19 +310,19 @@ def run(out, **args) -> dict:
 @pytest.fixture
 def small_task(monkeypatch):
     """fixtures_math with 120 problems, so that a whole run takes a moment."""
-    task = cts.TASKS["fixtures_math"]
-    small = cts.dataclasses.replace(task, load=lambda data_dir: PROBLEMS[:120])
-    monkeypatch.setitem(cts.TASKS, "fixtures_math", small)
+    task = TASKS["fixtures_math"]
+    small = dataclasses.replace(task, load=lambda data_dir: PROBLEMS[:120])
+    monkeypatch.setitem(TASKS, "fixtures_math", small)
 
 
 def test_main_writes_what_the_loader_reads_and_limit_changes_no_quadruple(tmp_path, small_task, capsys):
     report = run(tmp_path / "all")
-    replay = cts.load_replay("fixtures_math", str(tmp_path / "all"), None)
+    replay = load_replay("fixtures_math", str(tmp_path / "all"), None)
     assert report["kept"] == report["problems"] == 120 == sum(map(len, replay.values()))
     assert json.loads((tmp_path / "all" / "report.json").read_text())["replay"]["leak_rate"] == 0
     assert "120 of 120 problems kept (100.0%)" in capsys.readouterr().out
     run(tmp_path / "few", limit=3)
-    few = cts.load_replay("fixtures_math", str(tmp_path / "few"), None)
+    few = load_replay("fixtures_math", str(tmp_path / "few"), None)
     assert {split: quads[:3] for split, quads in replay.items()} == few
     run(tmp_path / "again")
     for name in ("train.jsonl", "val.jsonl", "test.jsonl", "report.json"):
@@ -314,15 +331,15 @@ def test_main_writes_what_the_loader_reads_and_limit_changes_no_quadruple(tmp_pa
 
 def test_rejections_are_counted_and_unverified_ones_kept_on_request(tmp_path, monkeypatch):
     wrong = problem_of("3 and 5 pens, 4 more. All?", "All: <<3+5=8>>8.", "Now: <<8+4=12>>12.", "#### 12")
-    wrong = cts.dataclasses.replace(wrong, answer="13")
+    wrong = dataclasses.replace(wrong, answer="13")
     silent = problem_of("What is 5 less 1?", "It is four.", "#### 4")
-    task = cts.dataclasses.replace(cts.TASKS["fixtures_math"], load=lambda data_dir: [wrong, silent])
-    monkeypatch.setitem(cts.TASKS, "fixtures_math", task)
+    task = dataclasses.replace(TASKS["fixtures_math"], load=lambda data_dir: [wrong, silent])
+    monkeypatch.setitem(TASKS, "fixtures_math", task)
     assert run(tmp_path)["rejected"] == {"no arithmetic step": 1, "reference not verified": 1}
     report = run(tmp_path, keep_unverified="yes")
     assert (report["kept"], report["unverified"], report["rejected"]) == (1, 1, {"no arithmetic step": 1})
     lines = "".join((tmp_path / f"{split}.jsonl").read_text() for split in ("train", "val", "test")).splitlines()
-    meta = cts.parse_quadruple(lines[0], "here").meta
+    meta = parse_quadruple(lines[0], "here").meta
     assert not meta["verified"] and not meta["y1_correct"]
 
 
@@ -335,7 +352,7 @@ def test_rejections_are_counted_and_unverified_ones_kept_on_request(tmp_path, mo
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, args, message):
-    with pytest.raises(cts.InputError, match=message) as error:
+    with pytest.raises(InputError, match=message) as error:
         run(tmp_path, **args)
     assert "\n" not in str(error.value)
     assert list(tmp_path.iterdir()) == []
@@ -343,6 +360,6 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path, args, message):
 
 def test_out_that_is_a_file(tmp_path, small_task):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(cts.InputError, match="--out"):
+    with pytest.raises(InputError, match="--out"):
         run(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"

@@ -5,7 +5,20 @@ from fractions import Fraction
 
 import pytest
 
-import cts_common as cts
+from common.basics import InputError
+from common.critique import check_critique
+from common.rewards import format_valid
+from common.verifier import (
+    equation_holds,
+    evaluate_arithmetic,
+    first_wrong_step,
+    numbers_in,
+    process_score,
+    score_math,
+    show,
+    split_steps,
+    uptake,
+)
 
 REFERENCE = (
     "Tom has 48/2 = <<48/2=24>>24 blue pens.\n"
@@ -39,9 +52,9 @@ TABLE = [
 @pytest.mark.parametrize(("completion", "strict", "lenient", "valid"), TABLE)
 def test_grader_table(completion, strict, lenient, valid):
     """The grader self-test table."""
-    assert cts.score_math(completion, "1000") == strict
-    assert cts.score_math(completion, "1000", lenient=True) == lenient
-    assert cts.format_valid(completion, "math") is valid
+    assert score_math(completion, "1000") == strict
+    assert score_math(completion, "1000", lenient=True) == lenient
+    assert format_valid(completion, "math") is valid
 
 
 @pytest.mark.parametrize(
@@ -99,7 +112,7 @@ def test_grader_table(completion, strict, lenient, valid):
 def test_score_math(completion, answer, score):
     """Ways to write a final answer that count, and ways that do not."""
     gold = answer if len(answer) <= 30 else "1"
-    assert cts.score_math(completion, gold) == score
+    assert score_math(completion, gold) == score
 
 
 @pytest.mark.parametrize(
@@ -108,21 +121,21 @@ def test_score_math(completion, answer, score):
 )
 def test_a_piece_of_a_number_is_not_the_answer(completion, answer):
     """Powers and exponents are not read; then no part of them may be read either."""
-    assert cts.score_math(completion, answer) == 0
-    assert cts.score_math(completion, answer, lenient=True) == 0
+    assert score_math(completion, answer) == 0
+    assert score_math(completion, answer, lenient=True) == 0
 
 
 @pytest.mark.parametrize("answer", ["", "many", "1 or 2"])
 def test_score_math_refuses_a_bad_reference(answer):
     """A reference answer that is not one number is an error, not a score of 0."""
-    with pytest.raises(cts.InputError, match="not a single number"):
-        cts.score_math("#### 1", answer)
+    with pytest.raises(InputError, match="not a single number"):
+        score_math("#### 1", answer)
 
 
 def test_works_in_a_thread():
     """No signals and no state: other threads get the same scores."""
     with ThreadPoolExecutor(4) as pool:
-        scores = list(pool.map(lambda row: cts.score_math(row[0], "1000"), TABLE * 20))
+        scores = list(pool.map(lambda row: score_math(row[0], "1000"), TABLE * 20))
     assert scores == [row[1] for row in TABLE] * 20
 
 
@@ -166,17 +179,17 @@ def test_works_in_a_thread():
 )
 def test_evaluate_arithmetic(expr, value):
     """Values by hand; None for everything that is not plain arithmetic."""
-    assert cts.evaluate_arithmetic(expr) == value
+    assert evaluate_arithmetic(expr) == value
 
 
 def test_split_steps():
     """Non-empty lines with their spans; annotations are preferred to plain equations; the final line has its number."""
     y = "He has 48 / 2 = 24 pens.\n\n  \n5 x 3 = 15, then 1+1 = <<15+1=16>>16.\nNothing here.\n\\boxed{16}"
-    steps = cts.split_steps(y)
+    steps = split_steps(y)
     assert [y[s.start : s.end] for s in steps] == [line for line in y.split("\n") if line.strip()]
     assert [s.equations for s in steps] == [(("48 / 2", 24),), (("15+1", 16),), (), (("", 16),)]
     assert [s.is_final for s in steps] == [False, False, False, True]
-    assert cts.split_steps("") == [] == cts.split_steps(" \n\n ")
+    assert split_steps("") == [] == split_steps(" \n\n ")
 
 
 @pytest.mark.parametrize(
@@ -198,7 +211,7 @@ def test_split_steps():
 )
 def test_equations_of_a_line(line, equations):
     """Which equations a line is read to state."""
-    (step,) = cts.split_steps(line)
+    (step,) = split_steps(line)
     assert list(step.equations) == equations
 
 
@@ -227,14 +240,14 @@ def test_equations_of_a_line(line, equations):
 )
 def test_equation_holds(expr, value, holds):
     """Exact, or rounded or cut at the last decimal stated; whole numbers are never rounded."""
-    assert cts.equation_holds(expr, cts.numbers_in(value)[0]) is holds
+    assert equation_holds(expr, numbers_in(value)[0]) is holds
 
 
 def test_rounding_knows_trailing_zeros():
     """2.60 states hundredths, so it is not 2.55 rounded."""
     lines = ("It costs <<1.25+1.30=2.60>>2.60.", "Less a coupon: <<2.60-0.05=2.55>>2.55.", "#### 2.55")
     reference = "It costs <<1.25+1.30=2.55>>2.55.\n#### 2.55"
-    assert cts.first_wrong_step("\n".join(lines), reference) == 0
+    assert first_wrong_step("\n".join(lines), reference) == 0
 
 
 ATTEMPTS = {  # kind: (attempt, first wrong step)
@@ -261,7 +274,7 @@ ATTEMPTS = {  # kind: (attempt, first wrong step)
 @pytest.mark.parametrize(("lines", "wrong"), ATTEMPTS.values(), ids=ATTEMPTS.keys())
 def test_first_wrong_step(lines, wrong):
     """Each kind of error is found at its place; right work is not accused."""
-    assert cts.first_wrong_step("\n".join(lines), REFERENCE) == wrong
+    assert first_wrong_step("\n".join(lines), REFERENCE) == wrong
 
 
 @pytest.mark.parametrize(
@@ -283,17 +296,17 @@ def test_first_wrong_step(lines, wrong):
 )
 def test_process_score(lines, score):
     """The share of steps that hold before the first that does not, by hand."""
-    assert cts.process_score("\n".join(lines), REFERENCE) == pytest.approx(score)
+    assert process_score("\n".join(lines), REFERENCE) == pytest.approx(score)
 
 
 @pytest.mark.parametrize("filler", ["Let me think.", "I add 1 and 1.", "2 is 2"])
 def test_prose_does_not_pay(filler):
     """Lines in which nothing can be checked earn nothing, neither alone nor before wrong work."""
     wrong = [FIRST, "He has <<48+24=74>>74.", "#### 74"]
-    assert cts.process_score("\n".join([filler] * 4), REFERENCE) == 0
+    assert process_score("\n".join([filler] * 4), REFERENCE) == 0
     bare, padded = (
-        cts.process_score("\n".join(wrong), REFERENCE),
-        cts.process_score("\n".join([filler] * 20 + wrong), REFERENCE),
+        process_score("\n".join(wrong), REFERENCE),
+        process_score("\n".join([filler] * 20 + wrong), REFERENCE),
     )
     assert padded <= bare == pytest.approx(1 / 4)
 
@@ -301,8 +314,8 @@ def test_prose_does_not_pay(filler):
 def test_hedging_in_one_line_is_not_a_held_step():
     """What the outcome score refuses, the process score does not pay in full."""
     hedge = "\n".join([FIRST, SECOND, THIRD, "#### 58 or 57"])
-    assert cts.score_math(hedge, "57") == 0
-    assert cts.process_score(hedge, REFERENCE) == pytest.approx(3 / 4)
+    assert score_math(hedge, "57") == 0
+    assert process_score(hedge, REFERENCE) == pytest.approx(3 / 4)
 
 
 @pytest.mark.parametrize(
@@ -318,22 +331,22 @@ def test_check_critique(kind, critique):
     """The sentence, and the span of exactly the step it names."""
     lines, wrong = ATTEMPTS[kind]
     y0 = "\n".join(lines)
-    f, (start, end) = cts.check_critique(y0, REFERENCE)
+    f, (start, end) = check_critique(y0, REFERENCE)
     assert f == critique
     assert y0[start:end] == lines[wrong]
 
 
 def test_check_critique_of_right_work_and_of_leaks():
     """Nothing wrong: no span. A critique that would state the final answer is put without numbers."""
-    assert cts.check_critique(REFERENCE, REFERENCE) == ("No step is found wrong.", None)
-    f, span = cts.check_critique("<<57+2=58>>58\n#### 58", REFERENCE)
+    assert check_critique(REFERENCE, REFERENCE) == ("No step is found wrong.", None)
+    f, span = check_critique("<<57+2=58>>58\n#### 58", REFERENCE)
     assert (f, span) == ("The first step is wrong: its result is off.", [0, 13])
 
 
 def test_show_is_read_back():
     """`show` writes what `numbers_in` reads."""
     values = [Fraction(n, d) for n in (-7, -1, 0, 3, 100, 12345) for d in (1, 2, 3, 7, 8, 125, 4096)]
-    assert [cts.numbers_in(cts.show(v)) for v in values] == [[v] for v in values]
+    assert [numbers_in(show(v)) for v in values] == [[v] for v in values]
 
 
 HOSTILE = {
@@ -367,9 +380,9 @@ HOSTILE = {
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_text_is_scored_in_reasonable_time(text):
     """Ten thousand characters made to trip the patterns come back with a score (a bad pattern would take for ever)."""
-    assert cts.score_math(text, "57", lenient=True) == 0
-    assert 0 <= cts.process_score(text, REFERENCE) < 1
-    assert isinstance(cts.check_critique(text, REFERENCE)[0], str)
+    assert score_math(text, "57", lenient=True) == 0
+    assert 0 <= process_score(text, REFERENCE) < 1
+    assert isinstance(check_critique(text, REFERENCE)[0], str)
 
 
 # ---- uptake ---------------------------------------------------------------------------------------------------------
@@ -402,23 +415,23 @@ DROPPED = "Ben has <<13*2=26>>26.\nBoth have <<26+26=52>>52.\n#### 52"
     ],
 )  # fmt: skip
 def test_uptake_of_a_wrong_step(completion, expected):
-    assert cts.uptake(completion, Y0, SPAN, Y1) == expected
+    assert uptake(completion, Y0, SPAN, Y1) == expected
 
 
 def test_uptake_of_a_missing_step():
     """The flagged step follows the gap; putting the missing step before it changes it too."""
     span = (DROPPED.index("Both"), DROPPED.rindex("\n"))
-    assert cts.uptake(Y1, DROPPED, span, Y1) == 1.0
-    assert cts.uptake(DROPPED, DROPPED, span, Y1) == 0.0
-    assert cts.uptake(DROPPED.replace("26+26=52>>52", "26+25=51>>51"), DROPPED, span, Y1) == 0.0
+    assert uptake(Y1, DROPPED, span, Y1) == 1.0
+    assert uptake(DROPPED, DROPPED, span, Y1) == 0.0
+    assert uptake(DROPPED.replace("26+26=52>>52", "26+25=51>>51"), DROPPED, span, Y1) == 0.0
 
 
 def test_uptake_of_a_wrong_final_line():
     y0 = Y1.replace("#### 56", "#### 65")
     span = (y0.index("####"), len(y0))
-    assert cts.uptake(Y1, y0, span, Y1) == 1.0
-    assert cts.uptake(Y1.replace("#### 56", "#### 57"), y0, span, Y1) == 0.0
+    assert uptake(Y1, y0, span, Y1) == 1.0
+    assert uptake(Y1.replace("#### 56", "#### 57"), y0, span, Y1) == 0.0
 
 
 def test_uptake_needs_a_place():
-    assert cts.uptake(Y1, Y0, None, Y1) == 0.0
+    assert uptake(Y1, Y0, None, Y1) == 0.0

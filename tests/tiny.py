@@ -7,6 +7,10 @@ import zlib
 import numpy as np
 
 import cts_common as cts
+from common import base, evaluation
+from common.model import ModelConfig
+from common.replay import Quadruple
+from common.tasks import TASKS
 
 FLAGS = dict(
     steps=3, prompts=4, group=4, max_new_tokens=48, wandb="disabled", save_every=2, temperature=0.7, truncated="keep"
@@ -19,7 +23,7 @@ def flags(script) -> dict:
 
 
 @dataclasses.dataclass(frozen=True)
-class TinyConfig(cts.ModelConfig):
+class TinyConfig(ModelConfig):
     """The nano model's architecture at a fraction of its size."""
 
     d_model: int = 64
@@ -28,15 +32,15 @@ class TinyConfig(cts.ModelConfig):
     d_ff: int = 128
 
 
-def parity_scores(texts: list[str], quads: list[cts.Quadruple]) -> np.ndarray:
+def parity_scores(texts: list[str], quads: list[Quadruple]) -> np.ndarray:
     """A 0/1 reward [B, G] of any text: the parity of its checksum."""
     return np.array([zlib.crc32(t.encode()) % 2 for t in texts], np.float32).reshape(len(quads), -1)
 
 
-def install(patch) -> None:
-    """Put all of it in place; `patch(name, value)` sets an attribute of cts_common."""
-    task = dataclasses.replace(cts.TASKS["fixtures_math"], base_steps=6, base_width=256)
-    patch("TASKS", {**cts.TASKS, "fixtures_math": task})
-    patch("ModelConfig", TinyConfig)
-    patch("outcome_scores", parity_scores)
-    patch("PRECHECK_GROUPS", 8)
+def install(setattr, setitem) -> None:
+    """Put all of it in place by these two functions."""
+    setitem(TASKS, "fixtures_math", dataclasses.replace(TASKS["fixtures_math"], base_steps=6, base_width=256))
+    setattr(base, "ModelConfig", TinyConfig)
+    for module in (cts, evaluation):
+        setattr(module, "outcome_scores", parity_scores)
+    setattr(evaluation, "PRECHECK_GROUPS", 8)

@@ -1,6 +1,6 @@
-"""The process that hostile programs are forked from; `cts_common.run_programs` starts it and speaks to it.
+"""The process that hostile programs are forked from; `common.sandbox` starts it and speaks to it.
 
-    python -P -s -S sandbox.py CONTROL_FD MODE
+    python -P -s -S sandbox_server.py CONTROL_FD MODE
 
 One thread, no JAX, small imports done. It is told on CONTROL_FD to fork a child and is handed one end of that child's
 own socket. Programs, inputs and values pass only over that socket, never through this process, so nothing of one

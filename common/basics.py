@@ -1,0 +1,96 @@
+"""What every room may use: bad input, JSON, atomic writes, digests, PRNG streams, the trace counter. Knows no other
+room."""
+
+import hashlib
+import json
+import math
+import os
+import pathlib
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+
+class InputError(Exception):
+    """Bad input: one line that says what, where and what to do. `cli` prints it and exits with code 2."""
+
+
+def parse_line(line: str, where: str) -> Any:
+    """One line of JSON, read; InputError naming `where` (file:line) if it is none, or none that Python can read."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as e:
+        raise InputError(f"{where}: not JSON ({e.msg}, column {e.colno}); fix or remove the line") from None
+    except (ValueError, RecursionError) as e:  # an integer too long, lists too deep
+        raise InputError(f"{where}: not JSON that can be read ({e}); fix or remove the line") from None
+
+
+def read_json(path: pathlib.Path, default: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The JSON object in a file; `default` where there is no file and a default is given."""
+    if default is not None and not path.is_file():
+        return default
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read ({e.strerror}); give the directory of a checkpoint") from None
+    except ValueError as e:
+        raise InputError(f"{path}: no valid JSON ({e}); download it again") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object; download it again")
+    return value
+
+
+def write_atomic(path: str | os.PathLike, text: str) -> None:
+    """Write to a temporary name beside `path`, then rename: a reader sees the old file or the whole new one."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp.write_bytes(text.encode())  # encoded before the file is opened
+    os.replace(tmp, path)
+
+
+# What: proof that two runs may stand in one table; every field is computed from what was loaded or counted.
+# Used by: all trainers. Tested in: tests/test_eval.py.
+def sha256(text: str | bytes) -> str:
+    """Hex digest of a text."""
+    return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
+
+
+STREAM_INIT, STREAM_DATA, STREAM_ROLLOUT, STREAM_EVAL, STREAM_BASE, STREAM_CONTROL = range(
+    6
+)  # PRNG streams: fold_in(root, STREAM)
+
+
+def normalize_x(x: str) -> str:
+    """Case and white space folded: two problems equal under this are the same problem."""
+    return " ".join(x.lower().split())
+
+
+def mean(values) -> float | None:
+    """Mean of the values that are not None (nor NaN); None if there are none."""
+    values = [v for v in values if v is not None and not math.isnan(v)]
+    return float(np.mean(values)) if values else None
+
+
+def round_up(n: int, to: int) -> int:
+    """The smallest multiple of `to` that is at least n."""
+    return -(-n // to) * to
+
+
+_TRACES: Counter[str] = Counter()
+
+
+def count_trace(name: str) -> None:
+    """Called inside a jitted function: counts how often it is traced, which should be once per shape."""
+    _TRACES[name] += 1
+
+
+def reset_traces() -> None:
+    """Start counting anew."""
+    _TRACES.clear()
+
+
+def traces() -> dict[str, int]:
+    """{function name: traces since the last reset}."""
+    return dict(_TRACES)

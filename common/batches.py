@@ -1,0 +1,142 @@
+"""Texts as arrays of fixed shape, and the order in which a run sees its data. NumPy only. Used by the scripts, the
+evaluation and the base."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from common.basics import STREAM_DATA, InputError, round_up
+from common.prompts import attempt_prompt, revise_prompt
+from common.replay import Quadruple
+from common.tokenizer import Tokenizer
+from common.verifier import split_steps
+
+MAX_STEPS = 32  # J: reasoning steps kept of one attempt
+
+
+def right_pad(ids: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """Token lists as (tokens [M, length] int32, lengths [M] int32); longer lists are cut at `length`.
+
+    >>> right_pad([[5, 6], [7, 8, 9, 1]], 3, 0)[0].tolist(), right_pad([[5, 6], [7, 8, 9, 1]], 3, 0)[1].tolist()
+    ([[5, 6, 0], [7, 8, 9]], [2, 3])
+    """
+    out = np.full((len(ids), length), pad_id, np.int32)
+    for row, tokens in zip(out, ids):
+        row[: len(tokens[:length])] = tokens[:length]
+    return out, np.array([min(len(t), length) for t in ids], np.int32)
+
+
+def length_mask(len_M, T: int):
+    """0/1 float32 [M, T]: 1 on the first len_M[m] positions. [2, 0], T=3 -> [[1, 1, 0], [0, 0, 0]]."""
+    return (jnp.arange(T)[None, :] < jnp.asarray(len_M)[:, None]).astype(jnp.float32)
+
+
+def bucket(length: int, longest: int) -> int:
+    """A padded length of which there are few: the next quarter of `longest` (in steps of 16), at most `longest`.
+
+    >>> [bucket(n, 240) for n in (10, 64, 65, 193, 240)]
+    [64, 64, 128, 240, 240]
+    """
+    return min(longest, round_up(length, round_up(-(-longest // 4), 16)))
+
+
+def prompt_shape(tokenizer: Tokenizer, prompts: list[str], ids: list[str], limit: int) -> int:
+    """The fixed P of a set of prompts: the longest in tokens, rounded up to 16; InputError if one exceeds the limit."""
+    frame = len(tokenizer.encode_prompt(""))
+    lengths = [len(e.ids) + frame for e in tokenizer.inner.encode_batch(prompts, add_special_tokens=False)]
+    longest = max(range(len(prompts)), key=lengths.__getitem__)
+    if lengths[longest] > limit:
+        raise InputError(
+            f"the prompt of {ids[longest]} has {lengths[longest]} tokens, more than --max_prompt_tokens {limit};"
+            " raise the flag or drop the problem"
+        )
+    return round_up(lengths[longest], 16)
+
+
+def pack_prompts(tokenizer: Tokenizer, prompts: list[str], P_: int) -> dict[str, np.ndarray]:
+    """Prompts as {"prompt" [B, P] (right-padded), "prompt_len" [B]}; none may be longer than P_."""
+    ids = [tokenizer.encode_prompt(p) for p in prompts]
+    if max(map(len, ids)) > P_:
+        raise InputError(f"a prompt of {max(map(len, ids))} tokens does not fit the run's {P_}")
+    tokens_BP, len_B = right_pad(ids, P_, tokenizer.pad_id)
+    return {"prompt": tokens_BP, "prompt_len": len_B}
+
+
+def pack_revise(tokenizer: Tokenizer, quads: list[Quadruple], shapes: dict[str, int]) -> dict[str, np.ndarray]:
+    """The revise prompts of some quadruples, packed."""
+    return pack_prompts(tokenizer, [revise_prompt(q.x, q.y0, q.f) for q in quads], shapes["P_revise"])
+
+
+def pack_answers(tokenizer: Tokenizer, texts: list[str], T: int) -> tuple[np.ndarray, np.ndarray]:
+    """Reference completions with their end-of-sequence token: (tokens_MT, len_M), cut at T."""
+    return right_pad([[*tokenizer.encode(t), tokenizer.eos_id] for t in texts], T, tokenizer.pad_id)
+
+
+def pack_steps(tokenizer: Tokenizer, texts: list[str], T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Reference texts as (tokens [B, T], lengths [B], step tokens [B, J, T]): which tokens belong to which step."""
+    tokens_BT, len_B = pack_answers(tokenizer, texts, T)
+    step_BJT = np.zeros((len(texts), MAX_STEPS, T), np.float32)
+    for step_JT, ids, n, text in zip(step_BJT, tokens_BT.tolist(), len_B, texts):
+        spans = [(s.start, s.end) for s in split_steps(text)[:MAX_STEPS]]
+        step_JT[: len(spans), :n] = tokenizer.overlap(ids[:n], text, spans)
+    return tokens_BT, len_B, step_BJT
+
+
+def pack_trajectories(
+    tokenizer: Tokenizer, quads: list[Quadruple], shapes: dict[str, int], revise
+) -> dict[str, np.ndarray]:
+    """y0 and y1 as completions of the attempt prompt, with what locates steps and critique in them.
+
+    y0, y1 [B, T]; y0_steps, y1_steps [B, J, T] and their masks [B, J]; overlap [B, J]: y0's steps under `error_span`;
+    f_tokens [B, 1, P]: f's tokens in the packed revise prompts `revise`; decode_weight [B, T] on y1, wrong_weight [B]
+    on wrong y0, each adding up to 1.
+    """
+    B, T = len(quads), shapes["T_replay"]
+    prompts = pack_prompts(tokenizer, [attempt_prompt(q.x) for q in quads], shapes["P_attempt"])
+    out = {"x_prompt": prompts["prompt"], "x_prompt_len": prompts["prompt_len"]}
+    out["y0"], _, out["y0_steps"] = pack_steps(tokenizer, [q.y0 for q in quads], T)
+    out["y1"], len_B, out["y1_steps"] = pack_steps(tokenizer, [q.y1 for q in quads], T)
+    out["overlap"] = np.zeros((B, MAX_STEPS), np.float32)
+    out["f_tokens"] = np.zeros((B, 1, shapes["P_revise"]), np.float32)
+    for b, q in enumerate(quads):
+        start, end = q.meta["error_span"] or (0, 0)
+        steps = split_steps(q.y0)[:MAX_STEPS]
+        out["overlap"][b, : len(steps)] = [s.start < end and s.end > start for s in steps]
+        text = revise_prompt(q.x, q.y0, q.f)
+        at = revise_prompt(q.x, q.y0, "\0").index("\0")  # where f begins in the prompt
+        inner = slice(len(tokenizer.prompt_prefix), revise["prompt_len"][b] - len(tokenizer.prompt_suffix))
+        ids = revise["prompt"][b, inner].tolist()
+        out["f_tokens"][b, :, inner] = tokenizer.overlap(ids, text, [(at, at + len(q.f))])
+    out |= {f"{k}_mask": (out[f"{k}_steps"].sum(-1) > 0).astype(np.float32) for k in ("y0", "y1")}
+    decode_BT = np.asarray(length_mask(len_B, T))
+    wrong_B = np.array([not q.meta["y0_correct"] for q in quads], np.float32)
+    out |= {"decode_weight": decode_BT / decode_BT.sum(), "wrong_weight": wrong_B / max(wrong_B.sum(), 1.0)}
+    return out
+
+
+def decode_rows(tokenizer: Tokenizer, tokens_MT, len_M) -> list[str]:
+    """Texts of generated rows, without the end token."""
+    return tokenizer.decode([row[:n] for row, n in zip(np.asarray(tokens_MT).tolist(), np.asarray(len_M).tolist())])
+
+
+def fixed_shapes(
+    tokenizer: Tokenizer, replay: dict[str, list[Quadruple]], max_prompt: int, max_new: int
+) -> dict[str, int]:
+    """The padded lengths of a run: P_attempt and P_revise prompts, T completions, T_replay replay answers (y0, y1)."""
+    quads = [q for split in replay.values() for q in split]
+    ids = [q.meta["task_id"] for q in quads]
+    texts = [t for q in quads for t in (q.y0, q.y1)]
+    longest = max(len(e.ids) for e in tokenizer.inner.encode_batch(texts, add_special_tokens=False)) + 1
+    longest_f = max((q.f for q in quads), key=lambda f: len(tokenizer.encode(f)))  # control arms swap critiques
+    return {
+        "P_attempt": prompt_shape(tokenizer, [attempt_prompt(q.x) for q in quads], ids, max_prompt),
+        "P_revise": prompt_shape(tokenizer, [revise_prompt(q.x, q.y0, longest_f) for q in quads], ids, max_prompt),
+        "T": max_new,
+        "T_replay": round_up(longest, 8),
+    }
+
+
+def data_indices(n: int, batch: int, seed: int, step: int) -> np.ndarray:
+    """Row numbers of one step: a fresh permutation of all n every epoch, a function of (seed, step) alone."""
+    at = np.arange(step * batch, (step + 1) * batch)
+    orders = {e: np.random.default_rng((seed, STREAM_DATA, int(e))).permutation(n) for e in np.unique(at // n)}
+    return np.array([orders[i // n][i % n] for i in at])

@@ -1,0 +1,453 @@
+"""Qwen2, Qwen3 and Llama checkpoints in the Hugging Face layout: into the decoder, and back to a directory that
+`transformers` loads. Used by base and by `--save_hf`."""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from common.basics import InputError, read_json
+from common.hosts import fetch, leads, shard_rule
+from common.model import Decoder, ModelConfig, leaf_names
+from common.tokenizer import Tokenizer
+
+# What: Qwen2, Qwen3 and Llama checkpoints in the Hugging Face layout: into the decoder, and back to a directory that
+# `transformers` loads. Used by: all trainers. Tested in: tests/test_hf.py (against logits of `transformers`).
+_HF_MODELS = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
+_HF_SIZES = {
+    "vocab_size": "vocab_size", "hidden_size": "d_model", "intermediate_size": "d_ff", "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "head_dim": "head_dim",
+}  # fmt: skip
+_HF_ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings")
+_HF_READ = {*_HF_SIZES, *_HF_ROPE, "model_type", "architectures", "layer_types", "rms_norm_eps", "tie_word_embeddings"}
+_HF_ONLY = {  # field -> the one value that the decoder computes; absent, transformers takes it to be that value
+    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "pretraining_tp": 1,
+    "partial_rotary_factor": 1, "rope_interleaved": False, "use_mrope": False, "is_llama_config": True,
+    "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {}, "chunk_size_feed_forward": 0,
+}  # fmt: skip
+_HF_HARMLESS = {  # they change no logit: bookkeeping, training, token ids (read with the tokenizer), old sampling flags
+    "_name_or_path", "_attn_implementation_autoset", "attn_implementation", "dtype", "torch_dtype", "use_cache",
+    "transformers_version", "transformers.js_config", "unsloth_version", "unsloth_fixed", "return_dict", "use_bfloat16",
+    "output_attentions", "output_hidden_states", "torchscript", "tf_legacy_loss", "is_decoder", "tie_encoder_decoder",
+    "cross_attention_hidden_size", "finetuning_task", "task_specific_params", "id2label", "label2id", "num_labels",
+    "problem_type", "tokenizer_class", "prefix", "initializer_range", "attention_dropout",
+    "sliding_window", "max_window_layers",  # only read where use_sliding_window is on, which is refused
+    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id",
+    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
+    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
+    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores", "suppress_tokens",
+    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
+    "exponential_decay_length_penalty", "begin_suppress_tokens",
+}  # fmt: skip
+
+
+def refuse_hf(path: pathlib.Path, what: str):
+    raise InputError(f"{path}: {what} is not supported; choose another --model")
+
+
+def hf_number(config: dict[str, Any], field: str, path: pathlib.Path, whole: bool = False):
+    """A number above 0 of config.json, an integer if `whole`; InputError naming the field otherwise."""
+    value = config.get(field)
+    if value is None:
+        raise InputError(f"{path}: {field} is missing; download the file again")
+    if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < math.inf:
+        raise InputError(f"{path}: {field} = {value!r} must be {'an integer' if whole else 'a number'} above 0")
+    return value if whole else float(value)
+
+
+def read_hf_rope(config: dict[str, Any], path: pathlib.Path):
+    """(theta, scaling) of ModelConfig from rope_theta and rope_scaling, or from the rope_parameters that replaced both
+    in transformers 5."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise InputError(f"{path}: rope_scaling must be an object; download the file again")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        refuse_hf(path, f"rope_scaling of type {kind!r}")
+    scaled = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *(scaled if kind == "llama3" else ())}
+    for field in rope:
+        if field not in known and rope[field] is not None:
+            refuse_hf(path, f"{field!r} in rope_scaling of type {kind!r}")
+    if rope.get("partial_rotary_factor", 1) not in (1, None):
+        refuse_hf(path, f"partial_rotary_factor = {rope['partial_rotary_factor']}")
+    first = lambda *values: next((value for value in values if value is not None), None)
+    theta = {"rope_theta": first(rope.get("rope_theta"), config.get("rope_theta"), 1e4)}
+    theta = hf_number(theta, "rope_theta", path)
+    if kind == "default":
+        return theta, None
+    original = {scaled[3]: first(rope.get(scaled[3]), config.get("max_position_embeddings"))}
+    factor, low, high = (hf_number(rope, field, path) for field in scaled[:3])
+    if high <= low:
+        raise InputError(f"{path}: high_freq_factor {high} must be above low_freq_factor {low}")
+    return theta, (factor, low, high, hf_number(original, scaled[3], path, whole=True))
+
+
+def check_hf_fields(config: dict[str, Any], path: pathlib.Path) -> None:
+    """InputError naming the first field that the decoder does not compute as the checkpoint means it. A field that is
+    not known here is refused too: whether it matters is not for this program to guess. null is 'not set'."""
+    kind = config.get("model_type")
+    if kind not in tuple(_HF_MODELS):
+        refuse_hf(path, f"model_type {kind!r} (supported: {', '.join(_HF_MODELS)})")
+    if config.get("architectures") not in (None, [_HF_MODELS[kind]]):
+        refuse_hf(path, f"architectures = {config['architectures']}")
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(t != "full_attention" for t in layer_types):
+        refuse_hf(path, f"layer_types = {layer_types} (supported: full_attention)")
+    for field, value in config.items():
+        if value is None or field in _HF_READ or field in _HF_HARMLESS:
+            continue
+        if field not in _HF_ONLY:
+            raise InputError(
+                f"{path}: the field {field!r} is not known; if it does not change what the model computes, remove it"
+                " from the file, else choose another --model"
+            )
+        if value != _HF_ONLY[field]:
+            refuse_hf(path, f"{field} = {value!r}")
+
+
+def read_hf_config(directory: pathlib.Path) -> ModelConfig:
+    """The decoder's shape from config.json; InputError on any field that the decoder would not compute rightly."""
+    path = directory / "config.json"
+    config = read_json(path)
+    check_hf_fields(config, path)
+    kind = config["model_type"]
+    N, D = (hf_number(config, field, path, whole=True) for field in ("num_attention_heads", "hidden_size"))
+    defaults = {}  # where a field may be absent, what transformers makes of it
+    if kind == "llama":
+        defaults["num_key_value_heads"] = N
+    if kind != "qwen3":
+        defaults["head_dim"] = D // N
+    config = defaults | {field: value for field, value in config.items() if value is not None}
+    sizes = {ours: hf_number(config, theirs, path, whole=True) for theirs, ours in _HF_SIZES.items()}
+    if N % sizes["n_kv_heads"] or sizes["head_dim"] % 2 or (sizes["head_dim"] == defaults.get("head_dim") and D % N):
+        raise InputError(
+            f"{path}: num_attention_heads {N}, num_key_value_heads {sizes['n_kv_heads']}, head_dim"
+            f" {sizes['head_dim']} and hidden_size {D} do not go together; download the file again"
+        )
+    tied = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise InputError(f"{path}: tie_word_embeddings = {tied!r} must be true or false")
+    theta, scaling = read_hf_rope(config, path)
+    return ModelConfig(
+        **sizes, rope_theta=theta, rope_scaling=scaling, norm_eps=hf_number(config, "rms_norm_eps", path),
+        qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3", tie_embeddings=tied, remat=True,
+    )  # fmt: skip
+
+
+# Where each leaf of the decoder is in a checkpoint: the tensor's name, and which axes of the leaf (of one layer, for
+# stacked leaves) each of the tensor's dimensions holds. Linear weights are stored [out, in], heads flattened.
+_HF_TOP = {
+    "embed": ("model.embed_tokens.weight", ((0,), (1,))),
+    "final_norm": ("model.norm.weight", ((0,),)),
+    "head": ("lm_head.weight", ((0,), (1,))),
+}
+_HF_LAYER = {
+    "attn_norm": ("input_layernorm.weight", ((0,),)),
+    "q": ("self_attn.q_proj.weight", ((1, 2), (0,))),
+    "k": ("self_attn.k_proj.weight", ((1, 2), (0,))),
+    "v": ("self_attn.v_proj.weight", ((1, 2), (0,))),
+    "q_bias": ("self_attn.q_proj.bias", ((0, 1),)),
+    "k_bias": ("self_attn.k_proj.bias", ((0, 1),)),
+    "v_bias": ("self_attn.v_proj.bias", ((0, 1),)),
+    "q_norm": ("self_attn.q_norm.weight", ((0,),)),
+    "k_norm": ("self_attn.k_norm.weight", ((0,),)),
+    "o": ("self_attn.o_proj.weight", ((2,), (0, 1))),
+    "mlp_norm": ("post_attention_layernorm.weight", ((0,),)),
+    "gate": ("mlp.gate_proj.weight", ((1,), (0,))),
+    "up": ("mlp.up_proj.weight", ((1,), (0,))),
+    "down": ("mlp.down_proj.weight", ((1,), (0,))),
+}
+_HF_BUFFER = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")  # computed, but stored by old files
+
+
+@dataclasses.dataclass(frozen=True)
+class HFTensor:
+    """One tensor of a checkpoint: `dims[d]` are the axes of leaf `leaf` (of its layer `layer`) that dimension d holds;
+    `axes` are the sizes of those axes, by axis."""
+
+    leaf: str
+    layer: int | None
+    dims: tuple[tuple[int, ...], ...]
+    axes: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(math.prod(self.axes[a] for a in dim) for dim in self.dims)
+
+    @property
+    def order(self) -> list[int]:
+        return [axis for dim in self.dims for axis in dim]
+
+    def read(self, stored, bounds) -> np.ndarray:
+        """The part of the leaf within `bounds`, one (start, stop) per axis, from the open safetensors slice `stored`:
+        only its bytes are read. Of the axes in one dimension only the first may be cut: heads are, their channels are
+        not."""
+        cut = []
+        for first, *rest in self.dims:
+            assert all(bounds[axis] == (0, self.axes[axis]) for axis in rest), "a head's channels are never sharded"
+            inner = math.prod(self.axes[axis] for axis in rest)
+            cut.append(slice(bounds[first][0] * inner, bounds[first][1] * inner))
+        sizes = [bounds[axis][1] - bounds[axis][0] for axis in self.order]
+        return stored[tuple(cut)].reshape(sizes).transpose(np.argsort(self.order))
+
+    def write(self, leaf) -> np.ndarray:
+        """The tensor, float32, from the whole leaf."""
+        array = np.asarray(fetch(leaf if self.layer is None else _take_layer(leaf, self.layer)), np.float32)
+        return np.ascontiguousarray(array.transpose(self.order)).reshape(self.shape)
+
+
+@jax.jit
+def _take_layer(leaf, i):
+    return jax.lax.dynamic_index_in_dim(leaf, i, keepdims=False)
+
+
+def hf_tensors(leaves: dict[str, Any]) -> dict[str, HFTensor]:
+    """{name in the checkpoint: HFTensor} of the decoder's leaves (by `leaf_names`), in the order of the layers."""
+    stacked = {name: leaves[f"blocks/{name}"].shape for name in _HF_LAYER if f"blocks/{name}" in leaves}
+    n_layers = next(iter(stacked.values()))[0]
+    out = {}
+    for i in range(n_layers):
+        for name, shape in stacked.items():
+            theirs, dims = _HF_LAYER[name]
+            out[f"model.layers.{i}.{theirs}"] = HFTensor(f"blocks/{name}", i, dims, shape[1:])
+    top = {_HF_TOP[n][0]: HFTensor(n, None, _HF_TOP[n][1], leaves[n].shape) for n in _HF_TOP if n in leaves}
+    embed = _HF_TOP["embed"][0]
+    return {embed: top.pop(embed), **out, **top}
+
+
+def open_safetensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, tuple[pathlib.Path, Any]]:
+    """{tensor name: (its file, the open file)} of model.safetensors, of the files that model.safetensors.index.json
+    names, or of the *.safetensors there are; closed with `stack`."""
+    import safetensors
+
+    index = directory / "model.safetensors.index.json"
+    promised = None  # {tensor: file} of an index
+    if (directory / "model.safetensors").is_file():
+        names = ["model.safetensors"]
+    elif index.is_file():
+        promised = read_json(index).get("weight_map")
+        if not isinstance(promised, dict) or not promised or not all(isinstance(f, str) for f in promised.values()):
+            raise InputError(f"{index}: its weight_map names no files; download it again")
+        names = sorted({*promised.values()})
+    else:
+        names = sorted(path.name for path in directory.glob("*.safetensors"))
+        if not names:
+            raise InputError(f"{directory}: no *.safetensors there; convert the checkpoint or choose another --model")
+    tensors = {}
+    for path in (directory / name for name in names):
+        try:
+            file = stack.enter_context(safetensors.safe_open(path, framework="np"))
+        except (OSError, safetensors.SafetensorError) as e:
+            raise InputError(f"{path}: cannot be read ({e}); download it again") from None
+        for tensor in file.keys():  # noqa: SIM118 (not a dict)
+            if tensor in tensors:
+                raise InputError(f"{path}: {tensor} is also in {tensors[tensor][0].name}; remove one of the files")
+            tensors[tensor] = (path, file)
+    for tensor, name in (promised or {}).items():
+        if tensor not in tensors or tensors[tensor][0].name != name:
+            raise InputError(f"{directory / name}: {tensor} is missing ({index.name} promises it); download it again")
+    return tensors
+
+
+def check_hf_tensors(found, wanted: dict[str, HFTensor], directory: pathlib.Path) -> None:
+    """InputError unless the checkpoint holds the tensors that its config.json means: no more, no less, of the right
+    shape. Tolerated: rotary buffers and the copy of a tied embedding."""
+    for name, tensor in wanted.items():
+        if name not in found:
+            files = sorted({path.name for path, _ in found.values()})
+            where = directory / files[0] if len(files) == 1 else directory / "*.safetensors"
+            raise InputError(f"{where}: {name} is missing, which config.json asks for; download the checkpoint again")
+        path, file = found[name]
+        stored = file.get_slice(name)
+        if tuple(stored.get_shape()) != tensor.shape:
+            raise InputError(
+                f"{path}: {name} has the shape {stored.get_shape()}, config.json means {[*tensor.shape]};"
+                " take both from one checkpoint"
+            )
+        if stored.get_dtype() not in ("F32", "BF16", "F16"):
+            refuse_hf(path, f"{name} of type {stored.get_dtype()}")
+    head, embed = _HF_TOP["head"][0], _HF_TOP["embed"][0]
+    for name, (path, file) in found.items():
+        if name in wanted or _HF_BUFFER.fullmatch(name):
+            continue
+        if name != head:
+            raise InputError(f"{path}: {name} is unexpected, config.json knows no such weight; choose another --model")
+        if not same_tensor(file.get_slice(head), found[embed][1].get_slice(embed)):
+            raise InputError(
+                f"{path}: {head} differs from {embed}, but config.json ties them; set tie_word_embeddings to false"
+            )
+
+
+def same_tensor(a, b, rows: int = 8192) -> bool:
+    """Whether two open safetensors slices [V, D] are equal, compared `rows` rows at a time."""
+    shape = a.get_shape()
+    return shape == b.get_shape() and all(
+        np.array_equal(a[i : min(i + rows, shape[0])], b[i : min(i + rows, shape[0])]) for i in range(0, shape[0], rows)
+    )
+
+
+def load_hf_weights(directory: pathlib.Path, cfg: ModelConfig, mesh: jax.sharding.Mesh) -> nnx.State:
+    """The decoder's parameters, float32 and sharded by `shard_rule`, from a checkpoint of any float type.
+
+    Leaf by leaf and layer by layer: only the slices that this host's devices hold are read, so the host's memory holds
+    one leaf's shards beside the model on the devices, and one layer of them in the file's type.
+    """
+    abstract = nnx.eval_shape(lambda: nnx.state(Decoder(cfg, nnx.Rngs(0)), nnx.Param))
+    leaves, shardings = leaf_names(abstract), leaf_names(shard_rule(mesh, abstract))
+    wanted = hf_tensors(leaves)
+    with contextlib.ExitStack() as stack:
+        found = open_safetensors(directory, stack)
+        check_hf_tensors(found, wanted, directory)
+
+        def load(name: str):
+            shape = leaves[name].shape
+            parts = {t.layer: (t, found[theirs][1].get_slice(theirs)) for theirs, t in wanted.items() if t.leaf == name}
+
+            def shard(index) -> np.ndarray:
+                bounds = [s.indices(n)[:2] for s, n in zip(index, shape)]
+                out = np.empty([stop - start for start, stop in bounds], np.float32)
+                if None in parts:  # not stacked
+                    tensor, stored = parts[None]
+                    out[:] = tensor.read(stored, bounds)
+                    return out
+                for row, layer in zip(out, range(*bounds[0])):
+                    tensor, stored = parts[layer]
+                    row[:] = tensor.read(stored, bounds[1:])
+                return out
+
+            return jax.make_array_from_callback(shape, shardings[name], shard)
+
+        flat, treedef = jax.tree.flatten(abstract)
+        for name, at in leaf_names(jax.tree.unflatten(treedef, range(len(flat)))).items():
+            flat[at] = jax.block_until_ready(load(name))  # one leaf at a time on the host
+        return jax.tree.unflatten(treedef, flat)
+
+
+_HF_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "chat_template.jinja",
+)  # fmt: skip
+
+
+def check_save_hf(directory: pathlib.Path) -> None:
+    """InputError if there is something at `--save_hf` already; to be called before training, too."""
+    if directory.is_dir() and not any(directory.iterdir()):
+        return
+    if directory.exists():
+        raise InputError(f"--save_hf {directory}: exists and is not empty; choose a new directory")
+
+
+def hf_config(cfg: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """config.json of a decoder that was not read from a checkpoint. rope_theta and rope_scaling are the older spelling,
+    which every version of transformers and vLLM reads."""
+    if cfg.qk_norm and cfg.qkv_bias:
+        raise InputError("--save_hf: no model of transformers has both q/k norms and q/k/v biases")
+    kind = "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else "llama"
+    config = {"architectures": [_HF_MODELS[kind]], "model_type": kind, "torch_dtype": "float32", "hidden_act": "silu"}
+    config |= {theirs: getattr(cfg, ours) for theirs, ours in _HF_SIZES.items()}
+    config |= {"rms_norm_eps": cfg.norm_eps, "tie_word_embeddings": cfg.tie_embeddings, "rope_theta": cfg.rope_theta}
+    config["max_position_embeddings"] = 32768  # no limit of the decoder; vLLM asks for one
+    if cfg.rope_scaling is not None:
+        factor, low, high, original = cfg.rope_scaling
+        config["rope_scaling"] = {
+            "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
+            "original_max_position_embeddings": original,
+        }  # fmt: skip
+        config["max_position_embeddings"] = max(32768, int(factor * original))
+    return config | {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+
+
+def write_hf_meta(directory: pathlib.Path, cfg: ModelConfig, tokenizer: Tokenizer, source: pathlib.Path | None) -> None:
+    """config.json and the tokenizer's files: of `source`, the checkpoint that training began with, or new ones."""
+    dump = lambda name, value: (directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    if source is None:
+        token = tokenizer.inner.id_to_token
+        dump("config.json", hf_config(cfg, tokenizer))
+        dump("generation_config.json", {"eos_token_id": [*tokenizer.eos_ids], "pad_token_id": tokenizer.pad_id})
+        names = {"eos_token": token(tokenizer.eos_id), "pad_token": token(tokenizer.pad_id)}
+        # the class that takes tokenizer.json as it is; cleaning up would change spaces before punctuation
+        how = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        dump("tokenizer_config.json", names | how)
+        (directory / "tokenizer.json").write_text(tokenizer.inner.to_str(), encoding="utf-8")
+        return
+    if dataclasses.replace(read_hf_config(source), remat=cfg.remat) != cfg:
+        raise InputError(f"{source / 'config.json'}: has changed since the weights were read; restore it")
+    config = read_json(source / "config.json")
+    dump("config.json", config | {"dtype" if "dtype" in config else "torch_dtype": "float32"})
+    for name in _HF_TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, directory / name)
+
+
+def write_hf_weights(directory: pathlib.Path | None, params, max_shard_bytes: int) -> None:
+    """model.safetensors, or numbered files of at most max_shard_bytes each (or one tensor) and their index; without a
+    directory only the gathering from all hosts."""
+    import safetensors.numpy
+
+    leaves = leaf_names(params)
+    tensors = hf_tensors(leaves)
+    shards, room = [], 0
+    for name, tensor in tensors.items():
+        size = 4 * math.prod(tensor.shape)
+        if not shards or size > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(name)
+        room -= size
+    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    files = files if len(shards) > 1 else ["model.safetensors"]
+    save = functools.partial(safetensors.numpy.save_file, metadata={"format": "pt"})  # transformers 4 asks for it
+    part = lambda names: {name: tensors[name].write(leaves[tensors[name].leaf]) for name in names}
+    for file, names in zip(files, shards):
+        if directory:  # a part has no name here: it is gone before the next file's is made
+            save(part(names), directory / file)
+        else:
+            part(names)
+    if directory and len(shards) > 1:
+        weight_map = {name: file for file, names in zip(files, shards) for name in names}
+        total = sum(4 * math.prod(tensor.shape) for tensor in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def save_hf(
+    directory: pathlib.Path,
+    cfg: ModelConfig,
+    params,
+    tokenizer: Tokenizer,
+    source: pathlib.Path | None = None,
+    max_shard_bytes: int = 4 * 10**9,
+) -> None:
+    """Write a directory that `transformers` loads with the same logits: float32 weights, config and tokenizer.
+
+    `source` is the checkpoint that training began with, whose config and tokenizer files are copied; None for nano. All
+    or nothing: written beside `directory` and renamed. The host's memory holds one file's tensors at a time.
+    """
+    import safetensors
+
+    directory = pathlib.Path(directory).absolute()
+    check_save_hf(directory)
+    tmp = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    if not leads():  # it only takes part in the gathering
+        write_hf_weights(None, params, max_shard_bytes)
+        return
+    try:
+        tmp.mkdir(parents=True)
+        write_hf_meta(tmp, cfg, tokenizer, source)
+        write_hf_weights(tmp, params, max_shard_bytes)
+        os.replace(tmp, directory)
+    except (OSError, safetensors.SafetensorError) as e:
+        raise InputError(f"--save_hf {directory}: cannot be written ({e}); choose another directory") from None
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)

@@ -1,0 +1,252 @@
+"""From problems to replay files: the keyless teacher's quadruples, verified, and the report of what was kept and why
+not. Used by `teacher.py` and by every script whose task has no replay yet."""
+
+import hashlib
+import itertools
+import json
+import os
+import pathlib
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from common.basics import InputError, normalize_x, write_atomic
+from common.critique import describe_call, write_code_critique
+from common.hosts import on_leader, say
+from common.mistakes import TAG_OF_KIND, attempts, equations_in, lines_of
+from common.mutants import FLAWS, MOST_MUTANTS, Mutant, count_statements, mutants
+from common.plans import parse_program
+from common.programs import Verdict, first_failures, grade
+from common.replay import Problem, Quadruple, assign_split, check_leakage, read_replay, replay_report, write_replay
+from common.sandbox import check_sandbox
+from common.tasks import TASKS, get_task
+from common.verifier import first_wrong_step, score_math, split_steps
+
+
+def load_replay(
+    task: str, replay_dir: str | None, data_dir: str | None, unsafe_sandbox: str = "refuse"
+) -> dict[str, list[Quadruple]]:
+    """{"train", "val", "test"} quadruples of a task; where none exist yet they are made with the keyless teacher. For a
+    code task InputError where its programs cannot be confined, unless `unsafe_sandbox` is "allow"."""
+    if get_task(task).domain == "code":
+        check_sandbox(unsafe_sandbox)
+    directory = pathlib.Path(replay_dir or f"data/replay/{task}")
+    missing = [s for s in ("train", "val", "test") if not (directory / f"{s}.jsonl").is_file()]
+    if missing and replay_dir:
+        raise InputError(
+            f"--replay {replay_dir}: {missing[0]}.jsonl is missing; make it with:"
+            f" python teacher.py --task {task} --out {replay_dir}"
+        )
+    if missing:
+        say(f"No replay for {task} in {directory} yet: making it with the keyless perturb teacher (teacher.py --help).")
+        flags = dict(task=task, data_dir=data_dir, out=str(directory), unsafe_sandbox=unsafe_sandbox)
+        on_leader(lambda: make_replay(**flags))
+    replay = {split: read_replay(directory / f"{split}.jsonl") for split in ("train", "val", "test")}
+    domains = sorted({q.meta["domain"] for quads in replay.values() for q in quads})
+    if domains != [TASKS[task].domain]:
+        raise InputError(f"{directory}: --task {task} is {TASKS[task].domain}, this replay {' and '.join(domains)}")
+    check_leakage(replay)
+    return replay
+
+
+def edit_distance(a: str, b: str) -> int:
+    """Word-level Levenshtein distance, one numpy row per word of `a`.
+
+    Insertions run along the row: they are the running minimum of (cost - position), plus the position.
+
+    >>> edit_distance("Tom has 24 pens.", "Tom has 26 red pens.")
+    2
+    """
+    left, right = a.split(), b.split()
+    codes = {word: i for i, word in enumerate(dict.fromkeys(left + right))}
+    right_R, places = np.array([codes[word] for word in right], int), np.arange(len(right) + 1)
+    row = places
+    for i, word in enumerate(left, 1):
+        costs = np.minimum(row[1:] + 1, row[:-1] + (right_R != codes[word]))
+        row = np.minimum.accumulate(np.concatenate([[i], costs]) - places) + places
+    return int(row[-1])
+
+
+def perturb(problem: Problem, seed: int = 0, keep_unverified: bool = False) -> Quadruple | str:
+    """The first verified quadruple of a problem, else (if wanted) the first unverified one, else why there is none."""
+    y1_correct = score_math(problem.reference, problem.answer) == 1
+    if not any(map(equations_in, lines_of(problem.reference))):
+        return "no arithmetic step"
+    chosen = None
+    for kind, y0, flagged, f in attempts(problem, seed):
+        y0_correct = score_math(y0, problem.answer) == 1
+        verified = y1_correct and not y0_correct and first_wrong_step(y0, problem.reference) == flagged
+        if verified or chosen is None:
+            chosen = kind, y0, flagged, f, y0_correct, verified
+        if verified or (keep_unverified and not y1_correct):
+            break
+    if chosen is None or not (chosen[-1] or keep_unverified):
+        return "no verified perturbation" if y1_correct else "reference not verified"
+    kind, y0, flagged, f, y0_correct, verified = chosen
+    place = split_steps(y0)[flagged]
+    meta = {
+        "task_id": problem.task_id, "domain": "math", "split": assign_split(problem),
+        "horizon": sum("####" not in line for line in lines_of(problem.reference)),
+        "edit_distance": edit_distance(y0, problem.reference), "error_tags": [TAG_OF_KIND[kind]],
+        "error_span": [place.start, place.end], "teacher": "perturb", "y0_correct": y0_correct,
+        "y1_correct": y1_correct, "is_human_audited": False, "answer": problem.answer, "verified": verified,
+    }  # fmt: skip
+    return Quadruple(problem.x, y0, f, problem.reference, meta)
+
+
+def unfit(problem: Problem, verdict: Verdict | None) -> str | None:
+    """Why a problem yields no quadruple before any mutant is tried, or None; `verdict` is the reference's."""
+    if problem.tests is None:
+        return "no usable tests"
+    if not problem.reference.strip():
+        return "no reference program"
+    if parse_program(problem.reference) is None:
+        return "reference is not Python 3"
+    if verdict is not None and verdict.outcome != "pass":
+        return "harness error" if verdict.outcome == "harness_error" else "reference fails its tests"
+    return None
+
+
+def perturb_programs(
+    problems: list[Problem], seed: int = 0, keep_unverified: bool = False
+) -> list[Quadruple | str]:
+    """For each problem its first mutant that fails a test, as a quadruple, else why there is none.
+
+    Programs run in batches over all problems: references, then of each open problem its next 1, 2, 4, ... mutants. A
+    mutant that neither ends nor stays within its memory is passed over: it would cost its time limit at every scoring.
+    """
+    done: list[Quadruple | str | None] = [unfit(p, None) for p in problems]
+    todo = [i for i, reason in enumerate(done) if reason is None]
+    verdicts = dict(zip(todo, grade([problems[i].reference for i in todo], [problems[i].tests for i in todo])))
+    for i in todo:
+        reason = unfit(problems[i], verdicts[i])
+        done[i] = None if keep_unverified and reason != "harness error" else reason
+    keys = [hashlib.sha256(f"{seed}\0{p.task_id}".encode()).hexdigest() for p in problems]
+    left = {i: mutants(problems[i].reference, keys[i])[:MOST_MUTANTS] for i in todo if done[i] is None}
+    first = {i: tries[0] for i, tries in left.items() if tries}
+    chosen: dict[int, tuple[Mutant, Verdict]] = {}
+    size = 1
+    while any(left.values()):
+        batch = [(i, mutant) for i, tries in left.items() for mutant in tries[:size]]
+        results = grade([m.program for _, m in batch], [problems[i].tests for i, _ in batch])
+        for (i, mutant), verdict in zip(batch, results):
+            if verdict.outcome in ("wrong", "crash"):
+                chosen.setdefault(i, (mutant, verdict))
+        left = {i: tries[size:] for i, tries in left.items() if i not in chosen}
+        size *= 2
+    if keep_unverified:
+        spare = [i for i in first if i not in chosen]
+        some = grade([first[i].program for i in spare], [problems[i].tests for i in spare])
+        chosen |= {i: (first[i], verdict) for i, verdict in zip(spare, some) if verdict.outcome != "harness_error"}
+    programs, results = [m.program for m, _ in chosen.values()], [verdict for _, verdict in chosen.values()]
+    failing = dict(zip(chosen, first_failures(programs, [problems[i].tests for i in chosen], results)))
+    for i, (mutant, verdict) in chosen.items():
+        done[i] = code_quadruple(problems[i], mutant, verdict, verdicts[i], failing[i])
+    return ["no mutant fails a test" if made is None else made for made in done]
+
+
+def code_quadruple(
+    problem: Problem, mutant: Mutant, verdict: Verdict, reference: Verdict, failing: int | None
+) -> Quadruple:
+    """The quadruple of a mutant, its verdict, the reference's and the number of a test that the mutant fails."""
+    tag, flaw = FLAWS[mutant.kind]
+    line = mutant.program.count("\n", 0, mutant.span[0]) + 1
+    f = write_code_critique(line, flaw, describe_call(problem.tests, failing))
+    y0_correct, y1_correct = verdict.outcome == "pass", reference.outcome == "pass"
+    meta = {
+        "task_id": problem.task_id, "domain": "code", "split": assign_split(problem),
+        "horizon": count_statements(problem.reference),
+        "edit_distance": edit_distance(mutant.program, problem.reference),
+        "error_tags": [tag], "error_span": list(mutant.span), "teacher": "perturb", "y0_correct": y0_correct,
+        "y1_correct": y1_correct, "is_human_audited": False, "tests": problem.tests,
+        "verified": y1_correct and verdict.outcome in ("wrong", "crash"), "mutation": mutant.kind, **problem.notes,
+    }  # fmt: skip
+    return Quadruple(problem.x, mutant.program, f, problem.reference, meta)
+
+
+def check_writable(out: pathlib.Path) -> None:
+    """Find out before the work, not after it, that nothing can be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"--out {out}: cannot be made a folder ({e.strerror}); choose another") from None
+    if not os.access(out, os.W_OK | os.X_OK):
+        raise InputError(f"--out {out}: no permission to write there; choose another")
+
+
+def print_report(report: dict[str, Any], out: pathlib.Path) -> None:
+    kept, total = report["kept"], report["problems"]
+    print(f"{report['task']}: {kept} of {total} problems kept ({kept / max(1, total):.1%})")
+    for name, counts in {
+        "rejected": report["rejected"],
+        **{k: report["replay"][k] for k in ("tags", "horizons")},
+    }.items():
+        print(f"  {name:9s} " + (", ".join(f"{key} {n}" for key, n in counts.items()) or "none"))
+    print("  splits    " + ", ".join(f"{split} {n['kept']}/{n['total']}" for split, n in report["splits"].items()))
+    print(f"  leak rate {report['replay']['leak_rate']:.3f} (critiques that say what the revision has to say)")
+    print(f"  written to {out}/")
+
+
+BATCH = 128  # problems whose programs run together
+
+
+def make_replay(
+    task: str,
+    teacher: str = "perturb",
+    data_dir: str | None = None,
+    out: str | None = None,
+    seed: int = 0,
+    limit: int = 0,
+    keep_unverified: str = "no",
+    unsafe_sandbox: str = "refuse",
+) -> dict[str, Any]:
+    """Write {train,val,test}.jsonl and report.json of a task into `out`; returns the report."""
+    if limit < 0:
+        raise InputError(f"--limit {limit}: must be 0 (all) or more")
+    source, out = get_task(task), pathlib.Path(out or f"data/replay/{task}")
+    if source.domain == "code":
+        check_sandbox(unsafe_sandbox)
+    check_writable(out)
+    by_split: dict[str, list[Problem]] = {"train": [], "val": [], "test": []}
+    digest, problems = hashlib.sha256(), source.load(data_dir)
+    rejected: Counter[str] = Counter()
+    tested = {normalize_x(p.x) for p in problems if assign_split(p) == "test"}
+    for problem in problems:
+        split = assign_split(problem)
+        if split != "test" and normalize_x(problem.x) in tested:
+            rejected["stands in test too"] += 1  # a source may hold a problem twice; test keeps it
+        else:
+            by_split[split].append(problem)
+        digest.update(json.dumps([problem.x, problem.reference, *([problem.tests] if problem.tests else [])]).encode())
+    by_split = {split: problems[: limit or None] for split, problems in by_split.items()}
+    replay: dict[str, list[Quadruple]] = {split: [] for split in by_split}
+    todo = [(split, problem) for split, problems in by_split.items() for problem in problems]
+    with tqdm(total=len(todo), desc="perturb", unit="problem") as bar:
+        for i in range(0, len(todo), BATCH):
+            some, keep = [problem for _, problem in todo[i : i + BATCH]], keep_unverified == "yes"
+            if source.domain == "math":
+                made = [perturb(problem, seed, keep) for problem in some]
+            else:
+                made = perturb_programs(some, seed, keep)
+            for (split, _), one in zip(todo[i : i + BATCH], made):
+                if isinstance(one, str):
+                    rejected[one] += 1
+                else:
+                    replay[split].append(one)
+            bar.update(len(some))
+    check_leakage(replay)
+    quads = list(itertools.chain(*replay.values()))
+    report = {
+        "task": task, "teacher": teacher, "seed": seed,
+        "problems": len(todo) + rejected["stands in test too"], "kept": len(quads),
+        "unverified": sum(not q.meta["verified"] for q in quads), "rejected": dict(sorted((+rejected).items())),
+        "splits": {s: {"kept": len(replay[s]), "total": len(problems)} for s, problems in by_split.items()},
+        "replay": replay_report(quads), "source_sha256": digest.hexdigest(),
+    }  # fmt: skip
+    for split, kept in replay.items():
+        write_replay(out / f"{split}.jsonl", kept)
+    write_atomic(out / "report.json", json.dumps(report, indent=2) + "\n")
+    print_report(report, out)
+    return report

@@ -1,0 +1,173 @@
+"""The quadruple (x, y0, f, y1), the only currency: its file format, its splits, the check that no problem leaks between
+them. Used by the makers of replay and by all trainers; knows no model."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import re
+from collections import Counter
+from typing import Any
+
+from common.basics import InputError, normalize_x, parse_line, sha256, write_atomic
+from common.plans import flaw_of_tests
+from common.prompts import CODE_LINE
+from common.verifier import numbers_in
+
+SPLITS = ("train", "val", "test", "transfer")
+ERROR_TAGS = ("local_arithmetic", "missing_case", "invalid_assumption", "wrong_decomposition", "tool_misuse",
+              "state_tracking", "style_only")  # fmt: skip
+
+
+# What: problems from their sources, the quadruple (x, y0, f, y1), replay files. Used by: teacher, all trainers.
+# Tested in: tests/test_data.py.
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """One source problem: question x, reference solution, final answer (math) or tests (code), its source's split.
+
+    `reference` is "" and `tests` None where the source has none; `notes` go into the quadruple's meta.
+    """
+
+    task_id: str
+    x: str
+    reference: str
+    answer: str
+    split: str | None
+    tests: dict[str, Any] | None = None
+    notes: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quadruple:
+    """One replay line: problem x, flawed attempt y0, critique f, revision y1 and `meta` (README, "Replay")."""
+
+    x: str
+    y0: str
+    f: str
+    y1: str
+    meta: dict[str, Any]
+
+
+META_TYPES = {  # required meta keys and their types; further keys are kept as they are
+    "task_id": str, "domain": str, "split": str, "horizon": int, "edit_distance": int, "error_tags": list,
+    "error_span": (list, type(None)), "teacher": str, "y0_correct": bool, "y1_correct": bool, "is_human_audited": bool,
+}  # fmt: skip
+
+
+def parse_quadruple(line: str, where: str) -> Quadruple:
+    """One JSONL line as a checked Quadruple; raises InputError naming `where` (file:line) and the field."""
+
+    def need(ok: bool, field: str, what: str) -> None:
+        if not ok:
+            raise InputError(f"{where}: field {field!r} {what}")
+
+    row = parse_line(line, where)
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: expected a JSON object with x, y0, f, y1, meta, got {type(row).__name__}")
+    for field in ("x", "y0", "f", "y1"):
+        need(isinstance(row.get(field), str), field, "must be a string")
+        need(not re.search("[\ud800-\udfff]", row[field]), field, "holds half a surrogate pair")
+    need(bool(row["x"].strip()), "x", "is empty")
+    meta = row.get("meta")
+    need(isinstance(meta, dict), "meta", "must be an object")
+    for key, kind in META_TYPES.items():
+        bool_as_int = kind is int and isinstance(meta.get(key), bool)
+        need(
+            key in meta and isinstance(meta[key], kind) and not bool_as_int, f"meta.{key}", f"is missing or not {kind}"
+        )
+    need(meta["domain"] in ("math", "code"), "meta.domain", "must be math or code")
+    need(meta["split"] in SPLITS, "meta.split", f"must be one of {', '.join(SPLITS)}")
+    need(
+        all(tag in ERROR_TAGS for tag in meta["error_tags"]),
+        "meta.error_tags",
+        f"must be among {', '.join(ERROR_TAGS)}",
+    )
+    span = meta["error_span"]
+    in_y0 = span is None or (
+        len(span) == 2 and all(type(i) is int for i in span) and 0 <= span[0] < span[1] <= len(row["y0"])
+    )
+    need(in_y0, "meta.error_span", "must be null or [start, end] inside y0")
+    if meta["domain"] == "math":
+        answer = meta.get("answer")
+        need(
+            isinstance(answer, str) and len(numbers_in(answer)) == 1,
+            "meta.answer",
+            "must be a string with one number (math)",
+        )
+    else:
+        wrong = flaw_of_tests(meta.get("tests"))
+        need(wrong is None, "meta.tests", f"{wrong} (code)")
+    ends = row["x"].endswith(CODE_LINE)  # the prompts take their wording from it
+    need(ends == (meta["domain"] == "code"), "x", f"must end with {CODE_LINE.strip()!r} if and only if domain is code")
+    return Quadruple(row["x"], row["y0"], row["f"], row["y1"], meta)
+
+
+def read_replay(path: str | os.PathLike) -> list[Quadruple]:
+    """All quadruples of one JSONL file. No line is skipped: a bad one is an InputError naming file, line and field."""
+    try:
+        lines = pathlib.Path(path).read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"cannot read replay file {path}: {e}; make it with: python teacher.py") from None
+    if lines == [""]:
+        raise InputError(f"{path}: no quadruples; make them with: python teacher.py")
+    return [parse_quadruple(line, f"{path}:{i}") for i, line in enumerate(lines, 1)]
+
+
+def write_replay(path: str | os.PathLike, quads: list[Quadruple]) -> None:
+    """Write quadruples as JSONL, one a line, atomically."""
+    write_atomic(path, "".join(json.dumps(dataclasses.asdict(q), ensure_ascii=False) + "\n" for q in quads))
+
+
+def salted_bucket(x: str) -> int:
+    """Hash of the problem text to 0..99: the same problem lands in the same split in every run and on every machine.
+
+    >>> salted_bucket("How many?") == salted_bucket(" how  MANY? ")
+    True
+    """
+    return int(hashlib.sha256(("cts-split\0" + normalize_x(x)).encode()).hexdigest(), 16) % 100
+
+
+def assign_split(problem: Problem) -> str:
+    """train/val/test: 70/10/20 by salted hash; a source with train and test keeps its test, val leaves its train."""
+    bucket = salted_bucket(problem.x)
+    if problem.split is None:
+        return "train" if bucket < 70 else "val" if bucket < 80 else "test"
+    return "val" if problem.split == "train" and bucket < 10 else problem.split
+
+
+def check_leakage(replay: dict[str, list[Quadruple]]) -> None:
+    """Raise InputError if one problem text stands in two splits."""
+    seen: dict[str, tuple[str, str]] = {}
+    for split, quads in replay.items():
+        for q in quads:
+            first = seen.setdefault(normalize_x(q.x), (split, q.meta["task_id"]))
+            if first[0] != split:
+                raise InputError(
+                    f"leakage: problem {q.meta['task_id']} of split {split} is also {first[1]} of split {first[0]};"
+                    " remove it from one of them"
+                )
+
+
+def replay_report(quads: list[Quadruple]) -> dict[str, Any]:
+    """Counts by tag and horizon, and the leak rate: the share of critiques that say what the revision has to say, its
+    final answer (math) or a line of its program that the attempt lacks (code)."""
+
+    def leak(q: Quadruple) -> bool:
+        if q.meta["domain"] == "math":
+            return numbers_in(q.meta["answer"])[0] in numbers_in(q.f)
+        lines = lambda text: {" ".join(line.split()) for line in text.split("\n")}
+        return any(len(line) > 5 and line in " ".join(q.f.split()) for line in lines(q.y1) - lines(q.y0))
+
+    leaks = [leak(q) for q in quads if q.meta["domain"] == "code" or "answer" in q.meta]
+    return {
+        "quadruples": len(quads),
+        "leak_rate": sum(leaks) / max(1, len(leaks)),
+        "tags": dict(sorted(Counter(tag for q in quads for tag in q.meta["error_tags"]).items())),
+        "horizons": dict(sorted(Counter(q.meta["horizon"] for q in quads).items())),
+    }
+
+
+def replay_sha256(quads: list[Quadruple]) -> str:
+    """Digest of loaded quadruples, in order."""
+    return sha256("\n".join(json.dumps(dataclasses.asdict(q), sort_keys=True) for q in quads))

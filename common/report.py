@@ -1,0 +1,138 @@
+"""What a run ends with: result.json, curves.png, the printed summary. Used by run and by the scripts."""
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+from typing import Any
+
+import jax
+
+from common.basics import traces
+from common.fingerprint import fingerprint
+from common.hosts import say
+from common.replay import replay_report
+
+# What: names that stand in more than one place. Used by: all sections and scripts.
+SCHEMA_VERSION = 1
+
+
+def make_result(args, method: str, identity, counted, replay, base, records, final, timings) -> dict[str, Any]:
+    """The content of result.json; `counted` are the budgets as they were spent, which complete the fingerprint."""
+    fields = {k: v for k, v in identity.items() if k not in ("digest", "planned_steps")}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "method": method,
+        "args": dataclasses.asdict(args),
+        "fingerprint": fingerprint(**fields, **counted),
+        "replay": {split: replay_report(quads) for split, quads in replay.items()},
+        "precheck": base["precheck"],
+        "base": base["summary"],
+        "summary": final,
+        "records": records,
+        "traces": traces(),
+        "timings": timings,
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the result depends on, and the commit if this is a git checkout."""
+    import platform
+    from importlib.metadata import version
+
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "ott-jax", "tokenizers", "numpy")
+    git = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    return {
+        "python": platform.python_version(),
+        "device": jax.devices()[0].device_kind,
+        "commit": git.stdout.strip() or "none",
+        **{n: version(n) for n in names},
+    }
+
+
+def read_metrics(directory: pathlib.Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+
+
+def plot_curves(directory: pathlib.Path, base: dict[str, Any], final: dict[str, Any]) -> None:
+    """curves.png: accuracy of the samples (where nothing is sampled, the loss) over steps, and revised accuracy by
+    horizon before and after training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = read_metrics(directory)
+    sampled = "charts/accuracy" in rows[0]
+    key = "charts/accuracy" if sampled else "losses/loss"
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    left.plot([r["step"] for r in rows if key in r], [r[key] for r in rows if key in r], lw=1)
+    left.set(xlabel="step", ylabel="accuracy of sampled revisions" if sampled else "loss", title="training")
+    left.set_ylim(0, 1 if sampled else None)
+    horizons = list(final["by_horizon"])
+    for summary, label in ((base, "base"), (final, "trained")):
+        right.plot(horizons, [summary["by_horizon"][h]["accuracy_revised"] for h in horizons], marker="o", label=label)
+    right.set(
+        xlabel="horizon (steps of the reference)", ylabel="revised accuracy", ylim=(0, 1), title="test split, greedy"
+    )
+    right.legend()
+    figure.tight_layout()
+    figure.savefig(directory / "curves.png", dpi=110)
+    plt.close(figure)
+
+
+def print_precheck(check: dict[str, float]) -> None:
+    """The base model's pre-check, and in plain words whether the critique helps it."""
+    gain = check["accuracy_with_f"] - check["accuracy_without_f"]
+    say(
+        f"Pre-check of the base on {check['n']} training problems: y0 right {check['accuracy_y0']:.1%}; revised with f"
+        f" {check['accuracy_with_f']:.1%}, without f {check['accuracy_without_f']:.1%}; answer leaked by f"
+        f" {check['leak_rate']:.1%}; groups without variance {check['zero_std_frac']:.1%} of {check['groups']}."
+    )
+    if gain >= 0.03:
+        say(f"The critique carries signal: {100 * gain:+.1f} points for this base.")
+    else:
+        say(
+            f"WARNING: the critique carries no usable signal for this base ({100 * gain:+.1f} points; 3 are wanted):"
+            " there is little to transport, whatever the method."
+        )
+
+
+def print_summary(
+    name: str, directory: pathlib.Path, result: dict, base: dict[str, Any], final: dict[str, Any]
+) -> None:
+    """The table a run ends with."""
+    percent = lambda v: "     -" if v is None else f"{100 * v:5.1f}%"
+    print(f"\n{name}: {final['n']} test problems, greedy, last checkpoint")
+    print(f"  {'':28}{'base':>8}{'trained':>10}{'change':>9}")
+    rows = (
+        ("revised accuracy", "accuracy_revised"),
+        ("first-attempt accuracy", "accuracy"),
+        ("delta_critique", "delta_critique"),
+        ("wrong -> right", "wrong_to_right"),
+        ("right -> wrong", "right_to_wrong"),
+        ("well-formed answers", "format_frac"),
+    )
+    for label, key in rows:
+        change = "" if base[key] is None or final[key] is None else f"{100 * (final[key] - base[key]):+.1f}"
+        print(f"  {label:28}{percent(base[key]):>8}{percent(final[key]):>10}{change:>9}")
+    for h in final["by_horizon"]:
+        before, after = base["by_horizon"][h]["accuracy_revised"], final["by_horizon"][h]["accuracy_revised"]
+        change = "" if None in (before, after) else f"{100 * (after - before):+.1f}"
+        print(f"    horizon {h!s:18}{percent(before):>10}{percent(after):>10}{change:>9}")
+    if final["harness_errors"]:
+        print(f"  {final['harness_errors']} of {final['n']} could not be scored (harness errors) and are left out")
+    if final["credit_auc"] is not None:
+        print(
+            f"  credit localization: AUC {final['credit_auc']:.3f} (0.5 = chance), gap {final['credit_gap']:+.3f} nats"
+        )
+    t = result["timings"]
+    parts = ", ".join(f"{k} {v:.2f}" for k, v in t.items() if k not in ("step", "first_step", "total"))
+    print(f"  time: {t['total']:.0f} s in all; a step {t['step']:.2f} s ({parts})")
+    print(
+        f"  fingerprint {result['fingerprint']['digest'][:16]}; result.json, metrics.jsonl, curves.png in {directory}"
+    )

@@ -1,0 +1,355 @@
+"""Run plumbing: command line, run directory, W&B, metrics.jsonl, Orbax checkpoints, signals, the clock. Used by all
+scripts."""
+
+import dataclasses
+import gc
+import json
+import math
+import os
+import pathlib
+import re
+import signal
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jax.experimental import multihost_utils
+
+from common.basics import InputError, sha256, write_atomic
+from common.checkpoints import check_save_hf
+from common.hosts import leads, on_leader, say, start_hosts
+from common.prompts import revise_prompt
+from common.replay import Quadruple
+from common.report import plot_curves, print_summary
+from common.rewards import format_valid
+
+PROCESS_START = time.time()
+# What: command line, run directory, W&B, metrics.jsonl, Orbax checkpoints, SIGTERM, summary and plot. Used by: all
+# trainers. Tested in: tests/test_scripts.py.
+NOT_IN_RUN_NAME = (
+    "task",
+    "seed",
+    "out_dir",
+    "resume",
+    "wandb",
+    "mesh",
+    "save_every",
+    "save_hf",
+    "hosts",
+    "unsafe_sandbox",
+)  # they do not change the result
+
+
+def cli(main, args_type):
+    """Parse the command line, join the hosts of `--hosts`, run `main`; bad input prints one line and exits with 2."""
+    args = tyro.cli(args_type)
+    try:
+        if hasattr(args, "hosts"):
+            start_hosts(args.hosts)
+        return main(args)
+    except InputError as e:
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(2)
+
+
+def open_out_dir(out_dir: str, save_hf_dir: str | None = None) -> None:
+    """Make sure `out_dir` can be written and that nothing is at `save_hf_dir` yet. Compiled programs are kept in
+    `out_dir`, so that the next run starts at once."""
+    directory = pathlib.Path(out_dir).absolute()
+
+    def check():
+        if save_hf_dir:
+            check_save_hf(pathlib.Path(save_hf_dir))
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            probe = directory / f".{os.getpid()}.tmp"
+            probe.touch()
+            probe.unlink()
+        except OSError as e:
+            raise InputError(f"--out_dir {out_dir}: cannot write there ({e.strerror}); choose another") from None
+
+    on_leader(check)
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(directory / "xla_cache"))
+    jax.config.update("jax_compilation_cache_dir", cache)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def check_args(args, above_zero: tuple[str, ...], not_negative: tuple[str, ...]) -> None:
+    """InputError unless the named flags are above 0 (counts: at least 1) or not below it."""
+    for flag in (*above_zero, *not_negative):
+        value = getattr(args, flag)
+        if value < 0 or (flag in above_zero and value == 0) or not math.isfinite(value):
+            least = "at least 0" if flag in not_negative else "at least 1" if isinstance(value, int) else "above 0"
+            raise InputError(f"--{flag} {value}: must be {least}")
+
+
+def pick_dtype(name: str):
+    """Compute dtype of `--dtype`: auto is bfloat16 on accelerators and float32 on CPU."""
+    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}.get(
+        name, jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    )
+
+
+def reduce(sums: dict[str, tuple]) -> dict[str, float]:
+    """Metrics leave jitted code as (sum, count) and are divided once, here: {"a": (6., 3.)} -> {"a": 2.}."""
+    return {name: float(total) / max(float(count), 1e-9) for name, (total, count) in sums.items()}
+
+
+def wandb_mode(flag: str) -> str:
+    """`auto`: WANDB_MODE if it is set, else online where a key is known, else offline. Never asks a question."""
+    if flag != "auto":
+        return flag
+    netrc = pathlib.Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    known = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "api.wandb.ai" in netrc.read_text())
+    return os.environ.get("WANDB_MODE") or ("online" if known else "offline")
+
+
+class Run:
+    """One run's directory and all that is written to it: metrics.jsonl, W&B, checkpoints/, result.json, curves.png."""
+
+    def __init__(self, args, method: str):
+        import orbax.checkpoint as ocp
+
+        settings = {k: v for k, v in sorted(dataclasses.asdict(args).items()) if k not in NOT_IN_RUN_NAME}
+        self.name = f"{method}__{args.task}__s{args.seed}__{sha256(json.dumps(settings))[:8]}"
+        self.dir = pathlib.Path(args.out_dir).absolute() / self.name
+        self.args, self.method, self.stopped_by = args, method, None
+        on_leader(self._open, settings)
+        self._ocp = ocp
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self.checkpoints = ocp.CheckpointManager(self.dir / "checkpoints", options=options)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        self.wandb = None
+
+    def _open(self, settings: dict[str, Any]) -> None:
+        """Make the directory; InputError if it holds another run, or none where --resume asks for one."""
+        if self.dir.exists() and not self.args.resume:
+            what = "has finished" if (self.dir / "result.json").is_file() else "has not finished"
+            raise InputError(f"{self.dir} is there already and {what}: add --resume, or choose another --out_dir")
+        if self.args.resume and not self.dir.exists():
+            self._refuse_other_flags(settings)
+        (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_atomic(self.dir / "args.json", json.dumps(settings, indent=1))
+
+    def _refuse_other_flags(self, settings: dict[str, Any]) -> None:
+        """InputError if there is an unfinished run of the same method, task and seed with other flags: it is what
+        --resume was meant for, and this run would not continue it."""
+        for other in sorted(self.dir.parent.glob(f"{self.name.rpartition('__')[0]}__*")):
+            if (other / "args.json").is_file() and not (other / "result.json").is_file():
+                then = json.loads((other / "args.json").read_text())
+                changed = [f"--{k} {then.get(k)} (now {v})" for k, v in settings.items() if then.get(k) != v]
+                raise InputError(
+                    f"--resume: {other} was started with {', '.join(changed)}; give the same flags, or drop --resume to"
+                    " start another run"
+                )
+
+    def _on_signal(self, number, _frame) -> None:
+        self.stopped_by = number  # a flag only: the loop saves at the end of its step
+
+    @property
+    def finished(self) -> bool:
+        return (self.dir / "result.json").is_file()
+
+    def result(self) -> dict[str, Any]:
+        """What a finished run wrote."""
+        return json.loads((self.dir / "result.json").read_text())
+
+    def seconds(self) -> float:
+        """Wall time since the process started, imports included."""
+        return time.time() - PROCESS_START
+
+    def start(self, config: dict[str, Any]) -> None:
+        """Open W&B (offline where nobody is logged in); its run id lives in the directory, so a resumed run goes on."""
+        import wandb
+
+        mode, id_file = wandb_mode(self.args.wandb) if leads() else "disabled", self.dir / "wandb_id"
+        if leads() and not id_file.is_file():
+            write_atomic(id_file, f"{self.name[:100]}__{os.urandom(3).hex()}".replace("/", "-"))
+        wandb_settings = wandb.Settings(silent=True, console="off", init_timeout=60)
+        common = dict(
+            project="cts",
+            name=self.name,
+            id=id_file.read_text() if leads() else None,
+            resume="allow",
+            dir=str(self.dir),
+            config=config,
+            job_type=self.method,
+            group=os.environ.get("WANDB_RUN_GROUP"),
+            settings=wandb_settings,
+        )
+        try:
+            self.wandb = wandb.init(mode=mode, **common)
+        except wandb.errors.Error as e:
+            print(f"W&B {mode} failed ({type(e).__name__}); logging offline into {self.dir}")
+            self.wandb = wandb.init(mode="offline", **common)
+        self.wandb.define_metric("*", step_metric="step")
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """One line of metrics.jsonl and one W&B call for one step."""
+        if not leads():
+            return
+        row = {"step": step, **metrics}
+        with open(self.dir / "metrics.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(row) + "\n")
+        self.wandb.log(row)
+
+    def log_samples(self, quads: list[Quadruple], texts: list[str], rewards, step: int) -> None:
+        """A small W&B table: the first completion of every prompt and its reward."""
+        import wandb
+
+        if not leads():
+            return
+        table = wandb.Table(columns=["step", "prompt", "completion", "reward"])
+        for q, text, reward in zip(quads, texts, rewards):
+            table.add_data(step, revise_prompt(q.x, q.y0, q.f)[:2000], text[:2000], float(reward))
+        self.wandb.log({"samples": table, "step": step})
+
+    def save(self, step: int, state, identity: dict[str, Any]) -> None:
+        """Checkpoint after `step` finished steps: parameters, optimizer and the run's identity. Data order and PRNG are
+        functions of (seed, step)."""
+        if step not in self.checkpoints.all_steps():
+            as_args = self._ocp.args
+            self.checkpoints.save(
+                step, args=as_args.Composite(state=as_args.StandardSave(state), identity=as_args.JsonSave(identity))
+            )
+
+    def restore(self, state, identity: dict[str, Any]):
+        """(state, finished steps) of the newest readable checkpoint, or (state, 0); later metrics lines are dropped.
+
+        A damaged checkpoint (cut off, half deleted) is named, the one before it used, and only then the damaged one
+        removed. InputError if none can be read, or if the checkpoint was made under another identity: it names the
+        fields that changed.
+        """
+        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+        as_args, done, damaged = self._ocp.args, 0, []
+        for step in sorted(self.checkpoints.all_steps(), reverse=True):
+            try:
+                saved = self.checkpoints.restore(
+                    step,
+                    args=as_args.Composite(state=as_args.StandardRestore(abstract), identity=as_args.JsonRestore()),
+                )
+            except Exception as e:  # a cut-off data file makes Orbax raise plain Exception
+                reason = " ".join(str(e).split())[:80]
+                say(f"checkpoint {step} in {self.dir} is damaged ({type(e).__name__}: {reason}); trying the one before")
+                damaged.append(step)
+                continue
+            changed = [k for k in identity if k != "digest" and saved["identity"].get(k) != identity[k]]
+            if changed:
+                raise InputError(
+                    f"--resume: {self.dir} was started with another {', '.join(changed)}; choose another --out_dir"
+                )
+            state, done = saved["state"], step
+            break
+        if damaged and not done:
+            raise InputError(
+                f"--resume: no checkpoint in {self.dir / 'checkpoints'} can be read; remove that folder to start over"
+            )
+        for step in damaged:  # out of the way of the one that will be saved there again
+            self.checkpoints.delete(step)
+        if damaged:
+            gc.collect()  # ends the coroutines that Orbax leaves behind now, not inside ast.parse (a CPython 3.11 bug)
+        on_leader(self._truncate_metrics, done)
+        return state, done
+
+    def _truncate_metrics(self, step: int) -> None:
+        path = self.dir / "metrics.jsonl"
+        if path.is_file():
+            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
+            write_atomic(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] < step))
+
+    def stop_if_asked(self, step: int, state, identity: dict[str, Any]) -> None:
+        """After SIGTERM or SIGUSR1: save, mark the W&B run preempting, exit with 128 + signal (schedulers requeue). The
+        signal may have reached one host only."""
+        number = self.stopped_by or 0
+        if jax.process_count() > 1:
+            number = int(multihost_utils.process_allgather(np.int32(number)).max())
+        if number:
+            self.save(step, state, identity)
+            self.wandb.mark_preempting()
+            self.wandb.finish(exit_code=128 + number)
+            say(f"stopped by signal {number} after step {step}; continue with --resume")
+            sys.exit(128 + number)
+
+    def check_finite(self, metrics: dict[str, float], step: int, ids: list[str]) -> None:
+        """Stop on a NaN or infinite loss or gradient, naming the step, the batch and the last good checkpoint."""
+        if not (math.isfinite(metrics["losses/loss"]) and math.isfinite(metrics["losses/grad_norm"])):
+            self.wandb.finish(exit_code=1)
+            good = max(self.checkpoints.all_steps(), default=None)
+            raise FloatingPointError(
+                f"loss or gradient is not finite at step {step} (batch {', '.join(ids)});"
+                f" last good checkpoint: {good} in {self.dir}"
+            )
+
+    def finish(self, result: dict[str, Any], base: dict[str, Any], final: dict[str, Any]) -> None:
+        """Write result.json (last, atomically) and curves.png, log both to W&B, print the summary."""
+        import wandb
+
+        if not leads():
+            self.wandb.finish()
+            return
+        plot_curves(self.dir, base, final)
+        write_atomic(self.dir / "result.json", json.dumps(result, indent=1))
+        self.wandb.summary.update({f"eval/{k}": v for k, v in final.items() if isinstance(v, float)})
+        self.wandb.summary["fingerprint"] = result["fingerprint"]["digest"]
+        self.wandb.log({"curves": wandb.Image(str(self.dir / "curves.png"))})
+        artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "-", self.name)[:120], type="result")
+        artifact.add_file(str(self.dir / "result.json"))
+        self.wandb.log_artifact(artifact)
+        self.wandb.finish()
+        print_summary(self.name, self.dir, result, base, final)
+
+
+class StepClock:
+    """Wall time of the parts of a step; the first step holds the compilation and stays out of rates and medians."""
+
+    def __init__(self):
+        self.times: dict[str, list[float]] = {"step": []}
+
+    @property
+    def steps(self) -> int:
+        return len(self.times["step"])
+
+    def start(self) -> None:
+        self.began = self.last = time.perf_counter()
+
+    def mark(self, name: str) -> None:
+        """End of the part `name`; `update` ends the step."""
+        now = time.perf_counter()
+        self.times.setdefault(name, []).append(now - self.last)
+        self.last = now
+        if name == "update":
+            self.times["step"].append(now - self.began)
+
+    def metrics(self, completions: int) -> dict[str, float]:
+        """time/* and charts/SPS (completions a second) of the last step; the first gives time/compile, not a rate."""
+        parts = {f"time/{name}": t[-1] for name, t in self.times.items()}
+        first = {"time/compile": self.times["step"][0]} if self.steps == 1 else {}
+        rate = {"charts/SPS": completions / self.times["step"][-1]} if self.steps > 1 else {}
+        return {**parts, **first, **rate}
+
+    def summary(self, run: Run) -> dict[str, float]:
+        """Medians over the steps after the first, the first, and the whole run, in seconds."""
+        steady = {name: float(np.median(t[1:] or t or [0.0])) for name, t in self.times.items()}
+        return {**steady, "first_step": (self.times["step"] or [0.0])[0], "total": run.seconds()}
+
+
+def rollout_metrics(
+    out: dict[str, np.ndarray], texts: list[str], reward_BG: np.ndarray, quads: list[Quadruple]
+) -> dict[str, float]:
+    """rollout/*: completion length, share cut off, share of groups without variance, share well-formed, completions
+    that the harness failed to score (their reward is NaN)."""
+    G, unscored_BG = reward_BG.shape[1], np.isnan(reward_BG)
+    well_formed = [format_valid(text, quads[m // G].meta["domain"]) for m, text in enumerate(texts)]
+    spread_B = np.where(unscored_BG, -np.inf, reward_BG).max(1) - np.where(unscored_BG, np.inf, reward_BG).min(1)
+    return {
+        "rollout/len_mean": float(out["len_M"].mean()),
+        "rollout/truncated_frac": float(out["truncated_M"].mean()),
+        "rollout/zero_std_frac": float((spread_B <= 0).mean()),
+        "rollout/format_frac": float(np.mean(well_formed)),
+        "rollout/harness_errors": float(unscored_BG.sum()),
+    }

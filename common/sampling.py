@@ -1,0 +1,92 @@
+"""Token log-probs without a [B, T, V] array, and the sampler. Used by all trainers and the evaluation."""
+
+import jax
+import jax.numpy as jnp
+
+from common.model import Decoder, last_tokens
+
+
+# What: token log-probs without a [B, T, V] array; the sampler. Used by: all trainers. Tested in: tests/test_model.py.
+def token_logp(hidden_MTD, tokens_MT, head_VD, temperature=1.0, chunk: int = 32):
+    """log-prob and entropy [M, T] (float32) of tokens_MT under softmax(hidden @ head / temperature).
+
+    Computed in chunks over time and recomputed in the backward pass, so that no [M, T, V] array ever exists.
+    """
+    M, T, D = hidden_MTD.shape
+    n = -(-T // chunk)
+    chunk = -(-T // n)  # as even as may be; the last chunk is filled up
+    head_VD = head_VD.astype(hidden_MTD.dtype)
+
+    @jax.checkpoint
+    def one(_, inputs):
+        hidden, tokens = inputs
+        logits = jnp.dot(hidden.reshape(-1, D), head_VD.T, preferred_element_type=jnp.float32) / temperature
+        logits = logits.reshape(*tokens.shape, -1)
+        norm = jax.nn.logsumexp(logits, -1)
+        picked = jnp.take_along_axis(logits, tokens[..., None], -1)[..., 0]
+        probs = jax.lax.stop_gradient(jnp.exp(logits - norm[..., None]))
+        entropy = norm - (probs * logits).sum(-1)
+        return None, (picked - norm, jax.lax.stop_gradient(entropy))
+
+    fill = lambda a: jnp.pad(a, [(0, 0), (0, n * chunk - T)] + [(0, 0)] * (a.ndim - 2))
+    split = lambda a: fill(a).reshape(M, n, chunk, *a.shape[2:]).swapaxes(0, 1)
+    _, outs = jax.lax.scan(one, None, (split(hidden_MTD), split(tokens_MT)))
+    return tuple(a.swapaxes(0, 1).reshape(M, n * chunk)[:, :T] for a in outs)
+
+
+def first_argmax(z_MV):
+    """Index of each row's maximum, the first of several [M]. Two plain reductions: on a CPU four times as fast as
+    jnp.argmax."""
+    at_top_MV = z_MV == z_MV.max(-1, keepdims=True)
+    last = z_MV.shape[-1] - 1
+    return jnp.where(at_top_MV, jnp.arange(last + 1), last).min(-1)
+
+
+def generate(
+    model: Decoder,
+    prompt_BP,
+    len_B,
+    key,
+    group: int,
+    T: int,
+    temperature,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+    greedy: bool = False,
+    dtype=jnp.float32,
+) -> dict[str, jax.Array]:
+    """Sample `group` completions of at most T tokens per prompt; stops when all rows have ended.
+
+    Returns tokens_MT (after the end: pad_id), logp_MT (of the sampled tokens, at `temperature`; 0 after the end), len_M
+    (with the end token), truncated_M (1.0 where no end token came). One prefill per prompt serves its group. Draws
+    depend on (key, time, row) only, so they are the same on every mesh.
+    """
+    M = prompt_BP.shape[0] * group
+    is_end = lambda tokens: jnp.isin(tokens, jnp.array(eos_ids))
+    prefix, _ = model.prefill(prompt_BP, len_B, dtype)
+    head_VD = model.head_VD().astype(dtype)
+    layers, cache = model.unstack(prefix), model.new_cache(M, T, dtype)
+
+    def one_token(state):
+        t, input_M, done_M, tokens_MT, logp_MT, cache = state
+        hidden_MD, cache = model.decode(input_M, t, cache, layers, prefix.len_B, dtype)
+        logits_MV = jnp.einsum("MD,VD->MV", hidden_MD, head_VD, preferred_element_type=jnp.float32) / temperature
+        noise_MV = 0.0 if greedy else jax.random.gumbel(jax.random.fold_in(key, t), logits_MV.shape)
+        token_M = first_argmax(logits_MV + noise_MV)
+        logp_M = jnp.take_along_axis(logits_MV, token_M[:, None], 1)[:, 0] - jax.nn.logsumexp(logits_MV, -1)
+        token_M = jnp.where(done_M, pad_id, token_M).astype(jnp.int32)
+        tokens_MT = tokens_MT.at[:, t].set(token_M)
+        logp_MT = logp_MT.at[:, t].set(jnp.where(done_M, 0.0, logp_M))
+        return t + 1, token_M, done_M | is_end(token_M), tokens_MT, logp_MT, cache
+
+    start = (
+        0,
+        jnp.repeat(last_tokens(prompt_BP, len_B), group),
+        jnp.zeros(M, bool),
+        jnp.full((M, T), pad_id, jnp.int32),
+        jnp.zeros((M, T), jnp.float32),
+        cache,
+    )
+    _, _, done_M, tokens_MT, logp_MT, _ = jax.lax.while_loop(lambda s: (s[0] < T) & ~s[2].all(), one_token, start)
+    len_M = jnp.where(done_M, is_end(tokens_MT).argmax(-1) + 1, T)
+    return {"tokens_MT": tokens_MT, "logp_MT": logp_MT, "len_M": len_M, "truncated_M": 1.0 - done_M}

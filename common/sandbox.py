@@ -1,0 +1,331 @@
+"""The sandbox's client: starts the server process, hands it programs, collects their frames and how they ended. Used by
+programs, which alone makes verdicts; what the frames mean is not known here."""
+
+import atexit
+import collections
+import contextlib
+import json
+import math
+import os
+import pathlib
+import re
+import select
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from typing import Any
+
+from common import sandbox_server
+from common.basics import InputError
+
+QUICK_S = 0.1  # a program that runs longer gives its place to the next and goes on beside it, at low priority
+PATIENCE = 2.0  # wall time after which a test is cut too (it sleeps, or the machine is busy), in limits of CPU time
+LIVE = 64  # programs alive at a time, fewer where half of the free memory is less than their limits
+UNSAFE_SANDBOX = "refuse"  # set by `check_sandbox`
+
+
+class Job:
+    """One program under way: what goes in, what is kept of the frames that come out, how it ended."""
+
+    def __init__(self, payload: dict[str, Any], keep=lambda i, frame: frame):
+        """`keep(i, frame)` of each frame is kept: frames are long, and there are many."""
+        data = json.dumps(payload).encode()
+        self.outgoing = memoryview(struct.pack("!I", len(data)) + data)
+        self.tests, self.keep, self.kept, self.fail, self.buffer = len(payload["tests"]), keep, [], b"", bytearray()
+        self.end, self.why = "", ""  # done | fail | timeout | oom | crash | harness_error, and a word on it
+        self.confined = self.killed = self.closed = self.slow = False
+        self.began = self.test_began = self.look_at = self.cpu = 0.0
+
+
+class Sandbox:
+    """The server process and its candidates. Not for several threads at a time."""
+
+    def __init__(self, mode: str = "auto"):
+        """Raises InputError where `mode` does not work on this machine."""
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        env = {"LANG": "C.UTF-8", "PYTHONUTF8": "1", "PYTHONHASHSEED": "0"}  # sets have one order in all runs
+        env |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+        # -P -s and an environment of our own are -I, but for the hash seed, which -I would leave to chance
+        server = os.path.abspath(sandbox_server.__file__)
+        command = [sys.executable, "-P", "-s", "-S", server, str(theirs.fileno()), mode]
+        with tempfile.TemporaryFile() as errors:
+            self.process = subprocess.Popen(
+                command, pass_fds=[theirs.fileno()], cwd="/", env=env, stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
+            )  # fmt: skip
+            theirs.close()
+            self.owner, self.slots, self.base = os.getpid(), list(range(sandbox_server.UIDS)), None
+            self.control.settimeout(60)
+            hello = self._hear()
+            if hello is None:
+                self.close()
+                errors.seek(0)
+                raise InputError(f"the sandbox did not start: {errors.read().decode(errors='replace')[-300:].strip()}")
+        self.mode, self.seccomp, self.base = (hello[k] for k in ("mode", "seccomp", "base"))
+        self.control.settimeout(None)
+        if self.mode == "refused":
+            self.close()
+            lacks = "; ".join(hello["missing"])
+            raise InputError(
+                f"programs cannot be confined on this machine ({lacks}): it needs user, mount, process and network "
+                "namespaces, or Landlock and seccomp; --unsafe_sandbox allow runs them under limits alone"
+            )
+
+    def _hear(self) -> dict[str, Any] | None:
+        """The server's next message; None if it is gone."""
+        try:
+            data = self.control.recv(4096)
+        except (TimeoutError, ConnectionError):
+            return None
+        return json.loads(data) if data else None
+
+    def close(self) -> None:
+        """End the server and with it all that it started."""
+        self.control.close()
+        if self.owner == os.getpid():
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+            if self.base:  # a server that was killed left it
+                shutil.rmtree(self.base, ignore_errors=True)
+
+    def run(self, jobs: list[Job], workers: int, timeout_s: float, memory_mb: int) -> None:
+        """Run all jobs to their ends; whatever happens, none of them is alive after it."""
+        try:
+            self._run(jobs, workers, timeout_s, memory_mb)
+        except ConnectionError:
+            self.close()
+            for job in jobs:
+                if not job.end:
+                    job.end, job.why = "harness_error", "the sandbox's server ended"
+        except BaseException:
+            self.close()
+            raise
+
+    def _run(self, jobs: list[Job], workers: int, timeout_s: float, memory_mb: int) -> None:
+        waiting = collections.deque(jobs)
+        free = re.search(r"MemAvailable:\s+(\d+) kB", pathlib.Path("/proc/meminfo").read_text())
+        room = int(free[1]) // 2048 // (memory_mb + sandbox_server.FILES_MB) if free else workers
+        limit = min(max(workers, min(LIVE, room)), sandbox_server.UIDS)
+        live: dict[int, tuple[Job, socket.socket]] = {}  # by slot
+        by_fd: dict[int, int] = {}
+        poll = select.poll()
+        poll.register(self.control, select.POLLIN)
+        try:
+            while waiting or live:
+                while waiting and len(live) < limit and sum(not job.slow for job, _ in live.values()) < workers:
+                    job, slot = waiting.popleft(), self.slots.pop()
+                    channel = self._fork(slot, job, timeout_s, memory_mb)
+                    live[slot], by_fd[channel.fileno()] = (job, channel), slot
+                    poll.register(channel, select.POLLIN | select.POLLOUT)
+                now = time.monotonic()
+                wait = min((job.look_at for job, _ in live.values()), default=now) - now
+                for fd, event in poll.poll(max(0, math.ceil(1000 * wait))):
+                    if fd == self.control.fileno():
+                        self._ended(live, by_fd, poll, timeout_s)
+                    elif fd in by_fd:
+                        slot = by_fd[fd]
+                        if not self._exchange(*live[slot], event, poll):
+                            poll.unregister(fd)
+                            del by_fd[fd]
+                            self._hang_up(slot, live[slot][0])
+                now = time.monotonic()
+                for slot, (job, _) in live.items():
+                    if job.look_at <= now:
+                        self._look(slot, job, now, timeout_s, bool(waiting))
+        finally:
+            for _, channel in live.values():
+                channel.close()
+
+    def _tell(self, slot: int, op: str, **more) -> None:
+        self.control.send(json.dumps({"op": op, "slot": slot, **more}).encode())
+
+    def _fork(self, slot: int, job: Job, timeout_s: float, memory_mb: int) -> socket.socket:
+        """Start a job in a slot; its channel."""
+        channel, theirs = socket.socketpair()
+        # The kernel's own limit is the last resort, should this process stand still.
+        cpu_s = math.ceil((job.tests + 1) * PATIENCE * timeout_s) + 5
+        order = json.dumps({"op": "fork", "slot": slot, "memory_mb": memory_mb, "cpu_s": cpu_s})
+        socket.send_fds(self.control, [order.encode()], [theirs.fileno()])
+        theirs.close()
+        channel.setblocking(False)
+        job.began = job.test_began = time.monotonic()
+        job.look_at = job.began + min(QUICK_S, timeout_s)
+        return channel
+
+    def _kill(self, slot: int, job: Job) -> None:
+        if not job.killed:
+            job.killed = True
+            self._tell(slot, "kill")
+        job.look_at = time.monotonic() + 60
+
+    def _hang_up(self, slot: int, job: Job) -> None:
+        """A channel gives no more: its process is not needed, or about to be gone, and how it ended is worth a wait."""
+        if job.end:
+            self._kill(slot, job)
+        else:
+            job.look_at, job.closed = time.monotonic() + 0.5, True
+
+    def _exchange(self, job: Job, channel: socket.socket, event: int, poll) -> bool:
+        """Send and receive what can be; False when there is nothing more to come."""
+        if event & select.POLLOUT and job.outgoing:
+            with contextlib.suppress(ConnectionError, BlockingIOError):  # a lost one is seen below
+                job.outgoing = job.outgoing[channel.send(job.outgoing[: 1 << 20]) :]
+            if not job.outgoing:
+                poll.modify(channel, select.POLLIN)
+        if not event & ~select.POLLOUT:
+            return True
+        try:
+            data = channel.recv(1 << 20)
+        except BlockingIOError:
+            return True
+        except ConnectionError:
+            data = b""
+        job.buffer += data
+        return bool(data) and self._frames(job)
+
+    def _frames(self, job: Job) -> bool:
+        """Take whole frames out of a job's buffer; False when it has given all."""
+        buffer, head = job.buffer, sandbox_server.FRAME
+        if not job.confined and buffer:
+            if buffer[:1] != b"R":
+                return True  # the reason follows; the end of the process ends it
+            job.confined = True
+            job.test_began = time.monotonic()
+            del buffer[:1]
+        while len(job.kept) < job.tests and len(buffer) >= head.size:
+            length, cpu = head.unpack_from(buffer)
+            if length > sandbox_server.FRAME_MAX:
+                job.end, job.why = "crash", "wrote to the channel what is no frame"
+                return False
+            if len(buffer) < head.size + length:
+                break
+            frame = bytes(buffer[head.size : head.size + length])
+            del buffer[: head.size + length]
+            if frame.startswith(b'{"fail":'):
+                job.end, job.fail = "fail", frame
+                return False
+            job.kept.append(job.keep(len(job.kept), frame))
+            job.test_began, job.cpu = time.monotonic(), cpu
+        if len(job.kept) == job.tests:
+            job.end = "done"
+            return False
+        return True
+
+    def _look(self, slot: int, job: Job, now: float, timeout_s: float, hurry: bool) -> None:
+        """A job is still there at the time it was to be looked at; `hurry`: others wait."""
+        if job.killed:
+            raise ConnectionError  # killed and not gone in a minute: the server does not answer
+        if job.closed:
+            self._kill(slot, job)
+            return
+        if not job.slow and now - job.began >= min(QUICK_S, timeout_s):
+            job.slow = True
+            if hurry:
+                self._tell(slot, "nice")
+        used = now - job.test_began
+        if not job.confined:
+            if now - job.began > 60:
+                self._kill(slot, job)
+            job.look_at = now + 0.2
+            return
+        if used >= PATIENCE * timeout_s:
+            job.end = "timeout"
+            self._kill(slot, job)
+            return
+        if used >= timeout_s:
+            self._tell(slot, "cpu")  # the answer may end it
+        job.look_at = min(job.test_began + PATIENCE * timeout_s, max(job.test_began + timeout_s, now + 0.1))
+
+    def _ended(self, live, by_fd, poll, timeout_s: float) -> None:
+        """One message of the server: a process has ended, or its CPU time."""
+        message = self._hear()
+        if message is None:
+            raise ConnectionError
+        slot = message["slot"]
+        job, channel = live.get(slot, (None, None))
+        if job is None:
+            return
+        if "cpu" in message:
+            late = time.monotonic() - job.test_began >= timeout_s
+            if late and not job.killed and not message["cpu"] - job.cpu < 0.95 * timeout_s:  # `not <`: NaN is a lie
+                job.end = "timeout"
+                self._kill(slot, job)
+            return
+        while channel.fileno() in by_fd and self._exchange(job, channel, select.POLLIN, poll):
+            if not select.select([channel], [], [], 0)[0]:
+                break
+        if by_fd.pop(channel.fileno(), None) is not None:
+            poll.unregister(channel)
+        channel.close()
+        del live[slot]
+        self.slots.append(slot)
+        if "error" in message or not job.confined:
+            job.end = "harness_error"
+            job.why = f"not confined: {message.get('error') or job.buffer[1:200].decode(errors='replace')}"
+        elif not job.end:
+            self._explain(job, message["status"])
+
+    def _explain(self, job: Job, status: int) -> None:
+        """How a process ended that neither gave all of its values nor was ended from here."""
+        if status == -signal.SIGKILL and job.killed:
+            job.end, job.why = "crash", "closed its channel"
+        elif status == -signal.SIGKILL:
+            job.end, job.why = "oom", "killed by the kernel"
+        elif status < 0:
+            name = signal.Signals(-status).name if -status in set(signal.Signals) else f"signal {-status}"
+            job.end, job.why = "crash", f"ended by {name}{' (a forbidden system call)' * (name == 'SIGSYS')}"
+        else:
+            job.end, job.why = "crash", f"ended with exit code {status}"
+
+
+_sandboxes: dict[str, Sandbox] = {}
+_sandbox_lock = threading.Lock()
+
+
+def _sandbox(purpose: str) -> Sandbox:
+    """The one for "programs" or the one for "checks"; started if there is none or it ended."""
+    box = _sandboxes.get(purpose)
+    if (
+        box is None
+        or box.control.fileno() < 0
+        or box.owner != os.getpid()
+        or box.process.poll() is not None
+        or (box.mode == "none" and UNSAFE_SANDBOX != "allow")
+    ):
+        if box is not None:
+            box.close()
+        try:
+            _sandboxes[purpose] = Sandbox()
+        except InputError:
+            if UNSAFE_SANDBOX != "allow":
+                raise
+            _sandboxes[purpose] = Sandbox("none")
+    return _sandboxes[purpose]
+
+
+@atexit.register
+def close_sandboxes() -> None:
+    """End the server processes; the next program starts new ones."""
+    for box in _sandboxes.values():
+        box.close()
+    _sandboxes.clear()
+
+
+def check_sandbox(unsafe: str = "refuse") -> str:
+    """How programs are confined here: "namespaces", "landlock" or "none". With `unsafe` "allow", "none" is allowed from
+    here on; with "refuse" it raises InputError that says what is missing."""
+    global UNSAFE_SANDBOX
+    if unsafe not in ("refuse", "allow"):
+        raise InputError(f"unsafe_sandbox {unsafe!r}: allow or refuse")
+    UNSAFE_SANDBOX = unsafe
+    with _sandbox_lock:
+        return _sandbox("programs").mode

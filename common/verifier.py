@@ -1,0 +1,255 @@
+"""The rules of math: the final answer of a completion, its steps, and which of them hold. Without eval and without
+signals, so safe in any thread. Used by rewards, critique, mistakes; knows nothing of programs, models or replay files.
+"""
+
+import dataclasses
+import difflib
+import re
+from collections import Counter
+from fractions import Fraction
+
+from common.basics import InputError
+
+# What: scores of final answers and of single steps, by rules, without eval and without signals (safe in any thread).
+# Used by: teacher, trainers, evaluation. Tested in: tests/test_verifier.py.
+_NUMBER = r"(?>(?:\d{1,3}(?:,\d{3}){1,9}(?!\d)|\d{1,30})(?:\.\d{1,30})?|\.\d{1,30})"  # atomic: all of a number or none
+NUMBER = re.compile(rf"(?<![A-Za-z0-9_^])([-\u2212]?)\s?\$?\s?({_NUMBER})(?:\s?/\s?({_NUMBER}))?+(?!\d|[eE]\d|\^)")
+_LATEX = (  # LaTeX forms a boxed answer takes, rewritten to plain text
+    (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
+    (re.compile(r"\\text\s*\{[^{}]*\}|\\[!,; ]|\\%|\{,\}|\\\$"), lambda m: "," if m.group() == "{,}" else ""),
+)
+
+
+def to_fraction(text: str) -> Fraction | None:
+    """A plain decimal ("1,234.50", ".5") as an exact Fraction; None if it is not one."""
+    try:
+        return Fraction(text.replace(",", ""))
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def show(value: Fraction) -> str:
+    """A Fraction as people write it: 72, 2.5, else numerator/denominator.
+
+    >>> show(Fraction(72)), show(Fraction(5, 2)), show(Fraction(1, 3))
+    ('72', '2.5', '1/3')
+    """
+    if value.denominator == 1:
+        return str(value.numerator)
+    digits = next((d for d in range(1, 12) if 10**d % value.denominator == 0), None)
+    if digits is None:
+        return str(value)
+    scaled = f"{abs(value.numerator) * 10**digits // value.denominator:0{digits + 1}d}"
+    return f"{'-' if value < 0 else ''}{scaled[:-digits]}.{scaled[-digits:]}"
+
+
+def numbers_in(text: str) -> list[Fraction]:
+    """Every number in `text`, in order: `1,234`, `$18.00`, `18.`, `-3`, `1/2`. Not digits glued to letters.
+
+    >>> [str(n) for n in numbers_in("from $1,234.50 to -3, 1/2 of H2O")]
+    ['2469/2', '-3', '1/2']
+    """
+    found = []
+    for sign, whole, under in NUMBER.findall(text):
+        value, divisor = to_fraction(whole), to_fraction(under) if under else Fraction(1)
+        if value is not None and divisor:
+            found.append((-value if sign else value) / divisor)
+    return found
+
+
+def final_answers(completion: str) -> list[Fraction]:
+    """The distinct final answers a completion commits to: numbers after `####`, in `\\boxed{}` or in `<answer>`."""
+    for pattern, plain in _LATEX:
+        completion = pattern.sub(plain, completion)
+    places = re.findall(r"(?<!#)####(?!#)([^\n#]*)", completion)
+    places += re.findall(r"\\boxed\s*\{([^{}]*)\}", completion)
+    places += re.findall(r"<answer>(.{0,200}?)</answer>", completion, re.DOTALL)
+    return list(dict.fromkeys(n for place in places for n in numbers_in(place)))
+
+
+def score_math(completion: str, answer: str, *, lenient: bool = False) -> float:
+    """1.0 if the completion's final answer equals `answer` exactly, else 0.0.
+
+    The final answer is the number after `####`, in `\\boxed{}` or in `<answer>`; units, `$`, commas, bold and a
+    trailing point do not matter. Two different final answers score 0 (hedging).
+    With `lenient`, a completion without any such marker is judged by its last number.
+    """
+    gold = numbers_in(answer)
+    if len(gold) != 1:
+        raise InputError(f"the reference answer {answer!r} is not a single number")
+    found = final_answers(completion)
+    if not found and lenient:
+        found = numbers_in(completion)[-1:]
+    return float(found == gold)
+
+
+_TOKENS = re.compile(rf"\s*(?:({_NUMBER})\s*(%?)|([-+*/()x\u00d7\u00f7]))")
+
+
+def evaluate_arithmetic(expr: str) -> Fraction | None:
+    """The exact value of `+ - * / ( ) %` arithmetic, or None where it is not that. Never eval.
+
+    >>> str(evaluate_arithmetic("2*(3+4)/4")), evaluate_arithmetic("9**9"), evaluate_arithmetic("1/0")
+    ('7/2', None, None)
+    """
+    expr = expr.replace("$", "").replace("\u2212", "-").strip()
+    tokens, at = [], 0
+    while at < len(expr) and len(expr) <= 200:
+        m = _TOKENS.match(expr, at)
+        if not m:
+            return None
+        number, percent, op = m.groups()
+        value = to_fraction(number) if number else None
+        tokens.append(
+            value / 100 if percent else value if number else {"x": "*", "\u00d7": "*", "\u00f7": "/"}.get(op, op)
+        )
+        at = m.end()
+
+    def atom(i: int, depth: int) -> tuple[Fraction, int]:
+        if tokens[i] == "-":
+            value, i = atom(i + 1, depth + 1)
+            return -value, i
+        if tokens[i] == "(":
+            value, i = total(i + 1, depth + 1)
+            if tokens[i] != ")":
+                raise ValueError
+            return value, i + 1
+        if not isinstance(tokens[i], Fraction):
+            raise ValueError
+        return tokens[i], i + 1
+
+    def product(i: int, depth: int) -> tuple[Fraction, int]:
+        value, i = atom(i, depth)
+        while i < len(tokens) and tokens[i] in ("*", "/"):
+            right, j = atom(i + 1, depth)
+            value, i = (value * right if tokens[i] == "*" else value / right), j
+        return value, i
+
+    def total(i: int, depth: int) -> tuple[Fraction, int]:
+        if depth > 20:
+            raise ValueError
+        value, i = product(i, depth)
+        while i < len(tokens) and tokens[i] in ("+", "-"):
+            right, j = product(i + 1, depth)
+            value, i = (value + right if tokens[i] == "+" else value - right), j
+        return value, i
+
+    try:
+        value, end = total(0, 0)
+    except (ValueError, IndexError, ZeroDivisionError, RecursionError):
+        return None
+    return value if end == len(tokens) else None
+
+
+ANNOTATION = re.compile(r"<<([^<>=\n]{1,200})=\s*([^<>=\n]{1,40})>>")
+_PLAIN_EQUATION = re.compile(
+    rf"(?<![\w.,$:)+*/=-])(?<![-+*/x\u00d7\u00f7]\s)(\$?(?:{_NUMBER})(?:\s?[-+*/x\u00d7\u00f7]\s?\$?(?:{_NUMBER})){{1,12}})"
+    rf"\s?=\s?(\$?(?:{_NUMBER})(?:/(?:{_NUMBER}))?)(?!\s?[\d+*/x\u00d7\u00f7=(%:-]|\.\d|\s?[A-Za-z]\b)"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One reasoning step (a line): its character span in the attempt, its equations (expression, stated value)."""
+
+    start: int
+    end: int
+    equations: tuple[tuple[str, Fraction], ...]
+    is_final: bool  # the line that states the final answer; its one "equation" has an empty expression
+
+
+def split_steps(y: str) -> list[Step]:
+    """The non-empty lines of a solution as steps; `<<48/2=24>>` annotations are read, else plain `48 / 2 = 24`.
+
+    >>> [(s.start, s.end, [(e, str(v)) for e, v in s.equations]) for s in split_steps("So <<2+3=5>>5.\\n#### 5")]
+    [(0, 14, [('2+3', '5')]), (15, 21, [('', '5')])]
+    """
+    steps = []
+    for m in re.finditer(r"[^\n]+", y):
+        line = m.group()
+        finals = final_answers(line)
+        if finals:
+            equations = tuple(("", value) for value in finals)
+        else:
+            pairs = ANNOTATION.findall(line) or _PLAIN_EQUATION.findall(line)
+            values = [(expr.strip(), numbers_in(value)) for expr, value in pairs]
+            equations = tuple((expr, value[0]) for expr, value in values if value)
+        if line.strip():
+            steps.append(Step(m.start(), m.end(), equations, bool(finals)))
+    return steps
+
+
+def equation_holds(expr: str, value: Fraction) -> bool:
+    """Is the stated value that of the expression, up to rounding at the last decimal stated (10/3 = 3.33)?"""
+    exact = evaluate_arithmetic(expr)
+    if exact is None:
+        return True  # nothing a rule can check
+    stated, needed = (len(show(v).partition(".")[2]) for v in (value, exact))
+    unit, cut = Fraction(1, 10**stated), (exact - value) * (1 if exact >= 0 else -1)
+    rounded = stated and (needed > max(stated, 2) or "/" in show(exact)) and -unit / 2 <= cut < unit
+    return exact == value or bool(rounded)
+
+
+def first_wrong_step(y: str, reference: str) -> int | None:
+    """Index of the first wrong step of `y`, or None if no rule finds one.
+
+    A step is wrong if its arithmetic does not hold. Where the final answer differs from the reference's, the first step
+    whose value is none of the reference's values (each used once) is wrong too: from there on the attempt has left the
+    path that leads to the answer. A right final answer by another path is not punished.
+    """
+    steps = split_steps(y)
+    gold = split_steps(reference)
+    left = Counter(value for step in gold for expr, value in step.equations if not step.is_final)
+    gold_final = [step.equations[0][1] for step in gold if step.is_final]
+    finals = [value for step in steps if step.is_final for _, value in step.equations]
+    solved = bool(gold_final) and set(finals) == set(gold_final)
+    for i, step in enumerate(steps):
+        for expr, value in step.equations:
+            if step.is_final:
+                if not solved and [value] != gold_final:
+                    return i
+            elif not equation_holds(expr, value):
+                return i
+            elif not solved:
+                if not left[value]:
+                    return i
+                left[value] -= 1
+    return None
+
+
+def process_score(y: str, reference: str) -> float:
+    """Share of the steps that hold up to the first that does not (prefix form), in [0, 1].
+
+    The share is of the attempt's or the reference's steps, whichever are more, so neither stopping early nor padding
+    with true trivia pays. Prefix form because summed step rewards collapse training (https://arxiv.org/abs/2504.15275).
+    """
+    steps, wrong = split_steps(y), first_wrong_step(y, reference)
+    held = sum(bool(step.equations) for step in steps[:wrong])
+    checkable, needed = (sum(bool(step.equations) for step in s) for s in (steps, split_steps(reference)))
+    return held / max(checkable, needed, 1)
+
+
+def uptake(completion: str, y0: str, span: tuple[int, int] | None, reference: str) -> float:
+    """1.0 if the completion repaired the place `span` of y0 that the critique points at, else 0.0.
+
+    Repaired: no step under the span is in the completion any more (with the same equations, wherever it stands now),
+    and the first step that stands in its place, all steps before it, hold by `first_wrong_step`. Steps are aligned by
+    their equations, so that other words around the same arithmetic change nothing. Without a span, and for a completion
+    that has nothing in that place (empty, or the bare answer), 0.
+
+    >>> y0, y1 = "So <<2+3=6>>6.\\n#### 6", "So <<2+3=5>>5.\\n#### 5"
+    >>> [uptake(y, y0, (0, 14), y1) for y in (y1, y0, "So <<2+3=7>>7.\\n#### 7", "#### 5", "")]
+    [1.0, 0.0, 0.0, 0.0, 0.0]
+    """
+    old, new = split_steps(y0), split_steps(completion)
+    key = lambda step, text: step.equations or " ".join(text[step.start : step.end].split())
+    old_keys, new_keys = [key(s, y0) for s in old], [key(s, completion) for s in new]
+    flagged = [i for i, s in enumerate(old) if span and s.start < span[1] and s.end > span[0]]
+    if not flagged or any(old_keys[i] in new_keys for i in flagged):
+        return 0.0
+    matcher = difflib.SequenceMatcher(None, old_keys, new_keys, autojunk=False)
+    start = next(j1 for _, i1, i2, j1, _ in matcher.get_opcodes() if i1 <= flagged[0] < i2)
+    fits = lambda step: step.equations and (not step.is_final or old[flagged[0]].is_final)
+    place = next((j for j in range(start, len(new)) if fits(new[j])), None)
+    wrong = first_wrong_step(completion, reference)
+    return float(place is not None and (wrong is None or wrong > place))
