@@ -8,7 +8,7 @@ where the two differ in few tokens, as here (https://arxiv.org/abs/2402.13228); 
 (https://arxiv.org/abs/2404.19733). A step learns from `prompts` x `group` completions: half as many pairs. A pair's
 prompt is computed once.
 
-`--temperature` and `--group` also set the sampling of the base's pre-check, which all methods share.
+`--temperature` and `--group` set the sampling of the base's pre-check, which all methods share.
 
 Papers: DPO https://arxiv.org/abs/2305.18290.
 
@@ -17,43 +17,25 @@ Papers: DPO https://arxiv.org/abs/2305.18290.
 
 import dataclasses
 import functools
-import os
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import cts_common as cts
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(cts.RunArgs):
     # ---- run ----
     task: str = "fixtures_math"
     """task to train on: fixtures_math or fixtures_code (generated, they need nothing), gsm8k, mbpp or apps"""
-    data_dir: str | None = None
-    """folder with the task's source files (gsm8k, apps: train.jsonl, test.jsonl; mbpp: mbpp.jsonl); none = the hub"""
-    replay: str | None = None
-    """folder with {train,val,test}.jsonl quadruples; none = data/replay/<task>, made if it is not there"""
     model: str = "nano"
     """nano (1M parameters, its base trained once per task), or a Qwen2, Qwen3 or Llama checkpoint: folder or hub id"""
     seed: int = 0
     """seed of data order and sampling (the base has its own, fixed)"""
-    out_dir: str = "runs"
-    """folder for the run's directory, the cached bases and compiled programs"""
-    resume: bool = False
-    """continue this very command's run from its last checkpoint"""
-    save_hf: str | None = None
-    """folder to write the trained policy to, as transformers loads it; none = off"""
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """W&B mode; auto = online where you are logged in, else offline"""
-    unsafe_sandbox: Literal["refuse", "allow"] = "refuse"
-    """allow = run the programs of code tasks even where this machine can confine nothing; they are hostile"""
     # ---- shared by all methods ----
     steps: int = 50
     """optimizer steps"""
@@ -71,16 +53,6 @@ class Args:
     """peak AdamW learning rate, decayed linearly to 0 over the run"""
     micro_batch: int = 0
     """prompts per micro-batch; 0 = one per device on CPUs (what fits the cache is fastest), elsewhere all at once"""
-    hosts: str = "auto"
-    """hosts of this run: auto = what a TPU pod, srun, Kubernetes or Open MPI tells; else ADDRESS:PORT,COUNT,INDEX"""
-    mesh: str = "auto"
-    """device mesh DATA,MODEL, e.g. 4,2; auto = all devices on data"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """compute dtype; auto = bfloat16 on accelerators, float32 on CPU; weights and reductions are float32 always"""
-    eval_every: int = 0
-    """steps between evaluations on the validation split; 0 = only the final one, on test"""
-    save_every: int = 25
-    """steps between checkpoints; 0 = only the last"""
     # ---- DPO ----
     beta: float = 0.1
     """strength of the pull to the base: the inverse temperature of the implied reward (DPO)"""
@@ -94,7 +66,7 @@ def pack_pairs(tokenizer, quads, shapes: dict[str, int]) -> dict[str, np.ndarray
     batch = cts.pack_revise(tokenizer, quads, shapes)
     tokens_MT, len_M = cts.pack_answers(tokenizer, [y for q in quads for y in (q.y1, q.y0)], shapes["T"])
     batch["tokens"] = tokens_MT.reshape(len(quads), 2, -1)
-    batch["mask"] = np.asarray(cts.length_mask(len_M, shapes["T"])).reshape(len(quads), 2, -1)
+    batch["mask"] = cts.length_mask(len_M, shapes["T"]).reshape(len(quads), 2, -1)
     return batch
 
 
@@ -110,9 +82,7 @@ def dpo_loss(logp_B2, ref_logp_B2, beta: float):
 
 def main(args: Args) -> dict:
     # ---- checks, data, model --------------------------------------------------------------------------------------
-    method = os.path.basename(__file__)[: -len(".py")]
-    above_zero = ("steps", "prompts", "group", "max_prompt_tokens", "temperature", "learning_rate", "beta")
-    cts.check_args(args, above_zero, ("seed", "micro_batch", "max_new_tokens", "eval_every", "save_every", "nll_coef"))
+    cts.check_args(args, "beta")
     cts.open_out_dir(args.out_dir, args.save_hf)
     mesh, dtype = cts.make_mesh(args.mesh), cts.pick_dtype(args.dtype)
     n_micro = cts.count_micro_batches(mesh, args.prompts, args.micro_batch)
@@ -120,44 +90,31 @@ def main(args: Args) -> dict:
         raise cts.InputError(f"--group {args.group}: must be even, for completions come in pairs (y1, y0)")
     replay = cts.load_replay(args.task, args.replay, args.data_dir, args.unsafe_sandbox)
     cfg, base_params, tokenizer, base_dir = cts.load_model(args.model, args.task, replay, args.out_dir, mesh)
-    max_new = args.max_new_tokens or cts.TASKS[args.task].max_new_tokens
-    shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new)
-    B, G, T = args.prompts, args.group, shapes["T"]
-    M = B * G
+    max_new_tokens = args.max_new_tokens or cts.TASKS[args.task].max_new_tokens
+    shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new_tokens)
+    B, G, M, T = args.prompts, args.group, args.prompts * args.group, shapes["T"]
     n_pairs = M // 2  # of a step
-    run = cts.Run(args, method)
+    run = cts.Run(args, __file__)
     if run.finished:
-        cts.say(f"{run.name} has finished already: {run.dir / 'result.json'}")
         return run.result()
 
     # ---- parameters, optimizer, shardings -------------------------------------------------------------------------
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: cts.Decoder(cfg, nnx.Rngs(0))))
     params = {"policy": jax.tree.map(jnp.copy, base_params)}  # a copy: the step donates its parameters
     # one optimizer per subtree, so that nothing but the policy's gradient enters the policy's clipping
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(optax.linear_schedule(args.learning_rate, 0.0, args.steps), b2=0.99, weight_decay=0.0),
-    )
+    schedule = optax.linear_schedule(args.learning_rate, 0.0, args.steps)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.0))
     opt_state = {name: tx.init(subtree) for name, subtree in params.items()}
     state_sharding = cts.shard_rule(mesh, (params, opt_state))
     params, opt_state = cts.put((params, opt_state), state_sharding)
-    by_row, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    by_row, replicated = cts.batch_shardings(mesh)
 
     # ---- jitted functions -----------------------------------------------------------------------------------------
-    # for the base's pre-check alone, which all methods share: training samples nothing
-    @jax.jit
-    def rollout(policy, prompt_BP, prompt_len_B, key):
-        cts.count_trace("rollout")
-        policy = jax.lax.with_sharding_constraint(policy, cts.shard_rule(mesh, policy, at_rest=False))
-        model = nnx.merge(graphdef, policy)
-        ids = (tokenizer.eos_ids, tokenizer.pad_id)
-        return cts.generate(model, prompt_BP, prompt_len_B, key, G, T, args.temperature, *ids, dtype=dtype)
-
     def forward(policy, batch):
         """(log-probs, entropies) [B, 2, T] of both completions of every pair; their prompt is computed once."""
         model, tokens_MT = nnx.merge(graphdef, policy), batch["tokens"].reshape(-1, T)
-        ((_, hidden_MTD),) = model([cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])], dtype)
-        out = cts.token_logp(hidden_MTD, tokens_MT, model.head_VD())
+        (states,) = model([cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])], dtype)
+        out = cts.token_logp(states.completions[0], tokens_MT, model.head_VD())
         return [a.reshape(-1, 2, T) for a in out]
 
     def loss_fn(params, batch, base_params):
@@ -167,12 +124,12 @@ def main(args: Args) -> dict:
         logp_B2, ref_logp_B2 = (logp_B2T * mask_B2T).sum(-1), (ref_logp_B2T * mask_B2T).sum(-1)
         loss_B, margin_B = dpo_loss(logp_B2, ref_logp_B2, args.beta)
         nll_B = -logp_B2[:, 0] / mask_B2T[:, 0].sum(-1)
-        share = len(margin_B) / n_pairs  # of the batch: summed over micro-batches, losses stay losses
+        micro_share = len(margin_B) / n_pairs  # of the batch: summed over micro-batches, losses stay losses
         dpo, nll = loss_B.sum() / n_pairs, nll_B.sum() / n_pairs
         loss = dpo + args.nll_coef * nll
-        metrics = {"losses/dpo_loss": (dpo, share)}
-        metrics["losses/nll_loss"] = (nll, share)
-        metrics["losses/loss"] = (loss, share)
+        metrics = {"losses/dpo_loss": (dpo, micro_share)}
+        metrics["losses/nll_loss"] = (nll, micro_share)
+        metrics["losses/loss"] = (loss, micro_share)
         metrics["losses/entropy"] = ((entropy_B2T * mask_B2T).sum(), mask_B2T.sum())
         metrics["losses/margin"] = (margin_B.sum(), len(margin_B))
         metrics["losses/preference_acc"] = ((margin_B > 0).sum(), len(margin_B))
@@ -182,7 +139,7 @@ def main(args: Args) -> dict:
 
     @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*state_sharding, replicated))
     def train_step(params, opt_state, batch, base_params):
-        cts.count_trace("train_step")
+        cts.TRACES["train_step"] += 1
         micro = jax.tree.map(lambda a: a.reshape(-1, n_micro, *a.shape[1:]).swapaxes(0, 1), batch)
 
         def add(grads, one):
@@ -199,20 +156,14 @@ def main(args: Args) -> dict:
     # ---- base: what there is to improve ---------------------------------------------------------------------------
     evaluator = cts.Evaluator(graphdef, tokenizer, replay["test"], shapes, mesh, dtype)
     validation = cts.Evaluator(graphdef, tokenizer, replay["val"], shapes, mesh, dtype)
-    eval_key = jax.random.key(cts.STREAM_EVAL)  # fixed, so that all seeds and methods share one report on the base
-    sample = lambda batch: rollout(base_params, batch["prompt"], batch["prompt_len"], eval_key)
-    base = cts.base_report(base_dir, evaluator, base_params, sample, replay["train"], (B, G, args.temperature, dtype))
-    cts.print_precheck(base["precheck"])
-    base_attempt_logp, _ = evaluator.attempt_logp(base_params)
-    cts.reset_traces()
+    base = cts.base_report(base_dir, evaluator, base_params, replay["train"], B, G, args.temperature)
+    cts.TRACES.clear()
 
     # ---- loop -----------------------------------------------------------------------------------------------------
-    identity = cts.run_identity(base_params, tokenizer, replay, shapes, args.steps, args.temperature, dtype)
-    run.start({**dataclasses.asdict(args), "identity": identity})
-    (params, opt_state), first_step = run.restore((params, opt_state), identity)
+    identity = cts.run_identity(args, base_params, tokenizer, replay, shapes, dtype)
+    params, opt_state = run.start(identity, params, opt_state)
     clock = cts.StepClock()
-    progress = cts.progress(range(first_step, args.steps), initial=first_step, total=args.steps, desc=method)
-    for step in progress:
+    for step in run.steps():
         clock.start()
         quads = [replay["train"][i] for i in cts.data_indices(len(replay["train"]), n_pairs, args.seed, step)]
 
@@ -229,26 +180,12 @@ def main(args: Args) -> dict:
         metrics["charts/learning_rate"] = args.learning_rate * (1 - step / args.steps)
         metrics["charts/tokens"] = (step + 1) * n_pairs * (shapes["P_revise"] + 2 * T)
         metrics |= clock.metrics(M)
-        run.check_finite(metrics, step, [q.meta["task_id"] for q in quads])
-        if args.eval_every and (step + 1) % args.eval_every == 0:
-            summary = cts.summarize(validation(params["policy"]))
-            metrics |= {f"eval/{k}": summary[k] for k in ("accuracy", "accuracy_revised", "delta_critique")}
-        run.log(metrics, step)
-        progress.set_postfix(loss=f"{metrics['losses/loss']:.3f}")
-        if args.save_every and (step + 1) % args.save_every == 0:
-            run.save(step + 1, (params, opt_state), identity)
-        run.stop_if_asked(step + 1, (params, opt_state), identity)
+        run.end_step(step, metrics, params, opt_state, quads, validation)
 
     # ---- final evaluation, result ---------------------------------------------------------------------------------
-    run.save(args.steps, (params, opt_state), identity)
-    records = evaluator(params["policy"], base_attempt_logp)
+    records = evaluator(params["policy"])
     final = cts.summarize(records)
-    counted = cts.count_budgets(first_step + clock.steps, B, G, shapes, len(records))
-    result = cts.make_result(args, method, identity, counted, replay, base, records, final, clock.summary(run))
-    run.finish(result, base["summary"], final)
-    if args.save_hf:
-        cts.save_hf(args.save_hf, cfg, params["policy"], tokenizer, cts.model_source(args.model))
-    return result
+    return run.finish(replay, shapes, base, records, final, clock, (cfg, params["policy"], tokenizer))
 
 
 if __name__ == "__main__":

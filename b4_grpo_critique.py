@@ -17,7 +17,6 @@ group, here as a reward).
 
 import dataclasses
 import functools
-import os
 from typing import Literal
 
 import jax
@@ -25,35 +24,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import cts_common as cts
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(cts.RunArgs):
     # ---- run ----
     task: str = "fixtures_math"
     """task to train on: fixtures_math or fixtures_code (generated, they need nothing), gsm8k, mbpp or apps"""
-    data_dir: str | None = None
-    """folder with the task's source files (gsm8k, apps: train.jsonl, test.jsonl; mbpp: mbpp.jsonl); none = the hub"""
-    replay: str | None = None
-    """folder with {train,val,test}.jsonl quadruples; none = data/replay/<task>, made if it is not there"""
     model: str = "nano"
     """nano (1M parameters, its base trained once per task), or a Qwen2, Qwen3 or Llama checkpoint: folder or hub id"""
     seed: int = 0
     """seed of data order and sampling (the base has its own, fixed)"""
-    out_dir: str = "runs"
-    """folder for the run's directory, the cached bases and compiled programs"""
-    resume: bool = False
-    """continue this very command's run from its last checkpoint"""
-    save_hf: str | None = None
-    """folder to write the trained policy to, as transformers loads it; none = off"""
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """W&B mode; auto = online where you are logged in, else offline"""
-    unsafe_sandbox: Literal["refuse", "allow"] = "refuse"
-    """allow = run the programs of code tasks even where this machine can confine nothing; they are hostile"""
     # ---- shared by all methods ----
     steps: int = 50
     """optimizer steps"""
@@ -71,16 +54,6 @@ class Args:
     """peak AdamW learning rate, decayed linearly to 0 over the run"""
     micro_batch: int = 0
     """prompts per micro-batch; 0 = one per device on CPUs (what fits the cache is fastest), elsewhere all at once"""
-    hosts: str = "auto"
-    """hosts of this run: auto = what a TPU pod, srun, Kubernetes or Open MPI tells; else ADDRESS:PORT,COUNT,INDEX"""
-    mesh: str = "auto"
-    """device mesh DATA,MODEL, e.g. 4,2; auto = all devices on data"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """compute dtype; auto = bfloat16 on accelerators, float32 on CPU; weights and reductions are float32 always"""
-    eval_every: int = 0
-    """steps between evaluations on the validation split; 0 = only the final one, on test"""
-    save_every: int = 25
-    """steps between checkpoints; 0 = only the last"""
     # ---- GRPO ----
     adv_norm: Literal["center", "std"] = "center"
     """center = reward minus group mean (Dr. GRPO); std = also divided by the group's standard deviation (GRPO)"""
@@ -138,21 +111,17 @@ def k3_kl(logp_MT, ref_logp_MT, mask_MT, denom):
 
 def main(args: Args) -> dict:
     # ---- checks, data, model --------------------------------------------------------------------------------------
-    method = os.path.basename(__file__)[: -len(".py")]
-    above_zero = ("steps", "prompts", "group", "max_prompt_tokens", "temperature", "learning_rate")
-    cts.check_args(args, above_zero, ("seed", "micro_batch", "max_new_tokens", "eval_every", "save_every", "kl_coef"))
+    cts.check_args(args)
     cts.open_out_dir(args.out_dir, args.save_hf)
     mesh, dtype = cts.make_mesh(args.mesh), cts.pick_dtype(args.dtype)
     n_micro = cts.count_micro_batches(mesh, args.prompts, args.micro_batch)
     replay = cts.load_replay(args.task, args.replay, args.data_dir, args.unsafe_sandbox)
     cfg, base_params, tokenizer, base_dir = cts.load_model(args.model, args.task, replay, args.out_dir, mesh)
-    max_new = args.max_new_tokens or cts.TASKS[args.task].max_new_tokens
-    shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new)
-    B, G, T = args.prompts, args.group, shapes["T"]
-    M = B * G
-    run = cts.Run(args, method)
+    max_new_tokens = args.max_new_tokens or cts.TASKS[args.task].max_new_tokens
+    shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new_tokens)
+    B, G, M, T = args.prompts, args.group, args.prompts * args.group, shapes["T"]
+    run = cts.Run(args, __file__)
     if run.finished:
-        cts.say(f"{run.name} has finished already: {run.dir / 'result.json'}")
         return run.result()
 
     # ---- parameters, optimizer, shardings -------------------------------------------------------------------------
@@ -161,54 +130,52 @@ def main(args: Args) -> dict:
     rollout_key = jax.random.fold_in(root, cts.STREAM_ROLLOUT)
     params = {"policy": jax.tree.map(jnp.copy, base_params)}  # a copy: the step donates its parameters
     # one optimizer per subtree, so that nothing but the policy's gradient enters the policy's clipping
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(optax.linear_schedule(args.learning_rate, 0.0, args.steps), b2=0.99, weight_decay=0.0),
-    )
+    schedule = optax.linear_schedule(args.learning_rate, 0.0, args.steps)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.0))
     opt_state = {name: tx.init(subtree) for name, subtree in params.items()}
     state_sharding = cts.shard_rule(mesh, (params, opt_state))
     params, opt_state = cts.put((params, opt_state), state_sharding)
-    by_row, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    by_row, replicated = cts.batch_shardings(mesh)
 
     # ---- jitted functions -----------------------------------------------------------------------------------------
     @jax.jit
     def rollout(policy, prompt_BP, prompt_len_B, key):
-        cts.count_trace("rollout")
+        cts.TRACES["rollout"] += 1
         policy = jax.lax.with_sharding_constraint(policy, cts.shard_rule(mesh, policy, at_rest=False))
         model = nnx.merge(graphdef, policy)
-        ids = (tokenizer.eos_ids, tokenizer.pad_id)
-        return cts.generate(model, prompt_BP, prompt_len_B, key, G, T, args.temperature, *ids, dtype=dtype)
+        how = (G, T, args.temperature, tokenizer.eos_ids, tokenizer.pad_id)
+        return cts.generate(model, prompt_BP, prompt_len_B, key, *how, dtype=dtype)
 
     def forward(policy, batch):
-        """((log-probs, entropies) of the completions, states on the way); the prompt is computed once per group."""
+        """(model, its States, log-probs and entropies [M, T] of the completions); a prompt is computed once a group."""
         model, tokens_MT = nnx.merge(graphdef, policy), batch["tokens"].reshape(-1, T)
         readings = [cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])]
-        hidden = model(readings, dtype)  # of each reading: prompts [B, P, D], completions [M, T, D]
-        out = cts.token_logp(hidden[0][1], tokens_MT, model.head_VD(), args.temperature)
-        return out, (model, hidden)
+        states = model(readings, dtype)
+        return model, states, *cts.token_logp(states[0].completions[0], tokens_MT, model.head_VD(), args.temperature)
 
-    def loss_fn(params, batch, denom, base_params):
-        (logp_MT, entropy_MT), states = forward(params["policy"], batch)
+    def loss_fn(params, batch, scalars, base_params):
+        model, states, logp_MT, entropy_MT = forward(params["policy"], batch)
         old_logp_MT, adv_MT, mask_MT = (batch[name].reshape(-1, T) for name in ("old_logp", "adv", "mask"))
+        denom = scalars["denom"]
         loss, metrics = grpo_loss(logp_MT, old_logp_MT, adv_MT, mask_MT, args.clip_low, args.clip_high, denom)
-        share = len(batch["prompt"]) / B  # of the batch: summed over micro-batches, losses stay losses
-        metrics["losses/policy_loss"] = (loss, share)
+        micro_share = len(batch["prompt"]) / B  # of the batch: summed over micro-batches, losses stay losses
+        metrics["losses/policy_loss"] = (loss, micro_share)
         metrics["losses/entropy"] = ((entropy_MT * mask_MT).sum(), mask_MT.sum())
         if args.kl_coef:
-            (base_logp_MT, _), _ = forward(base_params, batch)
+            _, _, base_logp_MT, _ = forward(base_params, batch)
             kl = k3_kl(logp_MT, base_logp_MT, mask_MT, denom)
             loss = loss + args.kl_coef * kl
-            metrics["losses/kl"] = (kl, share)
-        metrics["losses/loss"] = (loss, share)
+            metrics["losses/kl"] = (kl, micro_share)
+        metrics["losses/loss"] = (loss, micro_share)
         return loss, metrics
 
     @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*state_sharding, replicated))
-    def train_step(params, opt_state, batch, denom, base_params):
-        cts.count_trace("train_step")
+    def train_step(params, opt_state, batch, scalars, base_params):
+        cts.TRACES["train_step"] += 1
         micro = jax.tree.map(lambda a: a.reshape(B // n_micro, n_micro, *a.shape[1:]).swapaxes(0, 1), batch)
 
         def add(grads, one):
-            new, metrics = jax.grad(loss_fn, has_aux=True)(params, one, denom, base_params)
+            new, metrics = jax.grad(loss_fn, has_aux=True)(params, one, scalars, base_params)
             return jax.tree.map(jnp.add, grads, new), metrics
         grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
         metrics = jax.tree.map(lambda a: a.sum(0), metrics)
@@ -221,21 +188,15 @@ def main(args: Args) -> dict:
     # ---- base: what there is to improve ---------------------------------------------------------------------------
     evaluator = cts.Evaluator(graphdef, tokenizer, replay["test"], shapes, mesh, dtype)
     validation = cts.Evaluator(graphdef, tokenizer, replay["val"], shapes, mesh, dtype)
-    eval_key = jax.random.key(cts.STREAM_EVAL)  # fixed, so that all seeds and methods share one report on the base
-    sample = lambda batch: rollout(base_params, batch["prompt"], batch["prompt_len"], eval_key)
-    base = cts.base_report(base_dir, evaluator, base_params, sample, replay["train"], (B, G, args.temperature, dtype))
-    cts.print_precheck(base["precheck"])
-    base_attempt_logp, _ = evaluator.attempt_logp(base_params)
-    cts.reset_traces()
+    base = cts.base_report(base_dir, evaluator, base_params, replay["train"], B, G, args.temperature)
+    cts.TRACES.clear()
 
     # ---- loop -----------------------------------------------------------------------------------------------------
-    identity = cts.run_identity(base_params, tokenizer, replay, shapes, args.steps, args.temperature, dtype)
+    identity = cts.run_identity(args, base_params, tokenizer, replay, shapes, dtype)
     base_params = base_params if args.kl_coef else None  # the KL alone still needs it: else its memory is free
-    run.start({**dataclasses.asdict(args), "identity": identity})
-    (params, opt_state), first_step = run.restore((params, opt_state), identity)
+    params, opt_state = run.start(identity, params, opt_state)
     clock = cts.StepClock()
-    progress = cts.progress(range(first_step, args.steps), initial=first_step, total=args.steps, desc=method)
-    for step in progress:
+    for step in run.steps():
         clock.start()
         quads = [replay["train"][i] for i in cts.data_indices(len(replay["train"]), B, args.seed, step)]
         batch = cts.pack_revise(tokenizer, quads, shapes)
@@ -258,17 +219,17 @@ def main(args: Args) -> dict:
         # ---- advantages ----
         valid_BG = ~np.isnan(reward_BG) * (1.0 - truncated_BG if args.truncated == "mask" else np.ones((B, G)))
         adv_BG = group_advantages(np.nan_to_num(reward_BG), valid_BG, args.adv_norm)  # NaN: not scored, harness error
-        mask_BGT = np.asarray(cts.length_mask(out["len_M"], T)).reshape(B, G, T) * valid_BG[..., None]
+        mask_BGT = cts.length_mask(out["len_M"], T).reshape(B, G, T) * valid_BG[..., None]
         adv_BGT = np.repeat(adv_BG[..., None], T, axis=-1)
         batch["tokens"] = out["tokens_MT"].reshape(B, G, T)
         batch["old_logp"] = out["logp_MT"].reshape(B, G, T)
         batch["adv"] = adv_BGT.astype(np.float32)
         batch["mask"] = mask_BGT.astype(np.float32)
-        denom = np.float32(M * T if args.loss_norm == "constant" else max(mask_BGT.sum(), 1.0))
+        scalars = {"denom": np.float32(M * T if args.loss_norm == "constant" else max(mask_BGT.sum(), 1.0))}
         clock.mark("score")
 
         # ---- update ----
-        params, opt_state, sums = train_step(params, opt_state, cts.put(batch, by_row), denom, base_params)
+        params, opt_state, sums = train_step(params, opt_state, cts.put(batch, by_row), scalars, base_params)
         metrics = cts.reduce(cts.fetch(sums))
         clock.mark("update")
 
@@ -280,28 +241,12 @@ def main(args: Args) -> dict:
         metrics |= clock.metrics(M) | cts.rollout_metrics(out, texts, reward_BG, quads)
         # CRITIQUE: how often the flagged place is repaired, whether or not the answer is right.
         metrics["rollout/uptake_mean"] = float(np.nanmean(uptake_BG))
-        run.check_finite(metrics, step, [q.meta["task_id"] for q in quads])
-        if args.eval_every and (step + 1) % args.eval_every == 0:
-            summary = cts.summarize(validation(params["policy"]))
-            metrics |= {f"eval/{k}": summary[k] for k in ("accuracy", "accuracy_revised", "delta_critique")}
-        run.log(metrics, step)
-        progress.set_postfix({k: f"{metrics[f'charts/{k}']:.3f}" for k in ("reward", "accuracy")})
-        if step % max(1, args.steps // 4) == 0:
-            run.log_samples(quads, texts[::G], reward_BG[:, 0], step)
-        if args.save_every and (step + 1) % args.save_every == 0:
-            run.save(step + 1, (params, opt_state), identity)
-        run.stop_if_asked(step + 1, (params, opt_state), identity)
+        run.end_step(step, metrics, params, opt_state, quads, validation, texts[::G], reward_BG[:, 0])
 
     # ---- final evaluation, result ---------------------------------------------------------------------------------
-    run.save(args.steps, (params, opt_state), identity)
-    records = evaluator(params["policy"], base_attempt_logp)
+    records = evaluator(params["policy"])
     final = cts.summarize(records)
-    counted = cts.count_budgets(first_step + clock.steps, B, G, shapes, len(records))
-    result = cts.make_result(args, method, identity, counted, replay, base, records, final, clock.summary(run))
-    run.finish(result, base["summary"], final)
-    if args.save_hf:
-        cts.save_hf(args.save_hf, cfg, params["policy"], tokenizer, cts.model_source(args.model))
-    return result
+    return run.finish(replay, shapes, base, records, final, clock, (cfg, params["policy"], tokenizer))
 
 
 if __name__ == "__main__":

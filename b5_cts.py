@@ -1,11 +1,13 @@
 """B5: critique-transport smoothing (CTS). B3's GRPO + verifier, plus an alignment of latent reasoning trajectories.
 
     L  = L_GRPO(B3) + lam_align * L_align + lam_decode * L_decode + lam_energy * L_E
-    R        = P(h(y0 | x))           one point per step of the flawed attempt: states that emit its tokens, unit RMS
-    U        = sum_t alpha_t E(R_t, e_f)      energy under the critique; alpha is mass on the step that f points at
+    R        = project(h(y0 | x))     one point per step of the flawed attempt: states that emit its tokens, unit RMS
+    ref      = stopgrad(project(h(y1 | x)))         the revision's trajectory
+    U(R)     = sum_t alpha_t E(R_t, e_f)      energy under the critique; alpha is mass on the steps that f points at
     R*       = stopgrad(R - edit_eta * dU/dR / max(alpha))
-    L_align  = mean over wrong y0 of [ S(R, R*) + S(R, stopgrad P(h(y1 | x))) ] / 2       (each point with its time)
-    L_decode = -log pi(y1 | x, y0, f) per token       L_E = max(0, margin - U(y0) + U(y1)) on stop-gradient states
+    L_align  = mean over wrong y0 of [ S(R, R*) + S(R, ref) ] / 2     (each point with its time)
+    L_decode = -log pi(y1 | x, y0, f) per token
+    L_E      = mean over wrong y0 of max(0, margin - U(y0) + U(y1))     on stop-gradient states: it trains the critic
 
 S is the debiased Sinkhorn divergence (OTT-JAX), soft-DTW or step-wise L2. Differs from b3 only in blocks marked CTS;
 with all lam at 0 it is B3, update for update. Ablations: A1 all lam 0, A1d --lam_align=0 --lam_energy=0, A2 --align=l2,
@@ -16,7 +18,6 @@ A3 --align=soft_dtw, A4 --lam_decode=0, A5 --energy=frozen, A6 --critique=online
 
 import dataclasses
 import functools
-import os
 from typing import Literal
 
 import jax
@@ -24,35 +25,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import cts_common as cts
 
 
 @dataclasses.dataclass(frozen=True)
-class Args:
+class Args(cts.RunArgs):
     # ---- run ----
     task: str = "fixtures_math"
     """task to train on: fixtures_math or fixtures_code (generated, they need nothing), gsm8k, mbpp or apps"""
-    data_dir: str | None = None
-    """folder with the task's source files (gsm8k, apps: train.jsonl, test.jsonl; mbpp: mbpp.jsonl); none = the hub"""
-    replay: str | None = None
-    """folder with {train,val,test}.jsonl quadruples; none = data/replay/<task>, made if it is not there"""
     model: str = "nano"
     """nano (1M parameters, its base trained once per task), or a Qwen2, Qwen3 or Llama checkpoint: folder or hub id"""
     seed: int = 0
     """seed of data order and sampling (the base has its own, fixed)"""
-    out_dir: str = "runs"
-    """folder for the run's directory, the cached bases and compiled programs"""
-    resume: bool = False
-    """continue this very command's run from its last checkpoint"""
-    save_hf: str | None = None
-    """folder to write the trained policy to, as transformers loads it; none = off"""
-    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
-    """W&B mode; auto = online where you are logged in, else offline"""
-    unsafe_sandbox: Literal["refuse", "allow"] = "refuse"
-    """allow = run the programs of code tasks even where this machine can confine nothing; they are hostile"""
     # ---- shared by all methods ----
     steps: int = 50
     """optimizer steps"""
@@ -70,16 +55,6 @@ class Args:
     """peak AdamW learning rate, decayed linearly to 0 over the run"""
     micro_batch: int = 0
     """prompts per micro-batch; 0 = one per device on CPUs (what fits the cache is fastest), elsewhere all at once"""
-    hosts: str = "auto"
-    """hosts of this run: auto = what a TPU pod, srun, Kubernetes or Open MPI tells; else ADDRESS:PORT,COUNT,INDEX"""
-    mesh: str = "auto"
-    """device mesh DATA,MODEL, e.g. 4,2; auto = all devices on data"""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """compute dtype; auto = bfloat16 on accelerators, float32 on CPU; weights and reductions are float32 always"""
-    eval_every: int = 0
-    """steps between evaluations on the validation split; 0 = only the final one, on test"""
-    save_every: int = 25
-    """steps between checkpoints; 0 = only the last"""
     # ---- GRPO ----
     adv_norm: Literal["center", "std"] = "center"
     """center = reward minus group mean (Dr. GRPO); std = also divided by the group's standard deviation (GRPO)"""
@@ -114,7 +89,7 @@ class Args:
     critique: Literal["replay", "shuffled", "redacted", "online"] = "replay"
     """replay's f; another problem's (control); without its numbers (control); on the policy's own attempt (A6)"""
     target: Literal["energy", "ref_only", "random"] = "energy"
-    """R* by the energy edit; y1's trajectory alone (control); an equally long random edit (control)"""
+    """energy = R* by the edit, and ref; control: ref_only = ref alone; random = as long a random edit, and ref"""
     edit_eta: float = 0.5
     """step length of the energy edit"""
     sinkhorn_tau: float = 1.0
@@ -124,6 +99,7 @@ class Args:
 # CTS: constants that no ablation varies.
 LATENT_DIM, ENERGY_HIDDEN, ENERGY_MARGIN = 32, 64, 1.0  # R, hidden width of E, margin of L_E
 TIME_WEIGHT, ALPHA_DECAY = 0.5, 0.5  # weight of the time channel; alpha from one step past the span to the next
+SINKHORN_EPSILON, SINKHORN_ITERATIONS, SOFT_DTW_GAMMA = 0.05, 200, 0.1  # on points of unit length
 
 
 # ---- method pieces ------------------------------------------------------------------------------------------------
@@ -157,7 +133,7 @@ def step_advantages(step_reward_BGT: np.ndarray, step_end_BGT: np.ndarray, norm:
 
 # CTS: the energy critic and the pieces of the alignment.
 class Critic(nnx.Module):
-    """P: hidden state -> latent point of unit RMS, for steps and for the critique; E: (point, critique) -> energy."""
+    """project: hidden state -> latent point of unit RMS, of steps and of critiques; E: (point, critique) -> energy."""
 
     def __init__(self, d_model: int, rngs: nnx.Rngs):
         normal = lambda n_in, n_out: nnx.Param(jax.random.normal(rngs.params(), (n_in, n_out)) * n_in**-0.5)
@@ -176,18 +152,16 @@ class Critic(nnx.Module):
         return (jax.nn.silu(both @ self.energy_in[...] + self.energy_bias[...]) @ self.energy_out[...])[..., 0]
 
 
-def critique_weights(overlap_BJ: np.ndarray, step_mask_BJ: np.ndarray) -> np.ndarray:
+def critique_weights(flagged_BJ: np.ndarray, step_mask_BJ: np.ndarray) -> np.ndarray:
     """alpha [B, J], summing to 1: even on the steps under the span, halved with every step after, 0 before it and on
-    padding; uniform without a span. Overlap [0, 1, 0, 0] with mask [1, 1, 1, 0] gives [0, 2/3, 1/3, 0].
+    padding; uniform without a span. Flagged [0, 1, 0, 0] with mask [1, 1, 1, 0] gives [0, 2/3, 1/3, 0].
     """
-    alpha_BJ = np.zeros(overlap_BJ.shape, np.float32)
-    for alpha_J, overlap_J, mask_J in zip(alpha_BJ, overlap_BJ * step_mask_BJ, step_mask_BJ):
-        hit = np.flatnonzero(overlap_J)
+    alpha_BJ = np.zeros(flagged_BJ.shape, np.float32)
+    for alpha_J, flagged_J, mask_J in zip(alpha_BJ, flagged_BJ * step_mask_BJ, step_mask_BJ):
+        hit = np.flatnonzero(flagged_J)
+        alpha_J[hit if len(hit) else slice(None)] = 1.0
         if len(hit):
-            alpha_J[hit] = 1.0
             alpha_J[hit[-1] + 1 :] = ALPHA_DECAY ** np.arange(1, len(alpha_J) - hit[-1])
-        else:
-            alpha_J[:] = 1.0
         alpha_J *= mask_J / max((alpha_J * mask_J).sum(), 1e-9)
     return alpha_BJ
 
@@ -205,51 +179,73 @@ def edit_trajectory(critic: Critic, traj_BJR, critique_BR, alpha_BJ, eta: float)
     return jax.lax.stop_gradient(traj_BJR - eta * grad_BJR)
 
 
-def with_replay(reading: cts.Reading, batch) -> list[cts.Reading]:
+def with_replay(revise: cts.Reading, batch) -> list[cts.Reading]:
     """What CTS reads beside the completions: y1 after the revise prompt too; y0 and y1 after the attempt prompt."""
-    revise = reading._replace(completions=[*reading.completions, batch["y1"]])
-    return [revise, cts.Reading(batch["x_prompt"], batch["x_prompt_len"], [batch["y0"], batch["y1"]])]
+    revise = revise._replace(completions=[*revise.completions, batch["y1"]])
+    return [revise, cts.Reading(batch["attempt_prompt"], batch["attempt_prompt_len"], [batch["y0"], batch["y1"]])]
 
 
-def step_states(hidden, batch):
+def step_states(states: list[cts.States], batch):
     """Pooled states: [B, J, D] of y0's and y1's steps after the attempt prompt, [B, D] of f (y1, f: constants)."""
-    (prompt_hidden_BPD, *_), (_, y0_BTD, y1_BTD) = hidden
+    revise, (_, (y0_BTD, y1_BTD)) = states
     y0_BJD, y1_BJD = cts.pool_steps(y0_BTD, batch["y0_steps"]), cts.pool_steps(y1_BTD, batch["y1_steps"])
-    return y0_BJD, *jax.lax.stop_gradient((y1_BJD, cts.pool_steps(prompt_hidden_BPD, batch["f_tokens"])[:, 0]))
-
-
-def cts_losses(states, critic: Critic, batch, args: Args):
-    """({"align", "decode", "energy"}, metrics) of a micro-batch; each loss is a sum whose weights add up to 1 over the
-    whole batch. states: the model, and its hidden states of the two readings of `with_replay`."""
-    (model, hidden), stop = states, jax.lax.stop_gradient
-    decode_loss = -(cts.token_logp(hidden[0][-1], batch["y1"], model.head_VD())[0] * batch["decode_weight"]).sum()
-    y0_BJD, y1_BJD, f_BD = step_states(hidden, batch)
-    f_BR = critic.points(f_BD, critic.project_f)
-    # L_align: only the attempt's own trajectory carries gradient
-    traj_BJR, ref_BJR = critic.points(y0_BJD, critic.project), stop(critic.points(y1_BJD, critic.project))
-    target_BJR = edit_trajectory(critic, stop(traj_BJR), stop(f_BR), batch["alpha"], args.edit_eta)
-    edit_BJ = jnp.linalg.norm(target_BJR - stop(traj_BJR), axis=-1)
-    if args.target == "random":
-        target_BJR = stop(traj_BJR) + (edit_BJ / jnp.linalg.norm(batch["noise"], axis=-1))[..., None] * batch["noise"]
-    sinkhorn = functools.partial(cts.sinkhorn_distance, tau=args.sinkhorn_tau)
-    distance = {"sinkhorn": sinkhorn, "soft_dtw": cts.soft_dtw_distance, "l2": cts.l2_distance}[args.align]
-    apart = jax.vmap(lambda a, b, mask_a, mask_b: distance(with_time(a, mask_a), with_time(b, mask_b), mask_a, mask_b))
-    to_2BJR, mask_2BJ = jnp.stack([target_BJR, ref_BJR]), jnp.stack([batch["y0_mask"], batch["y1_mask"]])
-    apart_2B, converged_2B = jax.vmap(apart, (None, 0, None, 0))(traj_BJR, to_2BJR, batch["y0_mask"], mask_2BJ)
-    align_B = apart_2B[1] if args.target == "ref_only" else apart_2B.mean(0)
-    # L_E: on stop-gradient states, so that it trains only the critic
-    U_y0_B = (critic.energies(critic.points(stop(y0_BJD), critic.project), f_BR) * batch["alpha"]).sum(-1)
-    even_BJ = batch["y1_mask"] / jnp.maximum(batch["y1_mask"].sum(-1, keepdims=True), 1.0)
-    U_y1_B = (critic.energies(critic.points(y1_BJD, critic.project), f_BR) * even_BJ).sum(-1)
-    energy_loss = (jax.nn.relu(ENERGY_MARGIN - U_y0_B + U_y1_B) * batch["wrong_weight"]).sum()
-    wrong_B = batch["wrong_weight"] > 0
-    of_wrong = lambda value_B: ((value_B * wrong_B).sum(), wrong_B.sum())
-    metrics = {"losses/energy_gap": of_wrong(U_y0_B - U_y1_B), "losses/edit_norm": of_wrong(edit_BJ.max(-1))}
-    metrics |= {"losses/align_converged": of_wrong(converged_2B[1]), "losses/align_ref": of_wrong(apart_2B[1])}
-    return {"align": (align_B * batch["wrong_weight"]).sum(), "decode": decode_loss, "energy": energy_loss}, metrics
+    f_BD = cts.pool_steps(revise.prompt, batch["f_tokens"])[:, 0]
+    return y0_BJD, *jax.lax.stop_gradient((y1_BJD, f_BD))
 
 
 # ---- loss ---------------------------------------------------------------------------------------------------------
+# CTS: its three terms. A weight is 1 over the number of what a mean runs over, and 0 elsewhere.
+def align_loss(R_BJR, mask_BJ, targets, weight_B, distance):
+    """L_align = sum_b weight_b * mean over targets of S(R_b, target_b), with S and whether it converged [targets, B].
+    A target is points [B, J, R] and their step mask [B, J]; S is `distance(a, b, mask_a, mask_b)`."""
+    target_KBJR, target_mask_KBJ = (jnp.stack(part) for part in zip(*targets))
+    S = jax.vmap(lambda a, b, mask_a, mask_b: distance(with_time(a, mask_a), with_time(b, mask_b), mask_a, mask_b))
+    S_KB, converged_KB = jax.vmap(S, (None, 0, None, 0))(R_BJR, target_KBJR, mask_BJ, target_mask_KBJ)
+    return (S_KB.mean(0) * weight_B).sum(), S_KB, converged_KB
+
+
+def decode_loss(logp_BT, weight_BT):
+    """L_decode = -sum_bt weight_bt * log pi(y1_t | x, y0, f, y1_<t)."""
+    return -(logp_BT * weight_BT).sum()
+
+
+def energy_loss(U_y0_B, U_y1_B, weight_B, margin: float):
+    """L_E = sum_b weight_b * max(0, margin - U(y0_b) + U(y1_b)): a wrong attempt has more energy than its revision."""
+    return (jax.nn.relu(margin - U_y0_B + U_y1_B) * weight_B).sum()
+
+
+def cts_losses(model, states: list[cts.States], critic: Critic, batch, args: Args):
+    """(L_align, L_decode, L_E, metrics) of a micro-batch, from the States of the readings of `with_replay`."""
+    stop = jax.lax.stop_gradient
+    logp_BT, _ = cts.token_logp(states[0].completions[-1], batch["y1"], model.head_VD())
+    decode = decode_loss(logp_BT, batch["decode_weight"])
+    # only the attempt's own trajectory carries gradient
+    y0_BJD, y1_BJD, f_BD = step_states(states, batch)
+    f_BR = critic.points(f_BD, critic.project_f)
+    R_BJR, ref_BJR = critic.points(y0_BJD, critic.project), stop(critic.points(y1_BJD, critic.project))
+    edited_BJR = edit_trajectory(critic, stop(R_BJR), stop(f_BR), batch["alpha"], args.edit_eta)
+    edit_BJ = jnp.linalg.norm(edited_BJR - stop(R_BJR), axis=-1)
+    if args.target == "random":
+        noise_BJR = batch["noise"] / jnp.linalg.norm(batch["noise"], axis=-1, keepdims=True)
+        edited_BJR = stop(R_BJR) + edit_BJ[..., None] * noise_BJR
+    edited, ref = (edited_BJR, batch["y0_mask"]), (ref_BJR, batch["y1_mask"])
+    targets = [ref] if args.target == "ref_only" else [edited, ref]
+    sinkhorn = lambda *a: cts.sinkhorn_distance(*a, SINKHORN_EPSILON, SINKHORN_ITERATIONS, args.sinkhorn_tau)
+    soft_dtw = lambda *a: cts.soft_dtw_distance(*a, SOFT_DTW_GAMMA)
+    distance = {"sinkhorn": sinkhorn, "soft_dtw": soft_dtw, "l2": cts.l2_distance}[args.align]
+    align, S_KB, converged_KB = align_loss(R_BJR, batch["y0_mask"], targets, batch["wrong_weight"], distance)
+    # stop-gradient states: they train the critic alone
+    U_y0_B = (critic.energies(critic.points(stop(y0_BJD), critic.project), f_BR) * batch["alpha"]).sum(-1)
+    even_BJ = batch["y1_mask"] / jnp.maximum(batch["y1_mask"].sum(-1, keepdims=True), 1.0)
+    U_y1_B = (critic.energies(critic.points(y1_BJD, critic.project), f_BR) * even_BJ).sum(-1)
+    energy = energy_loss(U_y0_B, U_y1_B, batch["wrong_weight"], ENERGY_MARGIN)
+
+    of_wrong = lambda value_B: ((value_B * batch["wrong"]).sum(), batch["wrong"].sum())
+    metrics = {"losses/energy_gap": of_wrong(U_y0_B - U_y1_B), "losses/edit_norm": of_wrong(edit_BJ.max(-1))}
+    metrics |= {"losses/align_converged": of_wrong(converged_KB.mean(0)), "losses/align_ref": of_wrong(S_KB[-1])}
+    return align, decode, energy, metrics
+
+
 def grpo_loss(logp_MT, old_logp_MT, adv_MT, mask_MT, clip_low: float, clip_high: float, denom):
     """Clipped policy-gradient loss, summed over tokens and divided by `denom`; also its metrics as (sum, count)."""
     log_ratio_MT = (logp_MT - old_logp_MT) * mask_MT
@@ -274,9 +270,7 @@ def k3_kl(logp_MT, ref_logp_MT, mask_MT, denom):
 
 def main(args: Args) -> dict:
     # ---- checks, data, model --------------------------------------------------------------------------------------
-    method = os.path.basename(__file__)[: -len(".py")]
-    above_zero = ("steps", "prompts", "group", "max_prompt_tokens", "temperature", "learning_rate")
-    cts.check_args(args, above_zero, ("seed", "micro_batch", "max_new_tokens", "eval_every", "save_every", "kl_coef"))
+    cts.check_args(args)
     # VERIFIER: step-level credit needs steps that can be checked one by one.
     cts.check_step_credit(args.task, args.process_credit)
     cts.open_out_dir(args.out_dir, args.save_hf)
@@ -284,13 +278,11 @@ def main(args: Args) -> dict:
     n_micro = cts.count_micro_batches(mesh, args.prompts, args.micro_batch)
     replay = cts.load_replay(args.task, args.replay, args.data_dir, args.unsafe_sandbox)
     cfg, base_params, tokenizer, base_dir = cts.load_model(args.model, args.task, replay, args.out_dir, mesh)
-    max_new = args.max_new_tokens or cts.TASKS[args.task].max_new_tokens
-    shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new)
-    B, G, T = args.prompts, args.group, shapes["T"]
-    M = B * G
-    run = cts.Run(args, method)
+    max_new_tokens = args.max_new_tokens or cts.TASKS[args.task].max_new_tokens
+    shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new_tokens)
+    B, G, M, T = args.prompts, args.group, args.prompts * args.group, shapes["T"]
+    run = cts.Run(args, __file__)
     if run.finished:
-        cts.say(f"{run.name} has finished already: {run.dir / 'result.json'}")
         return run.result()
 
     # ---- parameters, optimizer, shardings -------------------------------------------------------------------------
@@ -299,74 +291,73 @@ def main(args: Args) -> dict:
     rollout_key = jax.random.fold_in(root, cts.STREAM_ROLLOUT)
     params = {"policy": jax.tree.map(jnp.copy, base_params)}  # a copy: the step donates its parameters
     # CTS: the projection and the energy are trained beside the policy.
-    critic_def, critic = nnx.split(Critic(cfg.d_model, nnx.Rngs(jax.random.fold_in(root, cts.STREAM_INIT))), nnx.Param)
-    params["critic"], lam_energy = critic, args.lam_energy if args.energy == "trained" else 0.0
+    init_key = jax.random.fold_in(root, cts.STREAM_INIT)
+    critic_def, params["critic"] = nnx.split(Critic(cfg.d_model, nnx.Rngs(init_key)), nnx.Param)
     # one optimizer per subtree, so that nothing but the policy's gradient enters the policy's clipping
-    tx = optax.chain(
-        optax.clip_by_global_norm(1.0),
-        optax.adamw(optax.linear_schedule(args.learning_rate, 0.0, args.steps), b2=0.99, weight_decay=0.0),
-    )
+    schedule = optax.linear_schedule(args.learning_rate, 0.0, args.steps)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.0))
     opt_state = {name: tx.init(subtree) for name, subtree in params.items()}
     state_sharding = cts.shard_rule(mesh, (params, opt_state))
     params, opt_state = cts.put((params, opt_state), state_sharding)
-    by_row, replicated = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+    by_row, replicated = cts.batch_shardings(mesh)
 
     # ---- jitted functions -----------------------------------------------------------------------------------------
     @jax.jit
     def rollout(policy, prompt_BP, prompt_len_B, key):
-        cts.count_trace("rollout")
+        cts.TRACES["rollout"] += 1
         policy = jax.lax.with_sharding_constraint(policy, cts.shard_rule(mesh, policy, at_rest=False))
         model = nnx.merge(graphdef, policy)
-        ids = (tokenizer.eos_ids, tokenizer.pad_id)
-        return cts.generate(model, prompt_BP, prompt_len_B, key, G, T, args.temperature, *ids, dtype=dtype)
+        how = (G, T, args.temperature, tokenizer.eos_ids, tokenizer.pad_id)
+        return cts.generate(model, prompt_BP, prompt_len_B, key, *how, dtype=dtype)
 
     # CTS: the energies of y0's steps, for their evaluation.
     @jax.jit
     def step_energies(params, batch):
         model, critic = nnx.merge(graphdef, params["policy"]), nnx.merge(critic_def, params["critic"])
-        readings = with_replay(cts.Reading(batch["prompt"], batch["prompt_len"]), batch)
-        y0_BJD, _, f_BD = step_states(model(readings, dtype), batch)
+        states = model(with_replay(cts.Reading(batch["prompt"], batch["prompt_len"]), batch), dtype)
+        y0_BJD, _, f_BD = step_states(states, batch)
         return critic.energies(critic.points(y0_BJD, critic.project), critic.points(f_BD, critic.project_f))
 
     def forward(policy, batch):
-        """((log-probs, entropies) of the completions, states on the way); the prompt is computed once per group."""
+        """(model, its States, log-probs and entropies [M, T] of the completions); a prompt is computed once a group."""
         model, tokens_MT = nnx.merge(graphdef, policy), batch["tokens"].reshape(-1, T)
         readings = [cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])]
         # CTS: y0 and y1 are read in the same pass.
         readings = with_replay(readings[0], batch)
-        hidden = model(readings, dtype)  # of each reading: prompts [B, P, D], completions [M, T, D]
-        out = cts.token_logp(hidden[0][1], tokens_MT, model.head_VD(), args.temperature)
-        return out, (model, hidden)
+        states = model(readings, dtype)
+        return model, states, *cts.token_logp(states[0].completions[0], tokens_MT, model.head_VD(), args.temperature)
 
-    def loss_fn(params, batch, denom, base_params):
-        (logp_MT, entropy_MT), states = forward(params["policy"], batch)
+    def loss_fn(params, batch, scalars, base_params):
+        model, states, logp_MT, entropy_MT = forward(params["policy"], batch)
         old_logp_MT, adv_MT, mask_MT = (batch[name].reshape(-1, T) for name in ("old_logp", "adv", "mask"))
+        denom = scalars["denom"]
         loss, metrics = grpo_loss(logp_MT, old_logp_MT, adv_MT, mask_MT, args.clip_low, args.clip_high, denom)
-        share = len(batch["prompt"]) / B  # of the batch: summed over micro-batches, losses stay losses
-        metrics["losses/policy_loss"] = (loss, share)
+        micro_share = len(batch["prompt"]) / B  # of the batch: summed over micro-batches, losses stay losses
+        metrics["losses/policy_loss"] = (loss, micro_share)
         metrics["losses/entropy"] = ((entropy_MT * mask_MT).sum(), mask_MT.sum())
         if args.kl_coef:
-            (base_logp_MT, _), _ = forward(base_params, batch)
+            _, _, base_logp_MT, _ = forward(base_params, batch)
             kl = k3_kl(logp_MT, base_logp_MT, mask_MT, denom)
             loss = loss + args.kl_coef * kl
-            metrics["losses/kl"] = (kl, share)
-        # CTS: alignment, decoding and energy; their lam come with the batch, the same in every row.
+            metrics["losses/kl"] = (kl, micro_share)
+        # CTS: alignment, decoding and energy.
         critic = nnx.merge(critic_def, params["critic"])
-        extra, extra_metrics = cts_losses(states, critic, batch, args)
-        for lam, (name, value) in zip(batch["lam"].mean(0), extra.items()):
-            loss = loss + lam * value
-            metrics[f"losses/{name}_loss"] = (value, share)
-        metrics |= extra_metrics
-        metrics["losses/loss"] = (loss, share)
+        align, decode, energy, cts_metrics = cts_losses(model, states, critic, batch, args)
+        loss = loss + scalars["lam_align"] * align
+        loss = loss + scalars["lam_decode"] * decode
+        loss = loss + scalars["lam_energy"] * energy
+        metrics |= {"losses/align_loss": (align, micro_share), "losses/decode_loss": (decode, micro_share)}
+        metrics |= {"losses/energy_loss": (energy, micro_share), **cts_metrics}
+        metrics["losses/loss"] = (loss, micro_share)
         return loss, metrics
 
     @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*state_sharding, replicated))
-    def train_step(params, opt_state, batch, denom, base_params):
-        cts.count_trace("train_step")
+    def train_step(params, opt_state, batch, scalars, base_params):
+        cts.TRACES["train_step"] += 1
         micro = jax.tree.map(lambda a: a.reshape(B // n_micro, n_micro, *a.shape[1:]).swapaxes(0, 1), batch)
 
         def add(grads, one):
-            new, metrics = jax.grad(loss_fn, has_aux=True)(params, one, denom, base_params)
+            new, metrics = jax.grad(loss_fn, has_aux=True)(params, one, scalars, base_params)
             return jax.tree.map(jnp.add, grads, new), metrics
         grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
         metrics = jax.tree.map(lambda a: a.sum(0), metrics)
@@ -379,36 +370,33 @@ def main(args: Args) -> dict:
     # ---- base: what there is to improve ---------------------------------------------------------------------------
     evaluator = cts.Evaluator(graphdef, tokenizer, replay["test"], shapes, mesh, dtype)
     validation = cts.Evaluator(graphdef, tokenizer, replay["val"], shapes, mesh, dtype)
-    # CTS: A6 takes the policy's own greedy first attempts, a batch at a time.
-    own = cts.Evaluator(graphdef, tokenizer, replay["train"][:B], shapes, mesh, dtype)
-    eval_key = jax.random.key(cts.STREAM_EVAL)  # fixed, so that all seeds and methods share one report on the base
-    sample = lambda batch: rollout(base_params, batch["prompt"], batch["prompt_len"], eval_key)
-    base = cts.base_report(base_dir, evaluator, base_params, sample, replay["train"], (B, G, args.temperature, dtype))
-    cts.print_precheck(base["precheck"])
-    base_attempt_logp, _ = evaluator.attempt_logp(base_params)
-    cts.reset_traces()
+    # CTS: the control arms of the critique; A6 takes the policy's greedy first attempts, a batch at a time.
+    attempter = cts.Evaluator(graphdef, tokenizer, replay["train"][:B], shapes, mesh, dtype)
+
+    def control_critiques(quads: list[cts.Quadruple], step_rng: np.random.Generator) -> list[cts.Quadruple]:
+        if args.critique == "online":
+            prompts = [cts.attempt_prompt(q.x) for q in quads]
+            attempts = attempter.complete(params["policy"], prompts, shapes["P_attempt"])
+            fits = lambda prompt: len(tokenizer.encode_prompt(prompt)) <= shapes["P_revise"]
+            return cts.with_attempts(quads, [a["text"] for a in attempts], fits)
+        another = lambda q: replay["train"][step_rng.integers(len(replay["train"]))].f
+        f_of = {"replay": lambda q: q.f, "shuffled": another, "redacted": lambda q: cts.redact(q.f)}[args.critique]
+        return [dataclasses.replace(q, f=f_of(q)) for q in quads]
+
+    base = cts.base_report(base_dir, evaluator, base_params, replay["train"], B, G, args.temperature)
+    cts.TRACES.clear()
 
     # ---- loop -----------------------------------------------------------------------------------------------------
-    identity = cts.run_identity(base_params, tokenizer, replay, shapes, args.steps, args.temperature, dtype)
+    identity = cts.run_identity(args, base_params, tokenizer, replay, shapes, dtype)
     base_params = base_params if args.kl_coef else None  # the KL alone still needs it: else its memory is free
-    run.start({**dataclasses.asdict(args), "identity": identity})
-    (params, opt_state), first_step = run.restore((params, opt_state), identity)
+    params, opt_state = run.start(identity, params, opt_state)
     clock = cts.StepClock()
-    progress = cts.progress(range(first_step, args.steps), initial=first_step, total=args.steps, desc=method)
-    for step in progress:
+    for step in run.steps():
         clock.start()
         quads = [replay["train"][i] for i in cts.data_indices(len(replay["train"]), B, args.seed, step)]
         # CTS: control arms and A6 change the critique before it reaches the prompt.
         step_rng = np.random.default_rng((args.seed, cts.STREAM_CONTROL, step))
-        if args.critique == "shuffled":
-            donors = step_rng.integers(len(replay["train"]), size=B)
-            quads = [dataclasses.replace(q, f=replay["train"][i].f) for q, i in zip(quads, donors)]
-        if args.critique == "redacted":
-            quads = [dataclasses.replace(q, f=cts.redact(q.f)) for q in quads]
-        if args.critique == "online":
-            attempts = own.complete(params["policy"], [cts.attempt_prompt(q.x) for q in quads], shapes["P_attempt"])
-            fits = lambda prompt: len(tokenizer.encode_prompt(prompt)) <= shapes["P_revise"]
-            quads = cts.with_attempts(quads, [a["text"] for a in attempts], fits)
+        quads = control_critiques(quads, step_rng)
         batch = cts.pack_revise(tokenizer, quads, shapes)
 
         # ---- rollout ----
@@ -430,7 +418,7 @@ def main(args: Args) -> dict:
         # ---- advantages ----
         valid_BG = ~np.isnan(reward_BG) * (1.0 - truncated_BG if args.truncated == "mask" else np.ones((B, G)))
         adv_BG = group_advantages(np.nan_to_num(reward_BG), valid_BG, args.adv_norm)  # NaN: not scored, harness error
-        mask_BGT = np.asarray(cts.length_mask(out["len_M"], T)).reshape(B, G, T) * valid_BG[..., None]
+        mask_BGT = cts.length_mask(out["len_M"], T).reshape(B, G, T) * valid_BG[..., None]
         adv_BGT = np.repeat(adv_BG[..., None], T, axis=-1)
         # VERIFIER: or each step's own reward goes to the tokens before its end.
         if args.process_credit == "per_step":
@@ -441,17 +429,21 @@ def main(args: Args) -> dict:
         batch["old_logp"] = out["logp_MT"].reshape(B, G, T)
         batch["adv"] = adv_BGT.astype(np.float32)
         batch["mask"] = mask_BGT.astype(np.float32)
-        denom = np.float32(M * T if args.loss_norm == "constant" else max(mask_BGT.sum(), 1.0))
-        # CTS: what the alignment needs, and lam_align on its schedule.
+        scalars = {"denom": np.float32(M * T if args.loss_norm == "constant" else max(mask_BGT.sum(), 1.0))}
+        # CTS: what its terms need, their normalisers, and their weights; lam_align moves on its schedule.
         batch |= cts.pack_trajectories(tokenizer, quads, shapes, batch)
-        batch["alpha"] = critique_weights(batch["overlap"], batch["y0_mask"])
-        lam_align = np.interp(step, [0, args.steps - 1], [args.lam_align, args.lam_align_final])
-        batch["lam"] = np.tile(np.float32([lam_align, args.lam_decode, lam_energy]), (B, 1))
+        batch["alpha"] = critique_weights(batch["flagged"], batch["y0_mask"])
+        batch["decode_weight"] = batch["y1_tokens"] / batch["y1_tokens"].sum()
+        batch["wrong_weight"] = batch["wrong"] / max(batch["wrong"].sum(), 1.0)
         batch["noise"] = step_rng.standard_normal((B, cts.MAX_STEPS, LATENT_DIM)).astype(np.float32)
+        ends = [0, max(args.steps - 1, 1)], [args.lam_align, args.lam_align_final]
+        scalars["lam_align"] = np.float32(np.interp(step, *ends))
+        scalars["lam_decode"] = np.float32(args.lam_decode)
+        scalars["lam_energy"] = np.float32(args.lam_energy if args.energy == "trained" else 0.0)
         clock.mark("score")
 
         # ---- update ----
-        params, opt_state, sums = train_step(params, opt_state, cts.put(batch, by_row), denom, base_params)
+        params, opt_state, sums = train_step(params, opt_state, cts.put(batch, by_row), scalars, base_params)
         metrics = cts.reduce(cts.fetch(sums))
         clock.mark("update")
 
@@ -460,40 +452,27 @@ def main(args: Args) -> dict:
         metrics["charts/accuracy"] = float(np.nanmean(outcome_BG))
         metrics["charts/learning_rate"] = args.learning_rate * (1 - step / args.steps)
         metrics["charts/tokens"] = (step + 1) * B * (shapes["P_revise"] + G * T)
+        # CTS: y1 after the revise prompt, and y0 and y1 after the attempt prompt, are computed too.
+        metrics["charts/tokens"] += (step + 1) * B * (shapes["P_attempt"] + 3 * shapes["T_replay"])
         metrics |= clock.metrics(M) | cts.rollout_metrics(out, texts, reward_BG, quads)
         # VERIFIER: how far the steps hold, whether or not the answer is right.
         metrics["rollout/process_mean"] = float(np.nanmean(process_BG))
-        run.check_finite(metrics, step, [q.meta["task_id"] for q in quads])
-        if args.eval_every and (step + 1) % args.eval_every == 0:
-            summary = cts.summarize(validation(params["policy"]))
-            metrics |= {f"eval/{k}": summary[k] for k in ("accuracy", "accuracy_revised", "delta_critique")}
-        run.log(metrics, step)
-        progress.set_postfix({k: f"{metrics[f'charts/{k}']:.3f}" for k in ("reward", "accuracy")})
-        if step % max(1, args.steps // 4) == 0:
-            run.log_samples(quads, texts[::G], reward_BG[:, 0], step)
-        if args.save_every and (step + 1) % args.save_every == 0:
-            run.save(step + 1, (params, opt_state), identity)
-        run.stop_if_asked(step + 1, (params, opt_state), identity)
+        run.end_step(step, metrics, params, opt_state, quads, validation, texts[::G], reward_BG[:, 0])
 
     # ---- final evaluation, result ---------------------------------------------------------------------------------
-    run.save(args.steps, (params, opt_state), identity)
-    records = evaluator(params["policy"], base_attempt_logp)
+    records = evaluator(params["policy"])
     final = cts.summarize(records)
     # CTS: does the energy rise on the step that the critique points at?
-    energy_auc = []
-    for i in cts.progress(range(0, len(replay["test"]) - B + 1, B), desc="energies", unit="batch", leave=False):
-        quads = replay["test"][i : i + B]
+    energy_auc, test = [], replay["test"]
+    for i in cts.progress(range(0, len(test), B), desc="energies", unit="batch", leave=False):
+        quads = [test[j % len(test)] for j in range(i, i + B)]  # the last batch is filled up
         batch = cts.pack_revise(tokenizer, quads, shapes)
         batch |= cts.pack_trajectories(tokenizer, quads, shapes, batch)
-        energy_BJ, n_B = cts.fetch(step_energies(params, cts.put(batch, by_row))), batch["y0_mask"].sum(1).astype(int)
-        energy_auc += [cts.detector_auc(e[:n], o[:n]) for e, o, n in zip(energy_BJ, batch["overlap"], n_B)]
+        energy_BJ = cts.fetch(step_energies(params, cts.put(batch, by_row)))[: len(test) - i]
+        rows = zip(energy_BJ, batch["flagged"], batch["y0_mask"] > 0)
+        energy_auc += [cts.detector_auc(energy_J[real_J], flagged_J[real_J]) for energy_J, flagged_J, real_J in rows]
     final["energy_auc"] = cts.mean(energy_auc)
-    counted = cts.count_budgets(first_step + clock.steps, B, G, shapes, len(records))
-    result = cts.make_result(args, method, identity, counted, replay, base, records, final, clock.summary(run))
-    run.finish(result, base["summary"], final)
-    if args.save_hf:
-        cts.save_hf(args.save_hf, cfg, params["policy"], tokenizer, cts.model_source(args.model))
-    return result
+    return run.finish(replay, shapes, base, records, final, clock, (cfg, params["policy"], tokenizer))
 
 
 if __name__ == "__main__":

@@ -10,9 +10,7 @@ J reasoning steps of a trajectory, R latent dim. Masks are 0/1 float32 and come 
 # ruff: noqa: F401, I001
 
 # basics: bad input, JSON lines, atomic writes, digests, PRNG streams, the trace counter
-from common.basics import (
-    InputError, STREAM_CONTROL, STREAM_EVAL, STREAM_INIT, STREAM_ROLLOUT, count_trace, mean, reset_traces, sha256,
-)  # fmt: skip
+from common.basics import InputError, STREAM_CONTROL, STREAM_INIT, STREAM_ROLLOUT, TRACES, mean, sha256
 # prompts: the three prompts, for math and for code
 from common.prompts import attempt_prompt, critique_prompt, revise_prompt
 # verifier: math by rules: final answers, steps, which of them hold
@@ -39,11 +37,13 @@ from common.batches import (
 # mistakes: a right solution made wrong
 # mutants: a right program made wrong
 # hosts: several hosts, the mesh, the one sharding table
-from common.hosts import count_micro_batches, fetch, make_mesh, progress, put, say, shard_rule
+from common.hosts import batch_shardings, count_micro_batches, fetch, make_mesh, progress, put, shard_rule
 # making: from problems to replay files, with a report
 from common.making import load_replay, make_replay
 # model: the decoder: prompts and completions to hidden states
-from common.model import Decoder, ModelConfig, Reading, attend, attend_causal, dense, rms_norm, rope_table, rotate
+from common.model import (
+    Decoder, ModelConfig, Reading, States, attend, attend_causal, dense, rms_norm, rope_table, rotate,
+)  # fmt: skip
 # sampling: token log-probs and samples from hidden states
 from common.sampling import first_argmax, generate, token_logp
 # distances: distances of padded trajectories
@@ -51,15 +51,14 @@ from common.distances import l2_distance, pool_steps, sinkhorn_distance, soft_dt
 # rewards: outcome, process, uptake and step rewards
 from common.rewards import outcome_scores, process_scores, step_rewards, uptake_scores
 # checkpoints: Hugging Face checkpoints in and out
-from common.checkpoints import load_hf_weights, read_hf_config, save_hf
+from common.checkpoints import load_hf_weights, read_hf_config
 # chat: a checkpoint's tokenizer and the frame of its prompts
 # fingerprint: what makes two runs comparable
-from common.fingerprint import count_budgets, run_identity
+from common.fingerprint import run_identity
 # base: what a run starts from: the nano base or a checkpoint
-from common.base import load_model, model_source
+from common.base import load_model
 # evaluation: the measurement that all methods share, and the pre-check of the base
 from common.evaluation import Evaluator, base_report, detector_auc, summarize
 # report: result.json, the summary, the curves
-from common.report import make_result, print_precheck
 # run: command line, run directory, W&B, checkpoints, signals, the clock
-from common.run import Run, StepClock, check_args, cli, open_out_dir, pick_dtype, reduce, rollout_metrics
+from common.run import Run, RunArgs, StepClock, check_args, cli, open_out_dir, pick_dtype, reduce, rollout_metrics

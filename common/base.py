@@ -27,8 +27,6 @@ from common.sampling import token_logp
 from common.tasks import TASKS, Task
 from common.tokenizer import Tokenizer, train_tokenizer
 
-# What: the checkpoint all methods start from, trained once per task and cached. Used by: all trainers.
-# Tested in: tests/test_scripts.py.
 BASE_ROWS, BASE_LR, BASE_PROMPT_WEIGHT, BASE_PROSE, BASE_SEED = 8, 1e-2, 0.1, (0.75, 0.1), 0
 
 

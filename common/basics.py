@@ -50,16 +50,27 @@ def write_atomic(path: str | os.PathLike, text: str) -> None:
     os.replace(tmp, path)
 
 
-# What: proof that two runs may stand in one table; every field is computed from what was loaded or counted.
-# Used by: all trainers. Tested in: tests/test_eval.py.
+def writable(directory: str | os.PathLike, flag: str) -> pathlib.Path:
+    """The directory that a flag names, made where it is not there; InputError where nothing can be written in it."""
+    path = pathlib.Path(directory).absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".{os.getpid()}.tmp"
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise InputError(f"--{flag} {directory}: cannot write there ({e.strerror}); choose another") from None
+    return path
+
+
 def sha256(text: str | bytes) -> str:
     """Hex digest of a text."""
     return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
 
 
-STREAM_INIT, STREAM_DATA, STREAM_ROLLOUT, STREAM_EVAL, STREAM_BASE, STREAM_CONTROL = range(
-    6
-)  # PRNG streams: fold_in(root, STREAM)
+# PRNG streams: fold_in(root, STREAM)
+STREAM_INIT, STREAM_DATA, STREAM_ROLLOUT, STREAM_EVAL, STREAM_BASE, STREAM_CONTROL = range(6)
+TRACES: Counter[str] = Counter()  # {jitted function: how often it was traced}: once a shape, if all is well
 
 
 def normalize_x(x: str) -> str:
@@ -76,21 +87,3 @@ def mean(values) -> float | None:
 def round_up(n: int, to: int) -> int:
     """The smallest multiple of `to` that is at least n."""
     return -(-n // to) * to
-
-
-_TRACES: Counter[str] = Counter()
-
-
-def count_trace(name: str) -> None:
-    """Called inside a jitted function: counts how often it is traced, which should be once per shape."""
-    _TRACES[name] += 1
-
-
-def reset_traces() -> None:
-    """Start counting anew."""
-    _TRACES.clear()
-
-
-def traces() -> dict[str, int]:
-    """{function name: traces since the last reset}."""
-    return dict(_TRACES)

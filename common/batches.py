@@ -1,7 +1,6 @@
 """Texts as arrays of fixed shape, and the order in which a run sees its data. NumPy only. Used by the scripts, the
 evaluation and the base."""
 
-import jax.numpy as jnp
 import numpy as np
 
 from common.basics import STREAM_DATA, InputError, round_up
@@ -25,9 +24,9 @@ def right_pad(ids: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarra
     return out, np.array([min(len(t), length) for t in ids], np.int32)
 
 
-def length_mask(len_M, T: int):
+def length_mask(len_M: np.ndarray, T: int) -> np.ndarray:
     """0/1 float32 [M, T]: 1 on the first len_M[m] positions. [2, 0], T=3 -> [[1, 1, 0], [0, 0, 0]]."""
-    return (jnp.arange(T)[None, :] < jnp.asarray(len_M)[:, None]).astype(jnp.float32)
+    return (np.arange(T) < len_M[:, None]).astype(np.float32)
 
 
 def bucket(length: int, longest: int) -> int:
@@ -52,12 +51,12 @@ def prompt_shape(tokenizer: Tokenizer, prompts: list[str], ids: list[str], limit
     return round_up(lengths[longest], 16)
 
 
-def pack_prompts(tokenizer: Tokenizer, prompts: list[str], P_: int) -> dict[str, np.ndarray]:
-    """Prompts as {"prompt" [B, P] (right-padded), "prompt_len" [B]}; none may be longer than P_."""
+def pack_prompts(tokenizer: Tokenizer, prompts: list[str], P: int) -> dict[str, np.ndarray]:
+    """Prompts as {"prompt" [B, P] (right-padded), "prompt_len" [B]}; none may be longer than P."""
     ids = [tokenizer.encode_prompt(p) for p in prompts]
-    if max(map(len, ids)) > P_:
-        raise InputError(f"a prompt of {max(map(len, ids))} tokens does not fit the run's {P_}")
-    tokens_BP, len_B = right_pad(ids, P_, tokenizer.pad_id)
+    if max(map(len, ids)) > P:
+        raise InputError(f"a prompt of {max(map(len, ids))} tokens does not fit the run's {P}")
+    tokens_BP, len_B = right_pad(ids, P, tokenizer.pad_id)
     return {"prompt": tokens_BP, "prompt_len": len_B}
 
 
@@ -72,44 +71,50 @@ def pack_answers(tokenizer: Tokenizer, texts: list[str], T: int) -> tuple[np.nda
 
 
 def pack_steps(tokenizer: Tokenizer, texts: list[str], T: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Reference texts as (tokens [B, T], lengths [B], step tokens [B, J, T]): which tokens belong to which step."""
+    """Reference texts as (tokens [B, T], lengths [B], step tokens [B, J, T]): which tokens belong to which step.
+
+    "2+3\\n#### 5" in tokens "2", "+", "3", "\\n", "####", " 5" and the end token: length 7, step 0 has the tokens
+    [1, 1, 1, 0, 0, 0, 0], step 1 [0, 0, 0, 0, 1, 1, 0], the steps from 2 on none.
+    """
     tokens_BT, len_B = pack_answers(tokenizer, texts, T)
-    step_BJT = np.zeros((len(texts), MAX_STEPS, T), np.float32)
-    for step_JT, ids, n, text in zip(step_BJT, tokens_BT.tolist(), len_B, texts):
+    steps_BJT = np.zeros((len(texts), MAX_STEPS, T), np.float32)
+    for steps_JT, ids, n, text in zip(steps_BJT, tokens_BT.tolist(), len_B, texts):
         spans = [(s.start, s.end) for s in split_steps(text)[:MAX_STEPS]]
-        step_JT[: len(spans), :n] = tokenizer.overlap(ids[:n], text, spans)
-    return tokens_BT, len_B, step_BJT
+        steps_JT[: len(spans), :n] = tokenizer.overlap(ids[:n], text, spans)
+    return tokens_BT, len_B, steps_BJT
 
 
 def pack_trajectories(
-    tokenizer: Tokenizer, quads: list[Quadruple], shapes: dict[str, int], revise
+    tokenizer: Tokenizer, quads: list[Quadruple], shapes: dict[str, int], revise: dict[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """y0 and y1 as completions of the attempt prompt, with what locates steps and critique in them.
+    """y0 and y1 as completions of the attempt prompt, with what locates steps and critique in them; `revise` are the
+    packed revise prompts. All masks are 0/1.
 
-    y0, y1 [B, T]; y0_steps, y1_steps [B, J, T] and their masks [B, J]; overlap [B, J]: y0's steps under `error_span`;
-    f_tokens [B, 1, P]: f's tokens in the packed revise prompts `revise`; decode_weight [B, T] on y1, wrong_weight [B]
-    on wrong y0, each adding up to 1.
+    attempt_prompt [B, P], attempt_prompt_len [B]; y0, y1 [B, T]; y0_steps, y1_steps [B, J, T]: the tokens of each step;
+    y0_mask, y1_mask [B, J]: the steps there are; flagged [B, J]: y0's steps under `error_span`; f_tokens [B, 1, P]: f
+    in the revise prompt; y1_tokens [B, T]: y1 and its end token; wrong [B]: y0 is wrong.
+
+    y0 "2+3=6\\n#### 6" with error_span [0, 5] has y0_mask [1, 1, 0, ...] and flagged [1, 0, 0, ...].
     """
     B, T = len(quads), shapes["T_replay"]
     prompts = pack_prompts(tokenizer, [attempt_prompt(q.x) for q in quads], shapes["P_attempt"])
-    out = {"x_prompt": prompts["prompt"], "x_prompt_len": prompts["prompt_len"]}
+    out = {"attempt_prompt": prompts["prompt"], "attempt_prompt_len": prompts["prompt_len"]}
     out["y0"], _, out["y0_steps"] = pack_steps(tokenizer, [q.y0 for q in quads], T)
     out["y1"], len_B, out["y1_steps"] = pack_steps(tokenizer, [q.y1 for q in quads], T)
-    out["overlap"] = np.zeros((B, MAX_STEPS), np.float32)
+    out |= {f"{y}_mask": (out[f"{y}_steps"].sum(-1) > 0).astype(np.float32) for y in ("y0", "y1")}
+    out["flagged"] = np.zeros((B, MAX_STEPS), np.float32)
     out["f_tokens"] = np.zeros((B, 1, shapes["P_revise"]), np.float32)
     for b, q in enumerate(quads):
         start, end = q.meta["error_span"] or (0, 0)
         steps = split_steps(q.y0)[:MAX_STEPS]
-        out["overlap"][b, : len(steps)] = [s.start < end and s.end > start for s in steps]
+        out["flagged"][b, : len(steps)] = [s.start < end and s.end > start for s in steps]
         text = revise_prompt(q.x, q.y0, q.f)
         at = revise_prompt(q.x, q.y0, "\0").index("\0")  # where f begins in the prompt
         inner = slice(len(tokenizer.prompt_prefix), revise["prompt_len"][b] - len(tokenizer.prompt_suffix))
         ids = revise["prompt"][b, inner].tolist()
         out["f_tokens"][b, :, inner] = tokenizer.overlap(ids, text, [(at, at + len(q.f))])
-    out |= {f"{k}_mask": (out[f"{k}_steps"].sum(-1) > 0).astype(np.float32) for k in ("y0", "y1")}
-    decode_BT = np.asarray(length_mask(len_B, T))
-    wrong_B = np.array([not q.meta["y0_correct"] for q in quads], np.float32)
-    out |= {"decode_weight": decode_BT / decode_BT.sum(), "wrong_weight": wrong_B / max(wrong_B.sum(), 1.0)}
+    out["y1_tokens"] = length_mask(len_B, T)
+    out["wrong"] = np.array([not q.meta["y0_correct"] for q in quads], np.float32)
     return out
 
 

@@ -21,8 +21,6 @@ from common.hosts import fetch, leads, shard_rule
 from common.model import Decoder, ModelConfig, leaf_names
 from common.tokenizer import Tokenizer
 
-# What: Qwen2, Qwen3 and Llama checkpoints in the Hugging Face layout: into the decoder, and back to a directory that
-# `transformers` loads. Used by: all trainers. Tested in: tests/test_hf.py (against logits of `transformers`).
 _HF_MODELS = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
 _HF_SIZES = {
     "vocab_size": "vocab_size", "hidden_size": "d_model", "intermediate_size": "d_ff", "num_hidden_layers": "n_layers",

@@ -5,8 +5,6 @@ import jax
 import jax.numpy as jnp
 
 
-# What: one point per reasoning step, and three distances between two such sequences of different length under masks.
-# Used by: b5. Tested in: tests/test_methods.py.
 def pool_steps(hidden_BTD, step_BJT):
     """Mean hidden state of each step's tokens [B, J, D] in float32; steps without tokens give 0.
 
@@ -16,9 +14,10 @@ def pool_steps(hidden_BTD, step_BJT):
     return total_BJD / jnp.maximum(step_BJT.sum(-1), 1.0)[..., None]
 
 
-def sinkhorn_distance(a_JR, b_KR, mask_J, mask_K, epsilon: float = 0.05, tau: float = 1.0):
+def sinkhorn_distance(a_JR, b_KR, mask_J, mask_K, epsilon: float, iterations: int, tau: float = 1.0):
     """Debiased Sinkhorn divergence of two masked point sets (equal weights on real points, 0 on padding), and whether
-    it converged. Fixed float epsilon: a data-dependent one would let the padding change the result. b is a constant.
+    it converged within `iterations`; tau below 1 relaxes the marginals. Fixed float epsilon: a data-dependent one would
+    let the padding change the result. b is a constant.
     """
     from ott.geometry import pointcloud
     from ott.tools.sinkhorn_divergence import sinkhorn_divergence
@@ -27,7 +26,7 @@ def sinkhorn_distance(a_JR, b_KR, mask_J, mask_K, epsilon: float = 0.05, tau: fl
     w_J, w_K = jnp.where(some, mask_J, 1.0), jnp.where(some, mask_K, 1.0)
     value, out = sinkhorn_divergence(
         pointcloud.PointCloud, a_JR, jax.lax.stop_gradient(b_KR), a=w_J / w_J.sum(), b=w_K / w_K.sum(), epsilon=epsilon,
-        solve_kwargs={"threshold": 1e-3, "max_iterations": 200, "tau_a": tau, "tau_b": tau},
+        solve_kwargs={"threshold": 1e-3, "max_iterations": iterations, "tau_a": tau, "tau_b": tau},
     )  # fmt: skip
     return jnp.where(some, value, 0.0), out.converged[0].astype(jnp.float32)
 
@@ -55,7 +54,7 @@ def soft_dtw(cost_JK, n, m, gamma: float):
     return table_DJ[n + m - 2, n - 1]
 
 
-def soft_dtw_distance(a_JR, b_KR, mask_J, mask_K, gamma: float = 0.1):
+def soft_dtw_distance(a_JR, b_KR, mask_J, mask_K, gamma: float):
     """Debiased soft-DTW divergence of two masked point sequences, per step of the longest possible path."""
     n, m = mask_J.sum().astype(int), mask_K.sum().astype(int)
     cost = lambda a, b: ((a[:, None] - b[None]) ** 2).sum(-1)

@@ -7,17 +7,16 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 from tqdm import tqdm
 
 from common.base import BASE_SEED
 from common.basics import STREAM_EVAL, mean, round_up, sha256, write_atomic
 from common.batches import bucket, decode_rows, pack_prompts, right_pad
 from common.fingerprint import sources_sha256
-from common.hosts import broadcast, fetch, leads, put
+from common.hosts import batch_shardings, broadcast, fetch, leads, put, say, shard_rule
 from common.model import Reading
 from common.prompts import attempt_prompt, revise_prompt
 from common.replay import Quadruple, replay_report, replay_sha256
@@ -25,8 +24,6 @@ from common.rewards import format_valid, outcome_scores, score_outcomes
 from common.sampling import generate, token_logp
 from common.tokenizer import Tokenizer
 
-# What: the same measurement for every method: first attempt, revision, credit localization. Used by: all trainers.
-# Tested in: tests/test_scripts.py, tests/test_eval.py.
 EVAL_ROWS = 128  # rows decoded at once
 EDIT_BUCKETS = (2, 5, 10)  # edit distance: 1-2, 3-5, 6-10, 11+
 
@@ -50,23 +47,23 @@ class Evaluator:
     def __init__(self, graphdef, tokenizer: Tokenizer, quads: list[Quadruple], shapes: dict[str, int], mesh, dtype):
         # short and long together would decode to the longest: rows that end together share a batch
         self.quads = sorted(quads, key=lambda q: (len(q.y1), q.meta["task_id"]))
-        self.tokenizer, self.shapes = tokenizer, shapes
+        self.tokenizer, self.shapes, self.dtype = tokenizer, shapes, jnp.dtype(dtype).name
         self.rows = round_up(min(EVAL_ROWS, len(quads)), mesh.shape["data"])
-        self.data = NamedSharding(mesh, P("data"))
-        eos_ids, pad, T = tokenizer.eos_ids, tokenizer.pad_id, shapes["T"]
+        self.by_row, _ = batch_shardings(mesh)
+        self.base_logp = None  # `attempt_logp` of the base, once it is known: what the credit records compare with
+        ids = (tokenizer.eos_ids, tokenizer.pad_id)
 
-        def greedy(params, prompt_BP, len_B):
-            model = nnx.merge(graphdef, params)
-            return generate(
-                model, prompt_BP, len_B, jax.random.key(0), 1, T, 1.0, eos_ids, pad, greedy=True, dtype=dtype
-            )
+        def rollout(params, prompt_BP, len_B, key, group, temperature, greedy):
+            params = jax.lax.with_sharding_constraint(params, shard_rule(mesh, params, at_rest=False))
+            model, T = nnx.merge(graphdef, params), shapes["T"]
+            return generate(model, prompt_BP, len_B, key, group, T, temperature, *ids, greedy=greedy, dtype=dtype)
 
         def logp(params, prompt_BP, len_B, tokens_BT):
             model = nnx.merge(graphdef, params)
-            ((_, hidden_BTD),) = model([Reading(prompt_BP, len_B, [tokens_BT])], dtype)
-            return token_logp(hidden_BTD, tokens_BT, model.head_VD())[0]
+            (states,) = model([Reading(prompt_BP, len_B, [tokens_BT])], dtype)
+            return token_logp(states.completions[0], tokens_BT, model.head_VD())[0]
 
-        self._greedy, self._logp = jax.jit(greedy), jax.jit(logp)
+        self._rollout, self._logp = jax.jit(rollout, static_argnums=(4, 5, 6)), jax.jit(logp)
 
     def _batches(self, prompts: list[str], width: int, *arrays: np.ndarray):
         """Batches of `self.rows` packed prompts, each as wide as its longest needs (few widths, up to `width`), and of
@@ -77,14 +74,14 @@ class Evaluator:
             some = pack_prompts(self.tokenizer, [prompts[j] for j in padded], width)
             narrow = bucket(int(some["prompt_len"].max()), width)
             batch = (some["prompt"][:, :narrow], some["prompt_len"], *(a[padded] for a in arrays))
-            yield len(index), put(batch, self.data)
+            yield len(index), put(batch, self.by_row)
 
     def complete(self, params, prompts: list[str], width: int, desc: str = "") -> list[dict[str, Any]]:
         """Greedy completions: {"text", "tokens", "truncated"} per prompt; a progress bar if it gets a name."""
         done = []
         with tqdm(total=len(prompts), desc=desc, unit="problem", leave=False, disable=not (desc and leads())) as bar:
             for n, batch in self._batches(prompts, width):
-                out = fetch(self._greedy(params, *batch))
+                out = fetch(self._rollout(params, *batch, jax.random.key(0), 1, 1.0, True))
                 texts = decode_rows(self.tokenizer, out["tokens_MT"][:n], out["len_M"][:n])
                 done += [
                     {"text": t, "tokens": int(k), "truncated": bool(c)}
@@ -103,17 +100,24 @@ class Evaluator:
             rows += list(fetch(self._logp(params, *batch))[:n])
         return [row[:k] for row, k in zip(rows, len_B)], [t[:k] for t, k in zip(ids, len_B)]
 
-    def __call__(self, params, base_logp: list[np.ndarray] | None = None) -> list[dict[str, Any]]:
-        """One record per quadruple. With the base's `attempt_logp` also how training moved each flawed attempt."""
+    def sample(self, params, prompts: list[str], group: int, temperature: float, key) -> list[str]:
+        """`group` sampled completions of each prompt, as texts."""
+        batch = pack_prompts(self.tokenizer, prompts, self.shapes["P_revise"])
+        batch = put((batch["prompt"], batch["prompt_len"]), self.by_row)
+        out = fetch(self._rollout(params, *batch, key, group, temperature, False))
+        return decode_rows(self.tokenizer, out["tokens_MT"], out["len_M"])
+
+    def __call__(self, params) -> list[dict[str, Any]]:
+        """One record per quadruple; once `base_logp` is known also how training moved each flawed attempt."""
         attempts = self.complete(
             params, [attempt_prompt(q.x) for q in self.quads], self.shapes["P_attempt"], "attempts"
         )
         prompts = [revise_prompt(q.x, q.y0, q.f) for q in self.quads]
         revisions = self.complete(params, prompts, self.shapes["P_revise"], "revisions")
         records = score_records(self.quads, attempts, revisions)
-        if base_logp is not None:
+        if self.base_logp is not None:
             now, ids = self.attempt_logp(params)
-            for record, q, a, b, tokens in zip(records, self.quads, now, base_logp, ids):
+            for record, q, a, b, tokens in zip(records, self.quads, now, self.base_logp, ids):
                 record.update(credit_record(self.tokenizer, q, a - b, tokens))
         return records
 
@@ -197,52 +201,69 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
 PRECHECK_N, PRECHECK_GROUPS = 200, 96
 
 
-def precheck(evaluator: Evaluator, params, sample, prompts: int, replay_train: list[Quadruple]) -> dict[str, float]:
+def precheck(evaluator: Evaluator, params, train, prompts: int, group: int, temperature: float) -> dict[str, float]:
     """Can a critique help this base model at all? Measured on fixed training problems before any training.
 
     Accuracy of y0, of the greedy revision with f and with f left out, the leak rate of f, and the share of groups whose
-    sampled completions all score the same (they give no gradient); `sample(batch)` draws groups for `prompts` prompts.
+    sampled completions all score the same (they give no gradient), drawn `prompts` prompts at a time.
     """
-    index = np.random.default_rng((BASE_SEED, STREAM_EVAL)).permutation(len(replay_train))[:PRECHECK_N]
-    quads = [replay_train[i] for i in index]
-    width = evaluator.shapes["P_revise"]
-    score = lambda done: mean(score_outcomes([c["text"] for c in done], quads))
+    index = np.random.default_rng((BASE_SEED, STREAM_EVAL)).permutation(len(train))[:PRECHECK_N]
+    quads = [train[i] for i in index]
+    key = jax.random.key(STREAM_EVAL)  # fixed, so that all seeds and methods share one report on the base
     std_n = []
     for i in range(0, PRECHECK_GROUPS, prompts):
         some = [quads[j % len(quads)] for j in range(i, i + prompts)]
-        batch = pack_prompts(evaluator.tokenizer, [revise_prompt(q.x, q.y0, q.f) for q in some], width)
-        out = fetch(sample(put(batch, evaluator.data)))
-        scores_BG = outcome_scores(decode_rows(evaluator.tokenizer, out["tokens_MT"], out["len_M"]), some)
+        texts = evaluator.sample(params, [revise_prompt(q.x, q.y0, q.f) for q in some], group, temperature, key)
+        scores_BG = outcome_scores(texts, some)
         std_n += [float(np.std(row[~np.isnan(row)])) if not np.isnan(row).all() else 0.0 for row in scores_BG]
     quads.sort(key=lambda q: len(q.y1))  # those that end together share a batch
-    with_f = evaluator.complete(params, [revise_prompt(q.x, q.y0, q.f) for q in quads], width, "with f")
-    without = evaluator.complete(params, [revise_prompt(q.x, q.y0, "") for q in quads], width, "without f")
+    width, score = evaluator.shapes["P_revise"], lambda texts: mean(score_outcomes(texts, quads))
+    revise = lambda f, desc: evaluator.complete(params, [revise_prompt(q.x, q.y0, f(q)) for q in quads], width, desc)
+    with_f, without = revise(lambda q: q.f, "with f"), revise(lambda q: "", "without f")
     return {
         "n": len(quads),
-        "accuracy_y0": score([{"text": q.y0} for q in quads]),
-        "accuracy_with_f": score(with_f),
-        "accuracy_without_f": score(without),
+        "accuracy_y0": score([q.y0 for q in quads]),
+        "accuracy_with_f": score([c["text"] for c in with_f]),
+        "accuracy_without_f": score([c["text"] for c in without]),
         "leak_rate": replay_report(quads)["leak_rate"],
         "groups": len(std_n),
         "zero_std_frac": mean(float(std == 0) for std in std_n),
     }
 
 
+def print_precheck(check: dict[str, float]) -> None:
+    """The base model's pre-check, and in plain words whether the critique helps it."""
+    gain = check["accuracy_with_f"] - check["accuracy_without_f"]
+    say(
+        f"Pre-check of the base on {check['n']} training problems: y0 right {check['accuracy_y0']:.1%}; revised with f"
+        f" {check['accuracy_with_f']:.1%}, without f {check['accuracy_without_f']:.1%}; answer leaked by f"
+        f" {check['leak_rate']:.1%}; groups without variance {check['zero_std_frac']:.1%} of {check['groups']}."
+    )
+    if gain >= 0.03:
+        say(f"The critique carries signal: {100 * gain:+.1f} points for this base.")
+    else:
+        say(
+            f"WARNING: the critique carries no usable signal for this base ({100 * gain:+.1f} points; 3 are wanted):"
+            " there is little to transport, whatever the method."
+        )
+
+
 def base_report(
-    directory: pathlib.Path, evaluator: Evaluator, params, sample, train, settings: tuple
+    directory: pathlib.Path, evaluator: Evaluator, params, train, prompts: int, group: int, temperature: float
 ) -> dict[str, Any]:
-    """{"summary", "precheck"} of the base, cached beside it under a key of everything the numbers depend on."""
-    key = [replay_sha256(evaluator.quads), sorted(evaluator.shapes.items()), *map(str, settings)]
-    key += [replay_sha256(train), evaluator.tokenizer.sha256(), sources_sha256("evaluation")]
-    path = directory / f"report_{sha256(json.dumps(key))[:16]}.json"
-    known = broadcast(path.read_text() if leads() and path.is_file() else "")
-    if known:
-        return json.loads(known)
-    report = {
-        "summary": summarize(evaluator(params)),
-        "precheck": precheck(evaluator, params, sample, settings[0], train),
-    }
-    text = json.dumps(report, indent=1)
-    if leads():
-        write_atomic(path, text)
-    return json.loads(text)  # as a later run will read it
+    """{"summary", "precheck"} of the base: what there is to improve. Printed, cached beside the base under a key of all
+    that the numbers depend on; from here on `evaluator` knows the base's log-probs."""
+    key = [prompts, group, temperature, evaluator.dtype, evaluator.shapes, evaluator.tokenizer.sha256()]
+    key += [replay_sha256(train), replay_sha256(evaluator.quads), sources_sha256("evaluation"), jax.default_backend()]
+    path = directory / f"report_{sha256(json.dumps(key, sort_keys=True))[:16]}.json"
+    text = broadcast(path.read_text() if leads() and path.is_file() else "")
+    if not text:
+        summary = summarize(evaluator(params))
+        report = {"summary": summary, "precheck": precheck(evaluator, params, train, prompts, group, temperature)}
+        text = json.dumps(report, indent=1)
+        if leads():
+            write_atomic(path, text)
+    evaluator.base_logp, _ = evaluator.attempt_logp(params)
+    report = json.loads(text)  # as a later run will read it
+    print_precheck(report["precheck"])
+    return report

@@ -55,7 +55,7 @@ def fingerprint(**fields: Any) -> dict[str, Any]:
     return {**fields, "digest": sha256(json.dumps(fields, sort_keys=True))}
 
 
-def run_identity(base_params, tokenizer, replay, shapes, steps: int, temperature: float, dtype) -> dict[str, Any]:
+def run_identity(args, base_params, tokenizer, replay, shapes, dtype) -> dict[str, Any]:
     """The part of the fingerprint that is known before the first step; a checkpoint is resumed only under the same."""
     return fingerprint(
         base_weights=weights_sha256(base_params),
@@ -64,9 +64,9 @@ def run_identity(base_params, tokenizer, replay, shapes, steps: int, temperature
         train_replay=replay_sha256(replay["train"]),
         test_replay=replay_sha256(replay["test"]),
         verifier=verifier_sha256(),
-        decode={"temperature": temperature, "dtype": jnp.dtype(dtype).name, "evaluation": "greedy", **shapes},
+        decode={"temperature": args.temperature, "dtype": jnp.dtype(dtype).name, "evaluation": "greedy", **shapes},
         revision_budget=1,
-        planned_steps=steps,
+        planned_steps=args.steps,
     )
 
 

@@ -11,16 +11,13 @@ import pathlib
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from common.basics import InputError
 from common.replay import Quadruple
 
 
-# What: one run on several hosts; the (data, model) mesh and the one table that shards every weight. Used by: all
-# trainers. Tested in: tests/test_devices.py (one device = eight, one process = two).
 #
 # Every host runs the same program and meets the others in the same collectives. Process 0 alone writes and prints, in
 # `on_leader` or behind `leads()`; all hosts read what it wrote, so out_dir, replay and checkpoints lie on a file system
@@ -149,6 +146,11 @@ def make_mesh(spec: str) -> jax.sharding.Mesh:
     return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+def batch_shardings(mesh: jax.sharding.Mesh) -> tuple[NamedSharding, NamedSharding]:
+    """(rows over the data axis, the whole on every device): the layouts of a batch and of what all devices share."""
+    return NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+
+
 def count_micro_batches(mesh: jax.sharding.Mesh, prompts: int, micro_batch: int) -> int:
     """Micro-batches a step of `prompts` prompts, `micro_batch` prompts each (0: one per data device on CPUs, elsewhere
     all at once); InputError where they do not divide evenly over each other and the data devices."""
@@ -175,6 +177,6 @@ def shard_rule(mesh: jax.sharding.Mesh, tree, at_rest: bool = True):
         keep = [
             a if a and (at_rest or a != "data") and n % mesh.shape[a] == 0 else None for a, n in zip(axes, leaf.shape)
         ]
-        return NamedSharding(mesh, P(*keep))
+        return NamedSharding(mesh, PartitionSpec(*keep))
 
     return jax.tree_util.tree_map_with_path(one, tree)

@@ -13,8 +13,6 @@ import numpy as np
 from flax import nnx
 
 
-# What: one decoder-only transformer for the nano-LM and for Llama/Qwen-shaped checkpoints. Used by: all trainers.
-# Tested in: tests/test_model.py (against a naive NumPy decoder).
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Shape of the decoder; the defaults are the `nano` preset. rope_scaling is (factor, low, high, original_len)."""
@@ -42,6 +40,14 @@ class Reading(NamedTuple):
     prompt_BP: jax.Array
     len_B: jax.Array
     completions: Sequence[jax.Array] = ()
+
+
+class States(NamedTuple):
+    """Hidden states of one Reading: `prompt` [B, P, D], and of each of its completions [M, T, D], where the state at
+    position t is the one that emits token t."""
+
+    prompt: jax.Array
+    completions: list[jax.Array]
 
 
 class Rows(NamedTuple):
@@ -117,12 +123,12 @@ def attend(q_MTNH, k_MKHS, v_MKSH, mask, prefix=None):
     top = own.max(-1)
     if prefix is not None:
         k_BKHP, v_BKPH, len_B = prefix
-        B, P_ = k_BKHP.shape[0], k_BKHP.shape[3]
+        B, P = k_BKHP.shape[0], k_BKHP.shape[3]
         G = M // B
         by_prompt = lambda a: a.reshape(B, G, *a.shape[1:]).swapaxes(1, 2)  # [M, K, ...] -> [B, K, G, ...]
         by_row = lambda a: a.swapaxes(1, 2).reshape(M, K, *a.shape[3:])
-        shared = matmul(by_prompt(q_MKRTH).reshape(B, K, G * R * T, H), k_BKHP).reshape(B, K, G, R, T, P_)
-        shared = jnp.where((jnp.arange(P_) < len_B[:, None])[:, None, None, None, None], shared, -1e30)
+        shared = matmul(by_prompt(q_MKRTH).reshape(B, K, G * R * T, H), k_BKHP).reshape(B, K, G, R, T, P)
+        shared = jnp.where((jnp.arange(P) < len_B[:, None])[:, None, None, None, None], shared, -1e30)
         top = jnp.maximum(top, by_row(shared.max(-1)))
     top = jax.lax.stop_gradient(top)  # the maximum only keeps exp in range: it cancels
     own = jnp.exp(own - top[..., None])
@@ -131,7 +137,7 @@ def attend(q_MTNH, k_MKHS, v_MKSH, mask, prefix=None):
     if prefix is not None:
         shared = jnp.exp(shared - by_prompt(top)[..., None])
         total = total + by_row(shared.sum(-1))
-        out_p = matmul(shared.reshape(B, K, G * R * T, P_).astype(v_BKPH.dtype), v_BKPH)
+        out_p = matmul(shared.reshape(B, K, G * R * T, P).astype(v_BKPH.dtype), v_BKPH)
         out = out + by_row(out_p.reshape(B, K, G, R, T, H))
     out = (out / total[..., None]).astype(q_MTNH.dtype)
     return out.transpose(0, 3, 1, 2, 4).reshape(M, T, N, H)
@@ -249,17 +255,16 @@ class Decoder(nnx.Module):
         return self._run([Rows(tokens_MT, jnp.broadcast_to(jnp.arange(T), tokens_MT.shape), mask)], dtype)[0][0]
 
     def _prompts(self, prompt_BP) -> Rows:
-        P_ = prompt_BP.shape[1]
-        return Rows(prompt_BP, jnp.broadcast_to(jnp.arange(P_), prompt_BP.shape), jnp.tril(jnp.ones((P_, P_), bool)))
+        P = prompt_BP.shape[1]
+        return Rows(prompt_BP, jnp.broadcast_to(jnp.arange(P), prompt_BP.shape), jnp.tril(jnp.ones((P, P), bool)))
 
     def prefill(self, prompt_BP, len_B, dtype=jnp.float32):
         """Prompts -> (Prefix of all but each prompt's last token, hidden states [B, P, D])."""
         (hidden_BPD,), ((k, v),) = self._run([self._prompts(prompt_BP)], dtype, keep_kv=True)
         return Prefix(k, v, len_B - 1), hidden_BPD
 
-    def __call__(self, readings: Sequence[Reading], dtype=jnp.float32):
-        """For each Reading its hidden states: of its prompts [B, P, D], then of its completions [M, T, D], where the
-        state at position t is the one that emits token t. All readings of a call have the same B."""
+    def __call__(self, readings: Sequence[Reading], dtype=jnp.float32) -> list[States]:
+        """The States of each Reading. All readings of a call have the same B."""
         rows, firsts = [], []
         for prompt_BP, len_B, completions in readings:
             B, seen_B, last_B1 = len(prompt_BP), len_B - 1, last_tokens(prompt_BP, len_B)[:, None]
@@ -272,7 +277,7 @@ class Decoder(nnx.Module):
                 pos_MT = jnp.repeat(seen_B, M // B)[:, None] + jnp.arange(T)
                 rows.append(Rows(inputs_MT, pos_MT, jnp.tril(jnp.ones((T, T), bool)), firsts[-1], seen_B))
         hidden, _ = self._run(rows, dtype)
-        return [hidden[i:j] for i, j in zip(firsts, [*firsts[1:], None])]
+        return [States(hidden[i], hidden[i + 1 : j]) for i, j in zip(firsts, [*firsts[1:], None])]
 
     def unstack(self, prefix: Prefix) -> list[tuple]:
         """[(weights, prompt keys, prompt values)] of every layer: taken apart once, outside the decoding loop, where

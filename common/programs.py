@@ -15,9 +15,6 @@ from common.plans import TestPlan, count_tests, one_test, parse_program, plan_te
 from common.sandbox import Job, _sandbox, _sandbox_lock
 
 
-# What: hostile programs run against tests. `sandbox.py` is the process they are forked from; here is the side that
-# knows the expected outputs and alone makes verdicts. Used by: tasks whose answers are programs.
-# Tested in: tests/test_sandbox.py.
 @dataclasses.dataclass(frozen=True)
 class Verdict:
     """What the tests said of a program. `outcome` is that of the first test that did not pass."""

@@ -5,7 +5,6 @@ from common.basics import sha256
 
 # The last line of every code problem. It asks for a program and tells the prompts' wording; no math problem ends so.
 CODE_LINE = "\nAnswer in Python."
-# What: the prompts, byte-level tokenizers, arrays of fixed shape. Used by: all. Tested in: tests/test_data.py.
 ATTEMPT_TEMPLATE = "Problem:\n{x}\nSolve it step by step. End with #### and the answer.\nSolution:\n"
 REVISE_TEMPLATE = (
     "Problem:\n{x}\nAttempt:\n{y0}\nCritique:\n{f}\nRevise the attempt. End with #### and the answer.\nSolution:\n"

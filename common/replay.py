@@ -20,8 +20,6 @@ ERROR_TAGS = ("local_arithmetic", "missing_case", "invalid_assumption", "wrong_d
               "state_tracking", "style_only")  # fmt: skip
 
 
-# What: problems from their sources, the quadruple (x, y0, f, y1), replay files. Used by: teacher, all trainers.
-# Tested in: tests/test_data.py.
 @dataclasses.dataclass(frozen=True)
 class Problem:
     """One source problem: question x, reference solution, final answer (math) or tests (code), its source's split.

@@ -8,12 +8,10 @@ from typing import Any
 
 import jax
 
-from common.basics import traces
+from common.basics import TRACES
 from common.fingerprint import fingerprint
-from common.hosts import say
 from common.replay import replay_report
 
-# What: names that stand in more than one place. Used by: all sections and scripts.
 SCHEMA_VERSION = 1
 
 
@@ -30,7 +28,7 @@ def make_result(args, method: str, identity, counted, replay, base, records, fin
         "base": base["summary"],
         "summary": final,
         "records": records,
-        "traces": traces(),
+        "traces": dict(TRACES),
         "timings": timings,
         "versions": versions(),
     }
@@ -83,23 +81,6 @@ def plot_curves(directory: pathlib.Path, base: dict[str, Any], final: dict[str, 
     figure.tight_layout()
     figure.savefig(directory / "curves.png", dpi=110)
     plt.close(figure)
-
-
-def print_precheck(check: dict[str, float]) -> None:
-    """The base model's pre-check, and in plain words whether the critique helps it."""
-    gain = check["accuracy_with_f"] - check["accuracy_without_f"]
-    say(
-        f"Pre-check of the base on {check['n']} training problems: y0 right {check['accuracy_y0']:.1%}; revised with f"
-        f" {check['accuracy_with_f']:.1%}, without f {check['accuracy_without_f']:.1%}; answer leaked by f"
-        f" {check['leak_rate']:.1%}; groups without variance {check['zero_std_frac']:.1%} of {check['groups']}."
-    )
-    if gain >= 0.03:
-        say(f"The critique carries signal: {100 * gain:+.1f} points for this base.")
-    else:
-        say(
-            f"WARNING: the critique carries no usable signal for this base ({100 * gain:+.1f} points; 3 are wanted):"
-            " there is little to transport, whatever the method."
-        )
 
 
 def print_summary(

@@ -11,7 +11,7 @@ import re
 import signal
 import sys
 import time
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,29 +19,66 @@ import numpy as np
 import tyro
 from jax.experimental import multihost_utils
 
-from common.basics import InputError, sha256, write_atomic
-from common.checkpoints import check_save_hf
-from common.hosts import leads, on_leader, say, start_hosts
+from common.base import model_source
+from common.basics import InputError, sha256, writable, write_atomic
+from common.checkpoints import check_save_hf, save_hf
+from common.evaluation import summarize
+from common.fingerprint import count_budgets
+from common.hosts import leads, on_leader, progress, say, start_hosts
 from common.prompts import revise_prompt
 from common.replay import Quadruple
-from common.report import plot_curves, print_summary
+from common.report import make_result, plot_curves, print_summary
 from common.rewards import format_valid
 
-PROCESS_START = time.time()
-# What: command line, run directory, W&B, metrics.jsonl, Orbax checkpoints, SIGTERM, summary and plot. Used by: all
-# trainers. Tested in: tests/test_scripts.py.
-NOT_IN_RUN_NAME = (
-    "task",
-    "seed",
-    "out_dir",
-    "resume",
-    "wandb",
-    "mesh",
-    "save_every",
-    "save_hf",
-    "hosts",
-    "unsafe_sandbox",
-)  # they do not change the result
+
+@dataclasses.dataclass(frozen=True)
+class RunArgs:
+    """The flags of pure plumbing, the same in every script, whose `Args` extend them: where data comes from and results
+    go, on what devices. What a method's result depends on stands in the script."""
+
+    # ---- plumbing ----
+    data_dir: str | None = None
+    """folder with the task's source files (gsm8k, apps: train.jsonl, test.jsonl; mbpp: mbpp.jsonl); none = the hub"""
+    replay: str | None = None
+    """folder with {train,val,test}.jsonl quadruples; none = data/replay/<task>, made if it is not there"""
+    out_dir: str = "runs"
+    """folder for the run's directory, the cached bases and compiled programs"""
+    resume: bool = False
+    """continue this very command's run from its last checkpoint"""
+    save_hf: str | None = None
+    """folder to write the trained policy to, as transformers loads it; none = off"""
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """W&B mode; auto = online where you are logged in, else offline"""
+    unsafe_sandbox: Literal["refuse", "allow"] = "refuse"
+    """allow = run the programs of code tasks even where this machine can confine nothing; they are hostile"""
+    hosts: str = "auto"
+    """hosts of this run: auto = what a TPU pod, srun, Kubernetes or Open MPI tells; else ADDRESS:PORT,COUNT,INDEX"""
+    mesh: str = "auto"
+    """device mesh DATA,MODEL, e.g. 4,2; auto = all devices on data"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """compute dtype; auto = bfloat16 on accelerators, float32 on CPU; weights and reductions are float32 always"""
+    eval_every: int = 0
+    """steps between evaluations on the validation split; 0 = only the final one, on test"""
+    save_every: int = 25
+    """steps between checkpoints; 0 = only the last"""
+
+
+# They do not change the result.
+NOT_IN_RUN_NAME = ("task", "seed", "out_dir", "resume", "wandb", "mesh", "save_every", "save_hf", "hosts",
+                   "unsafe_sandbox")  # fmt: skip
+ABOVE_ZERO = ("steps", "prompts", "group", "max_prompt_tokens", "temperature", "learning_rate")
+
+
+def seconds_since_start() -> float:
+    """Wall time since this process began, its imports included; 0 where the system does not tell (it is no Linux)."""
+    try:
+        ticks = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, AttributeError, ValueError, IndexError):
+        return 0.0
+
+
+PROCESS_START = time.time() - seconds_since_start()
 
 
 def cli(main, args_type):
@@ -64,13 +101,7 @@ def open_out_dir(out_dir: str, save_hf_dir: str | None = None) -> None:
     def check():
         if save_hf_dir:
             check_save_hf(pathlib.Path(save_hf_dir))
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            probe = directory / f".{os.getpid()}.tmp"
-            probe.touch()
-            probe.unlink()
-        except OSError as e:
-            raise InputError(f"--out_dir {out_dir}: cannot write there ({e.strerror}); choose another") from None
+        writable(directory, "out_dir")
 
     on_leader(check)
     cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(directory / "xla_cache"))
@@ -78,12 +109,14 @@ def open_out_dir(out_dir: str, save_hf_dir: str | None = None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def check_args(args, above_zero: tuple[str, ...], not_negative: tuple[str, ...]) -> None:
-    """InputError unless the named flags are above 0 (counts: at least 1) or not below it."""
-    for flag in (*above_zero, *not_negative):
-        value = getattr(args, flag)
-        if value < 0 or (flag in above_zero and value == 0) or not math.isfinite(value):
-            least = "at least 0" if flag in not_negative else "at least 1" if isinstance(value, int) else "above 0"
+def check_args(args, *above_zero: str) -> None:
+    """InputError unless every number is finite and not below 0; those of ABOVE_ZERO and `above_zero` are above it."""
+    for flag, value in dataclasses.asdict(args).items():
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            continue
+        positive = flag in (*ABOVE_ZERO, *above_zero)
+        if not (value > 0 if positive else value >= 0) or math.isinf(value):
+            least = "at least 0" if not positive else "at least 1" if isinstance(value, int) else "above 0"
             raise InputError(f"--{flag} {value}: must be {least}")
 
 
@@ -111,13 +144,15 @@ def wandb_mode(flag: str) -> str:
 class Run:
     """One run's directory and all that is written to it: metrics.jsonl, W&B, checkpoints/, result.json, curves.png."""
 
-    def __init__(self, args, method: str):
+    def __init__(self, args, script: str):
+        """`script`: the file of the method, which names it."""
         import orbax.checkpoint as ocp
 
         settings = {k: v for k, v in sorted(dataclasses.asdict(args).items()) if k not in NOT_IN_RUN_NAME}
-        self.name = f"{method}__{args.task}__s{args.seed}__{sha256(json.dumps(settings))[:8]}"
+        self.method = pathlib.Path(script).stem
+        self.name = f"{self.method}__{args.task}__s{args.seed}__{sha256(json.dumps(settings))[:8]}"
         self.dir = pathlib.Path(args.out_dir).absolute() / self.name
-        self.args, self.method, self.stopped_by = args, method, None
+        self.args, self.stopped_by = args, None
         on_leader(self._open, settings)
         self._ocp = ocp
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
@@ -157,13 +192,18 @@ class Run:
 
     def result(self) -> dict[str, Any]:
         """What a finished run wrote."""
+        say(f"{self.name} has finished already: {self.dir / 'result.json'}")
         return json.loads((self.dir / "result.json").read_text())
 
-    def seconds(self) -> float:
-        """Wall time since the process started, imports included."""
-        return time.time() - PROCESS_START
+    def start(self, identity: dict[str, Any], params, opt_state):
+        """(params, opt_state): opens W&B and goes on from the newest checkpoint, if there is one. `identity` is
+        `run_identity`: a checkpoint made under another one is refused."""
+        self.identity = identity
+        self._open_wandb({**dataclasses.asdict(self.args), "identity": identity})
+        (params, opt_state), self.first_step = self._restore((params, opt_state))
+        return params, opt_state
 
-    def start(self, config: dict[str, Any]) -> None:
+    def _open_wandb(self, config: dict[str, Any]) -> None:
         """Open W&B (offline where nobody is logged in); its run id lives in the directory, so a resumed run goes on."""
         import wandb
 
@@ -172,16 +212,10 @@ class Run:
             write_atomic(id_file, f"{self.name[:100]}__{os.urandom(3).hex()}".replace("/", "-"))
         wandb_settings = wandb.Settings(silent=True, console="off", init_timeout=60)
         common = dict(
-            project="cts",
-            name=self.name,
-            id=id_file.read_text() if leads() else None,
-            resume="allow",
-            dir=str(self.dir),
-            config=config,
-            job_type=self.method,
-            group=os.environ.get("WANDB_RUN_GROUP"),
+            project="cts", name=self.name, id=id_file.read_text() if leads() else None, resume="allow",
+            dir=str(self.dir), config=config, job_type=self.method, group=os.environ.get("WANDB_RUN_GROUP"),
             settings=wandb_settings,
-        )
+        )  # fmt: skip
         try:
             self.wandb = wandb.init(mode=mode, **common)
         except wandb.errors.Error as e:
@@ -209,16 +243,15 @@ class Run:
             table.add_data(step, revise_prompt(q.x, q.y0, q.f)[:2000], text[:2000], float(reward))
         self.wandb.log({"samples": table, "step": step})
 
-    def save(self, step: int, state, identity: dict[str, Any]) -> None:
+    def save(self, step: int, state) -> None:
         """Checkpoint after `step` finished steps: parameters, optimizer and the run's identity. Data order and PRNG are
         functions of (seed, step)."""
         if step not in self.checkpoints.all_steps():
-            as_args = self._ocp.args
-            self.checkpoints.save(
-                step, args=as_args.Composite(state=as_args.StandardSave(state), identity=as_args.JsonSave(identity))
-            )
+            args = self._ocp.args
+            parts = args.Composite(state=args.StandardSave(state), identity=args.JsonSave(self.identity))
+            self.checkpoints.save(step, args=parts)
 
-    def restore(self, state, identity: dict[str, Any]):
+    def _restore(self, state):
         """(state, finished steps) of the newest readable checkpoint, or (state, 0); later metrics lines are dropped.
 
         A damaged checkpoint (cut off, half deleted) is named, the one before it used, and only then the damaged one
@@ -229,16 +262,14 @@ class Run:
         as_args, done, damaged = self._ocp.args, 0, []
         for step in sorted(self.checkpoints.all_steps(), reverse=True):
             try:
-                saved = self.checkpoints.restore(
-                    step,
-                    args=as_args.Composite(state=as_args.StandardRestore(abstract), identity=as_args.JsonRestore()),
-                )
+                parts = as_args.Composite(state=as_args.StandardRestore(abstract), identity=as_args.JsonRestore())
+                saved = self.checkpoints.restore(step, args=parts)
             except Exception as e:  # a cut-off data file makes Orbax raise plain Exception
                 reason = " ".join(str(e).split())[:80]
                 say(f"checkpoint {step} in {self.dir} is damaged ({type(e).__name__}: {reason}); trying the one before")
                 damaged.append(step)
                 continue
-            changed = [k for k in identity if k != "digest" and saved["identity"].get(k) != identity[k]]
+            changed = [k for k, v in self.identity.items() if k != "digest" and saved["identity"].get(k) != v]
             if changed:
                 raise InputError(
                     f"--resume: {self.dir} was started with another {', '.join(changed)}; choose another --out_dir"
@@ -262,14 +293,14 @@ class Run:
             whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
             write_atomic(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] < step))
 
-    def stop_if_asked(self, step: int, state, identity: dict[str, Any]) -> None:
+    def stop_if_asked(self, step: int, state) -> None:
         """After SIGTERM or SIGUSR1: save, mark the W&B run preempting, exit with 128 + signal (schedulers requeue). The
         signal may have reached one host only."""
         number = self.stopped_by or 0
         if jax.process_count() > 1:
             number = int(multihost_utils.process_allgather(np.int32(number)).max())
         if number:
-            self.save(step, state, identity)
+            self.save(step, state)
             self.wandb.mark_preempting()
             self.wandb.finish(exit_code=128 + number)
             say(f"stopped by signal {number} after step {step}; continue with --resume")
@@ -285,13 +316,47 @@ class Run:
                 f" last good checkpoint: {good} in {self.dir}"
             )
 
-    def finish(self, result: dict[str, Any], base: dict[str, Any], final: dict[str, Any]) -> None:
-        """Write result.json (last, atomically) and curves.png, log both to W&B, print the summary."""
+    def steps(self):
+        """The numbers of the steps that are left, behind a progress bar."""
+        first, total = self.first_step, self.args.steps
+        self.bar = progress(range(first, total), initial=first, total=total, desc=self.method)
+        return self.bar
+
+    def end_step(self, step: int, metrics, params, opt_state, quads, validation, texts=(), rewards=()) -> None:
+        """What ends every step: a stop if anything is not finite, the validation split when it is due, one line of log,
+        samples four times a run (`texts` and `rewards`, one a prompt), a checkpoint, a stop that was asked for."""
+        args, done, state = self.args, step + 1, (params, opt_state)
+        self.check_finite(metrics, step, [q.meta["task_id"] for q in quads])
+        if args.eval_every and done % args.eval_every == 0:
+            summary = summarize(validation(params["policy"]))
+            metrics |= {f"eval/{k}": summary[k] for k in ("accuracy", "accuracy_revised", "delta_critique")}
+        self.log(metrics, step)
+        shown = [k for k in ("charts/reward", "charts/accuracy") if k in metrics] or ["losses/loss"]
+        self.bar.set_postfix({k.partition("/")[2]: f"{metrics[k]:.3f}" for k in shown})
+        if texts and step % max(1, args.steps // 4) == 0:
+            self.log_samples(quads, texts, rewards, step)
+        if done == args.steps or (args.save_every and done % args.save_every == 0):
+            self.save(done, state)
+        self.stop_if_asked(done, state)
+
+    def finish(self, replay, shapes, base, records, final, clock, trained) -> dict[str, Any]:
+        """The result of a run: result.json (written last, atomically) and curves.png, also sent to W&B, the summary in
+        print, and the checkpoint of `--save_hf`, made of `trained`: (config, policy, tokenizer)."""
+        steps, B, G = self.first_step + clock.steps, self.args.prompts, self.args.group
+        budgets, timings = count_budgets(steps, B, G, shapes, len(records)), clock.summary()
+        result = make_result(self.args, self.method, self.identity, budgets, replay, base, records, final, timings)
+        if leads():
+            self._write(result, base["summary"], final)
+        self.wandb.finish()
+        if leads():
+            print_summary(self.name, self.dir, result, base["summary"], final)
+        if self.args.save_hf:
+            save_hf(self.args.save_hf, *trained, model_source(self.args.model))
+        return result
+
+    def _write(self, result: dict[str, Any], base: dict[str, Any], final: dict[str, Any]) -> None:
         import wandb
 
-        if not leads():
-            self.wandb.finish()
-            return
         plot_curves(self.dir, base, final)
         write_atomic(self.dir / "result.json", json.dumps(result, indent=1))
         self.wandb.summary.update({f"eval/{k}": v for k, v in final.items() if isinstance(v, float)})
@@ -300,8 +365,6 @@ class Run:
         artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "-", self.name)[:120], type="result")
         artifact.add_file(str(self.dir / "result.json"))
         self.wandb.log_artifact(artifact)
-        self.wandb.finish()
-        print_summary(self.name, self.dir, result, base, final)
 
 
 class StepClock:
@@ -332,10 +395,10 @@ class StepClock:
         rate = {"charts/SPS": completions / self.times["step"][-1]} if self.steps > 1 else {}
         return {**parts, **first, **rate}
 
-    def summary(self, run: Run) -> dict[str, float]:
-        """Medians over the steps after the first, the first, and the whole run, in seconds."""
+    def summary(self) -> dict[str, float]:
+        """Medians over the steps after the first, the first, and the whole process, imports included, in seconds."""
         steady = {name: float(np.median(t[1:] or t or [0.0])) for name, t in self.times.items()}
-        return {**steady, "first_step": (self.times["step"] or [0.0])[0], "total": run.seconds()}
+        return {**steady, "first_step": (self.times["step"] or [0.0])[0], "total": time.time() - PROCESS_START}
 
 
 def rollout_metrics(

@@ -6,7 +6,6 @@ import jax.numpy as jnp
 from common.model import Decoder, last_tokens
 
 
-# What: token log-probs without a [B, T, V] array; the sampler. Used by: all trainers. Tested in: tests/test_model.py.
 def token_logp(hidden_MTD, tokens_MT, head_VD, temperature=1.0, chunk: int = 32):
     """log-prob and entropy [M, T] (float32) of tokens_MT under softmax(hidden @ head / temperature).
 

@@ -10,8 +10,6 @@ from fractions import Fraction
 
 from common.basics import InputError
 
-# What: scores of final answers and of single steps, by rules, without eval and without signals (safe in any thread).
-# Used by: teacher, trainers, evaluation. Tested in: tests/test_verifier.py.
 _NUMBER = r"(?>(?:\d{1,3}(?:,\d{3}){1,9}(?!\d)|\d{1,30})(?:\.\d{1,30})?|\.\d{1,30})"  # atomic: all of a number or none
 NUMBER = re.compile(rf"(?<![A-Za-z0-9_^])([-\u2212]?)\s?\$?\s?({_NUMBER})(?:\s?/\s?({_NUMBER}))?+(?!\d|[eE]\d|\^)")
 _LATEX = (  # LaTeX forms a boxed answer takes, rewritten to plain text

@@ -314,8 +314,8 @@ def test_supervised_log_probs_equal_plain_sequences(tokenizer):
     model, encode = Decoder(cfg, nnx.Rngs(0)), tokenizer.encode
     batch = b1.pack_pairs(tokenizer, QUADS, {"P_revise": 128, "T": 48})
     tokens_MT = batch["tokens"].reshape(-1, 48)
-    ((_, hidden),) = model([Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])])
-    logp_MT, _ = token_logp(hidden, tokens_MT, model.head_VD())
+    (states,) = model([Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])])
+    logp_MT, _ = token_logp(states.completions[0], tokens_MT, model.head_VD())
     for q, pair, mask in zip(QUADS, logp_MT.reshape(2, 2, 48), batch["mask"]):
         for y, row, on in zip((q.y1, q.y0), pair, mask):
             expected = sequence_logp(model, encode(revise_prompt(q.x, q.y0, q.f)), [*encode(y), tokenizer.eos_id])
@@ -334,8 +334,8 @@ def test_order_and_padding_of_a_batch_change_no_gradient(tokenizer):
 
         def logp(params):
             model = nnx.merge(graphdef, params)
-            ((_, hidden),) = model([Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])])
-            return token_logp(hidden, tokens_MT, model.head_VD())[0].reshape(mask.shape)
+            (states,) = model([Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])])
+            return token_logp(states.completions[0], tokens_MT, model.head_VD())[0].reshape(mask.shape)
 
         def loss(params):
             sums = (logp(params) * mask).sum(-1), (logp(reference) * mask).sum(-1)
@@ -686,7 +686,7 @@ def test_no_gradient_flows_through_the_edit():
 
 B, T, WIDTH = 3, 6, 5
 TINY = ModelConfig(vocab_size=11, d_model=D, n_layers=1, n_heads=1, n_kv_heads=1, head_dim=4, d_ff=6)
-NAMES = ("align", "decode", "energy")
+NAMES = ("align", "decode", "energy")  # in the order of `cts_losses`
 STEPS = ("y0_steps", "y1_steps")
 
 
@@ -699,16 +699,16 @@ def cts_batch() -> dict[str, np.ndarray]:
         np.float32
     )
     out = {
-        "prompt": tokens(B, WIDTH), "prompt_len": np.array([5, 4, 3], np.int32), "x_prompt": tokens(B, WIDTH),
-        "x_prompt_len": np.array([2, 5, 3], np.int32), "y0": tokens(B, T), "y1": tokens(B, T),
+        "prompt": tokens(B, WIDTH), "prompt_len": np.array([5, 4, 3], np.int32), "attempt_prompt": tokens(B, WIDTH),
+        "attempt_prompt_len": np.array([2, 5, 3], np.int32), "y0": tokens(B, T), "y1": tokens(B, T),
         "y0_steps": of_steps(2, 3, 1), "y1_steps": of_steps(3, 2, 1), "f_tokens": np.zeros((B, 1, WIDTH), np.float32),
-        "wrong_weight": np.array([0.5, 0.5, 0], np.float32), "noise": latent(3, B, 3),
+        "wrong": floats([1, 1, 0])[0], "wrong_weight": floats([0.5, 0.5, 0])[0], "noise": latent(3, B, 3),
     }  # fmt: skip
     out["f_tokens"][:, :, 1:3] = 1
     for name in ("y0", "y1"):
         out[f"{name}_mask"] = (out[f"{name}_steps"].sum(-1) > 0).astype(np.float32)
-    out["overlap"] = floats([0, 1, 0], [1, 0, 0], [0, 0, 0])
-    out["alpha"] = b5.critique_weights(out["overlap"], out["y0_mask"])
+    out["flagged"] = floats([0, 1, 0], [1, 0, 0], [0, 0, 0])
+    out["alpha"] = b5.critique_weights(out["flagged"], out["y0_mask"])
     length = np.array([6, 4, 2])
     out["decode_weight"] = (np.arange(T) < length[:, None]).astype(np.float32) / length.sum()
     return out
@@ -730,9 +730,9 @@ def cts_outputs():
     def losses(params, batch, target):
         decoder, batch = nnx.merge(model_def, params["policy"]), {**batch, **{k: params[k] for k in STEPS}}
         readings = b5.with_replay(Reading(batch["prompt"], batch["prompt_len"], [batch["y0"]]), batch)
-        states, args = (decoder, decoder(readings)), b5.Args(align="l2", target=target)
-        out, _ = b5.cts_losses(states, nnx.merge(critic_def, params["critic"]), batch, args)
-        return jnp.stack([out[name] for name in NAMES])
+        critic, args = nnx.merge(critic_def, params["critic"]), b5.Args(align="l2", target=target)
+        *out, _ = b5.cts_losses(decoder, decoder(readings), critic, batch, args)
+        return jnp.stack(out)
 
     @jax.jit
     def everything(params, batch):
@@ -776,7 +776,7 @@ def test_cts_losses_by_parts():
 
     expected, gamma = dict.fromkeys(NAMES, 0.0), b5.ENERGY_MARGIN
     for b in range(B):
-        n, p, x = batch["prompt_len"][b], batch["prompt"][b], batch["x_prompt_len"][b]
+        n, p, x = batch["prompt_len"][b], batch["prompt"][b], batch["attempt_prompt_len"][b]
         revise = states(p, n, batch["y1"][b])
         for t in range(T):
             logits = revise[n - 1 + t] @ head.T
@@ -785,7 +785,7 @@ def test_cts_losses_by_parts():
         f = point(revise[1:3].mean(0), c.project_f)
         traj = {}
         for name in ("y0", "y1"):
-            emit = states(batch["x_prompt"][b], x, batch[name][b])[x - 1 :]  # the state before a token emits it
+            emit = states(batch["attempt_prompt"][b], x, batch[name][b])[x - 1 :]  # the state before a token emits it
             count = int(batch[f"{name}_mask"][b].sum())
             traj[name] = [point(emit[2 * j : 2 * j + 2].mean(0), c.project) for j in range(count)]
         U_y0 = sum(a * naive_energy(r, f) for a, r in zip(batch["alpha"][b], traj["y0"]))

@@ -129,14 +129,13 @@ def test_every_flag_is_read_and_explained(script):
     common = "".join(path.read_text() for path in ROOT.glob("common/*.py"))
     for field in dataclasses.fields(importlib.import_module(script).Args):
         assert re.search(rf"\bargs\.{field.name}\b", text + common), f"--{field.name} is read nowhere"
-        assert re.search(rf'^    {field.name}: .*\n    """.+"""$', text, re.MULTILINE), (
-            f"--{field.name} has no help text"
-        )
+        help_text = rf'^    {field.name}: .*\n    """.+"""$'
+        assert re.search(help_text, text + common, re.MULTILINE), f"--{field.name} has no help text"
 
 
 def test_size_budgets():
     for script in SCRIPTS:
-        assert len((ROOT / f"{script}.py").read_text().splitlines()) <= 500
+        assert len((ROOT / f"{script}.py").read_text().splitlines()) <= 480
 
 
 @pytest.mark.parametrize("room", sorted(ROOT.glob("common/*.py")), ids=lambda path: path.stem)
