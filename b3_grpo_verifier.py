@@ -127,7 +127,7 @@ def k3_kl(logp_MT, ref_logp_MT, mask_MT, denom):
 
 def main(args: Args) -> dict:
     # ---- checks, data, model --------------------------------------------------------------------------------------
-    cts.check_args(args)
+    cts.check_args(args, clip_low=1)
     # VERIFIER: step-level credit needs steps that can be checked one by one.
     cts.check_step_credit(args.task, args.process_credit)
     cts.open_out_dir(args.out_dir, args.save_hf)

@@ -111,7 +111,7 @@ def k3_kl(logp_MT, ref_logp_MT, mask_MT, denom):
 
 def main(args: Args) -> dict:
     # ---- checks, data, model --------------------------------------------------------------------------------------
-    cts.check_args(args)
+    cts.check_args(args, clip_low=1)
     cts.open_out_dir(args.out_dir, args.save_hf)
     mesh, dtype = cts.make_mesh(args.mesh), cts.pick_dtype(args.dtype)
     n_micro = cts.count_micro_batches(mesh, args.prompts, args.micro_batch)

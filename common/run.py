@@ -109,8 +109,9 @@ def open_out_dir(out_dir: str, save_hf_dir: str | None = None) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def check_args(args, *above_zero: str) -> None:
-    """InputError unless every number is finite and not below 0; those of ABOVE_ZERO and `above_zero` are above it."""
+def check_args(args, *above_zero: str, **at_most: float) -> None:
+    """InputError unless every number is finite and not below 0; those of ABOVE_ZERO and `above_zero` are above it, and
+    those of `at_most` no larger than it says."""
     for flag, value in dataclasses.asdict(args).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
@@ -118,6 +119,8 @@ def check_args(args, *above_zero: str) -> None:
         if not (value > 0 if positive else value >= 0) or math.isinf(value):
             least = "at least 0" if not positive else "at least 1" if isinstance(value, int) else "above 0"
             raise InputError(f"--{flag} {value}: must be {least}")
+        if value > at_most.get(flag, math.inf):
+            raise InputError(f"--{flag} {value}: must be at most {at_most[flag]:g}")
 
 
 def pick_dtype(name: str):
