@@ -6,17 +6,24 @@ pytest tests/test_fingerprint.py
 import dataclasses
 import pathlib
 import shutil
+import sys
+import threading
 
 import numpy as np
 import pytest
-from examples import OTHER, QUAD
+from examples import BAD, OTHER, QUAD, REFERENCE, WRONG, Y1, code_quad
 
 from common import fingerprint as fingerprint_room
+from common import programs as programs_room
 from common import prompts as prompts_room
+from common import sandbox as sandbox_room
+from common.batches import pack_answers
 from common.fingerprint import count_budgets, fingerprint, run_identity, verifier_sha256, weights_sha256
+from common.plans import plan_tests
 from common.programs import CODE_LIMITS
 from common.prompts import templates_sha256
 from common.replay import replay_sha256
+from common.rewards import format_valid, outcome_scores, process_scores, step_rewards, uptake_scores
 
 ROOMS = pathlib.Path(fingerprint_room.__file__).parent
 WEIGHTS = {"blocks": {"q": np.arange(6.0, dtype=np.float32).reshape(2, 3)}, "embed": np.ones(2, np.float32)}
@@ -96,6 +103,50 @@ def test_fingerprint_changes_with_a_rule_of_the_verifier(tmp_path, monkeypatch, 
     before = digest()
     copy_of_the_rooms(tmp_path, monkeypatch, room, old, new)
     assert digest() != before
+
+
+def rooms_called(call) -> set[str]:
+    """The rooms whose functions `call` calls, in whatever thread."""
+    found = set()
+
+    def note(frame, event, arg):
+        path = pathlib.Path(frame.f_code.co_filename)
+        if event == "call" and path.parent == ROOMS:
+            found.add(path.stem)
+
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    return found
+
+
+def score_both_kinds(tokenizer, tokens, lengths) -> None:
+    """Every score that there is, of math answers and of programs; `tokens` are those of Y1 and BAD."""
+    step_rewards(tokenizer, tokens, lengths, [Y1, BAD], [QUAD])
+    for texts, q in (([Y1, BAD], QUAD), ([REFERENCE, WRONG, "def calc(a, b):"], code_quad())):
+        for scores in (outcome_scores, process_scores, uptake_scores):
+            assert scores(texts, [q]).shape == (1, len(texts))
+        assert format_valid(texts[0], q.meta["domain"])
+
+
+def test_every_room_that_a_score_passes_through_is_in_the_verifier(tmp_path, monkeypatch, byte_tokenizer, confined):
+    """With nothing kept from before: no verdict, no plan, no server. A room that scores call and the digest does not
+    read would be a rule that could change unseen. (The server itself is another process, and above.)"""
+    monkeypatch.setattr(programs_room, "_VERDICTS", {})
+    monkeypatch.setattr(sandbox_room, "_sandboxes", {})
+    plan_tests.cache_clear()
+    packed = pack_answers(byte_tokenizer, [Y1, BAD], 32)
+    called = rooms_called(lambda: score_both_kinds(byte_tokenizer, *packed))
+    sandbox_room.close_sandboxes()
+    assert {"rewards", "verifier", "programs", "plans", "sandbox", "tokenizer", "hosts"} <= called
+    before = verifier_sha256()
+    for room in sorted(called):
+        copy_of_the_rooms(tmp_path / room, monkeypatch, room, "def ", "def  ")
+        assert verifier_sha256() != before, f"{room} scores, and its source is not in the digest"
 
 
 def test_fingerprint_changes_with_the_limits_of_programs(monkeypatch):
