@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from examples import GOLDEN, IDS, edit, load_tokenizer, qwen, refused
+from examples import GOLDEN, IDS, ROOT, edit, load_tokenizer, qwen, refused
 from flax import nnx
 
 from common.batches import right_pad
@@ -27,7 +27,6 @@ from common.hosts import make_mesh
 from common.model import Decoder, ModelConfig, Reading, last_tokens, leaf_names
 from common.tokenizer import train_tokenizer
 
-ROOT = pathlib.Path(__file__).parents[1]
 MODELS = ("qwen2", "qwen3", "qwen3_tied", "llama3", "smollm2")
 LIMIT = 2e-4  # of logits against transformers, both in float32
 NANO = ModelConfig(vocab_size=280, d_model=12, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=10)

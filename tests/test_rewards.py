@@ -4,11 +4,10 @@ pytest tests/test_rewards.py
 """
 
 import math
-import pathlib
 
 import numpy as np
 import pytest
-from examples import BAD, OTHER, QUAD, REFERENCE, WRONG, Y1, code_quad, fenced
+from examples import BAD, OTHER, QUAD, REFERENCE, ROOT, WRONG, Y1, code_quad, fenced
 
 import b2_grpo
 from common.basics import InputError
@@ -142,9 +141,6 @@ def test_a_harness_error_is_no_score(broken_harness):
 def test_a_harness_that_runs_nothing_stops_the_run(broken_harness):
     with pytest.raises(InputError, match="none of 8 programs could be run: no fork"):
         outcome_scores([f"broken = {i}" for i in range(8)], [code_quad()])
-
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_unscored_samples_are_masked():

@@ -12,15 +12,13 @@ import sys
 import time
 
 import pytest
-from examples import VALUE
+from examples import ROOT, VALUE
 from processes import children, survivors
 
 from common import sandbox, sandbox_server
 from common.basics import InputError
 from common.programs import run_program, run_programs
 from common.sandbox import Job, Sandbox, check_sandbox, close_sandboxes
-
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 def test_a_killed_caller_takes_all_with_it(box):
