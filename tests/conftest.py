@@ -1,9 +1,102 @@
 """Quick compilation in all tests, subprocesses too: their programs run for a second, LLVM's slow passes take longer.
-And no test asks the network."""
+And no test asks the network. Then the fixtures that several test files share."""
+# ruff: noqa: E402 (JAX reads the flags when it is imported)
 
 import os
+import pathlib
+import shutil
 
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 os.environ["HF_HUB_OFFLINE"] = "1"
 collect_ignore_glob = ["golden/*"]  # scripts that need transformers or TRL, in an environment of their own
+
+import pytest
+from examples import GOLDEN, PROBLEM, TEXTS
+
+from common import programs, sandbox
+from common.basics import InputError
+from common.fixtures import fixtures_code
+from common.making import perturb_programs
+from common.programs import Verdict
+from common.replay import Quadruple
+from common.sandbox import Sandbox, check_sandbox
+from common.tokenizer import Tokenizer, train_tokenizer
+
+
+# ---- tokenizers and checkpoints -------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    """Trained on TEXTS."""
+    return train_tokenizer(TEXTS * 3, 330)
+
+
+@pytest.fixture(scope="session")
+def byte_tokenizer() -> Tokenizer:
+    """One token a byte, so that positions can be counted by hand."""
+    return train_tokenizer(["x"], 258)
+
+
+@pytest.fixture
+def golden_copy(tmp_path):
+    """A function that copies a golden checkpoint to a folder that the test may spoil."""
+
+    def make(name: str) -> pathlib.Path:
+        return pathlib.Path(shutil.copytree(GOLDEN / name, tmp_path / name))
+
+    return make
+
+
+# ---- programs -------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def confined():
+    """Where a machine can confine nothing, no program of these tests runs."""
+    try:
+        check_sandbox()
+    except InputError as e:
+        pytest.skip(str(e))
+
+
+@pytest.fixture(
+    scope="module", params=["namespaces", pytest.param("namespaces-user", marks=pytest.mark.slow), "landlock"]
+)
+def boxes(request):
+    """{purpose: sandbox}, started once per file and kind; further ones start as they are asked for."""
+    try:
+        started = {"programs": Sandbox(request.param)}
+    except InputError as e:
+        pytest.skip(str(e))
+    yield started
+    for box in started.values():
+        box.close()
+
+
+@pytest.fixture
+def box(boxes, monkeypatch, confined):
+    """Programs run in this kind of sandbox while a test asks for it."""
+    first = boxes["programs"]
+    monkeypatch.setattr(sandbox, "_sandboxes", boxes)
+    return first
+
+
+@pytest.fixture
+def broken_harness(monkeypatch, confined):
+    """A sandbox in which every program that holds the word `broken` gives a harness error."""
+    run, ran = programs.run_programs, []
+
+    def run_programs(jobs, **limits):
+        ran.append([program for program, _ in jobs])
+        verdicts = run([job for job in jobs if "broken" not in job[0]], **limits)
+        good = iter(verdicts)
+        return [bad(len(tests)) if "broken" in program else next(good) for program, tests in jobs]
+
+    bad = lambda total: Verdict(outcome="harness_error", passed=0, total=total, detail="no fork")
+    monkeypatch.setattr(programs, "run_programs", run_programs)
+    monkeypatch.setattr(programs, "_VERDICTS", {})
+    return ran
+
+
+@pytest.fixture(scope="session")
+def made(confined) -> list[Quadruple]:
+    """Forty generated problems and one by hand, each with a mutant of its reference."""
+    return perturb_programs([*fixtures_code(size=40), PROBLEM])

@@ -11,8 +11,6 @@ import pytest
 import tiny
 
 import teacher
-from common.basics import InputError
-from common.hosts import by_host, start_hosts
 from common.report import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -128,15 +126,3 @@ def test_a_checkpoint_moves_to_another_mesh(space, one):
     finish(launch(space, "moved", 8, stop_on=0, mesh="4,2"), code=128 + 15)
     finish(launch(space, "moved", 1, resume=True))
     assert_same(space, one, "moved")
-
-
-def test_hosts_flag_is_checked():
-    with pytest.raises(InputError, match="--hosts here: expected auto or ADDRESS:PORT,COUNT,INDEX"):
-        start_hosts("here")
-
-
-def test_by_host_scores_every_text_once():
-    calls = []
-    score = lambda texts, quads: calls.extend(zip(texts, quads)) or [float(text) for text in texts]
-    assert by_host(score, ["1", "2", "3", "4"], ["a", "b"]).tolist() == [[1, 2], [3, 4]]
-    assert calls == [("1", "a"), ("2", "a"), ("3", "b"), ("4", "b")]

@@ -1,8 +1,11 @@
 """docs/methods.md says what the scripts say: its diffs, its line numbers, its metrics; the table of results."""
 
+import ast
 import importlib.util
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -69,3 +72,78 @@ def test_table_of_results():
 def test_no_table_of_runs_that_are_not_comparable():
     with pytest.raises(ValueError, match="b3_grpo_verifier seed 2 differs in optimizer_steps"):
         results_table.table([result("b2_grpo", 0, 0.2), result("b3_grpo_verifier", 2, 0.3, optimizer_steps=60)])
+
+
+# ---- the rooms and their map ----------------------------------------------------------------------------------------
+ROOMS = {path.stem: path for path in sorted(ROOT.glob("common/*.py")) if path.stem != "__init__"}
+MAP = re.findall(r"^# (?!ruff)(\w+): \S.*$", (ROOT / "cts_common.py").read_text(), re.MULTILINE)
+CROSS = ("devices", "docs", "methods", "scripts")  # tests of the scripts, of whole runs and of the pages
+WITHOUT_JAX = (
+    "basics", "prompts", "verifier", "sandbox_server", "plans", "sandbox", "programs", "replay", "critique", "fixtures",
+    "tasks", "tokenizer", "mistakes", "mutants",
+)  # fmt: skip
+
+
+def rooms_imported(text: str) -> set[str]:
+    """The rooms that a source file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and node.module == "common":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("common."):
+            found.add(node.module.removeprefix("common."))
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("common.") for alias in node.names if alias.name.startswith("common.")}
+    return found
+
+
+def test_every_room_has_its_line_in_the_map_and_its_test_file():
+    """And every test file its room, apart from the four that look at scripts, whole runs and pages."""
+    assert sorted(MAP) == sorted(ROOMS)
+    tests = {path.stem.removeprefix("test_") for path in ROOT.glob("tests/test_*.py")}
+    assert tests - set(CROSS) == set(ROOMS) and set(CROSS) <= tests
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_the_test_file_of_a_room_imports_it_and_says_how_it_is_run(room):
+    text = (ROOT / "tests" / f"test_{room}.py").read_text()
+    assert room in rooms_imported(text) or (room == "making" and "teacher.main(" in text)
+    assert ast.get_docstring(ast.parse(text)).splitlines()[-1] == f"pytest tests/test_{room}.py"
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_imports_only_rooms_above_it(room):
+    """So there is no import cycle, and the map can be read from top to bottom."""
+    above = MAP[: MAP.index(room)]
+    assert rooms_imported(ROOMS[room].read_text()) <= {*above}
+
+
+def test_half_of_the_rooms_need_no_jax():
+    """They are imported in a process that refuses JAX and what is built on it; so are the rooms that they import."""
+    program = (
+        "import builtins, importlib, sys\n"
+        "real = builtins.__import__\n"
+        "def without_jax(name, *rest, **more):\n"
+        "    if name.split('.')[0] in ('jax', 'jaxlib', 'flax', 'optax', 'orbax'):\n"
+        "        raise ModuleNotFoundError(f'{name} is refused')\n"
+        "    return real(name, *rest, **more)\n"
+        "builtins.__import__ = without_jax\n"
+        "for room in sys.argv[1:]:\n"
+        "    importlib.import_module(f'common.{room}')\n"
+    )
+    run = lambda *rooms: subprocess.run(
+        [sys.executable, "-c", program, *rooms], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    done = run(*WITHOUT_JAX)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 2 * len(WITHOUT_JAX) >= len(ROOMS)
+    assert "jax is refused" in run("model").stderr  # the refusal works
+
+
+def test_size_budgets_of_the_files():
+    lines = lambda path: len(path.read_text().splitlines())
+    paths = [path for folder in ("", "common/", "docs/", "benchmarks/") for path in ROOT.glob(f"{folder}*.py")]
+    sizes = {str(path.relative_to(ROOT)): lines(path) for path in paths}
+    limits = {name: 430 if name.startswith("common/") else 750 for name in sizes}
+    limits |= {"cts_common.py": 150, "common/sandbox_server.py": 750}
+    assert {name: size for name, size in sizes.items() if size > limits[name]} == {}

@@ -1,17 +1,14 @@
 """Advantages, losses and the pieces of CTS: worked examples, numbers computed by hand, naive oracles in NumPy."""
 
-import contextlib
-import dataclasses
 import functools
 import math
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from examples import floats
 from flax import nnx
-from scipy.optimize import linear_sum_assignment
 
 import b0_sft as b0
 import b1_dpo as b1
@@ -19,9 +16,6 @@ import b2_grpo as b2
 import b3_grpo_verifier as b3
 import b4_grpo_critique as b4
 import b5_cts as b5
-from common.basics import InputError
-from common.critique import ORDINALS, redact, with_attempt, write_critique
-from common.distances import l2_distance, pool_steps, sinkhorn_distance, soft_dtw, soft_dtw_distance
 from common.model import Decoder, ModelConfig, Reading
 from common.prompts import revise_prompt
 from common.replay import Quadruple
@@ -31,10 +25,6 @@ from common.tokenizer import train_tokenizer
 SCRIPTS = pytest.mark.parametrize("script", [b2, b3, b4, b5])
 PROCESS = pytest.mark.parametrize("script", [b3, b5])
 LOG = math.log
-
-
-def floats(*rows):
-    return np.array(rows, np.float32)
 
 
 # ---- advantages ---------------------------------------------------------------------------------------------------
@@ -349,19 +339,6 @@ def test_order_and_padding_of_a_batch_change_no_gradient(tokenizer):
 
 
 # ---- CTS: steps and weights ---------------------------------------------------------------------------------------
-def test_pool_steps():
-    out = pool_steps(jnp.array([[[1.0], [3.0], [5.0]]]), floats([[1, 1, 0], [0, 0, 1], [0, 0, 0]]))
-    np.testing.assert_array_equal(out, [[[2], [5], [0]]])
-    rng = np.random.default_rng(3)
-    hidden, step = rng.standard_normal((2, 6, 4)), (rng.random((2, 3, 6)) < 0.5).astype(np.float32)
-    out = pool_steps(jnp.asarray(hidden, jnp.bfloat16), step)
-    assert out.dtype == jnp.float32
-    for b in range(2):
-        for j in range(3):
-            rows = hidden[b][step[b, j] == 1]
-            np.testing.assert_allclose(out[b, j], rows.mean(0) if len(rows) else np.zeros(4), atol=0.02)
-
-
 @pytest.mark.parametrize(
     ("overlap", "mask", "expected"),
     [
@@ -399,191 +376,6 @@ def test_with_time():
     np.testing.assert_allclose(out[:3, 4], b5.TIME_WEIGHT * np.array([1 / 3, 2 / 3, 1]), rtol=1e-6)
     np.testing.assert_allclose(b5.with_time(jnp.ones((3, 4)), jnp.ones(3)), out[:3], rtol=1e-6)
     assert np.isfinite(b5.with_time(jnp.ones((2, 4)), jnp.zeros(2))).all()
-
-
-# ---- CTS: distances -----------------------------------------------------------------------------------------------
-J, R = 6, 3
-DISTANCES = {"sinkhorn": sinkhorn_distance, "soft_dtw": soft_dtw_distance, "l2": l2_distance}
-
-
-@functools.cache
-def distance_and_gradient(name: str, **options):
-    fn = functools.partial(DISTANCES[name], **options)
-    return jax.jit(jax.value_and_grad(lambda *a: fn(*a)[0]))
-
-
-def unit_points(seed: int, n: int = J) -> np.ndarray:
-    x = np.random.default_rng(seed).standard_normal((n, R))
-    return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-
-
-def steps(n: int, width: int = J) -> np.ndarray:
-    return (np.arange(width) < n).astype(np.float32)
-
-
-def garbage(points: np.ndarray, n: int, seed: int) -> np.ndarray:
-    """The same points with large random numbers from row n on."""
-    out = points.copy()
-    out[n:] = 30 * np.random.default_rng((5, seed)).standard_normal(out[n:].shape)
-    return out
-
-
-@pytest.mark.parametrize("name", DISTANCES)
-def test_padding_does_not_change_a_distance(name):
-    """Value and gradient with garbage in the pads = those of the bare points, and no gradient on the pads."""
-    a, b, n, m = unit_points(0), unit_points(1), 4, 3
-    run = distance_and_gradient(name)
-    shared = min(n, m) if name == "l2" else None  # l2 takes arrays of one length
-    bare_value, bare_grad = run(a[: shared or n], b[: shared or m], steps(n, shared or n), steps(m, shared or m))
-    for seed in range(3):
-        value, grad = run(garbage(a, n, seed), garbage(b, m, seed + 9), steps(n), steps(m))
-        assert value == pytest.approx(float(bare_value), abs=1e-5) and value > 0.05
-        np.testing.assert_allclose(grad[: len(bare_grad)], bare_grad, atol=1e-4)
-        np.testing.assert_array_equal(grad[n:], 0)
-    assert np.abs(bare_grad).max() > 0.01
-
-
-@pytest.mark.parametrize("name", DISTANCES)
-@pytest.mark.parametrize(("n", "m"), [(0, 0), (0, 3), (3, 0)])
-def test_empty_rows_are_zero_and_finite(name, n, m):
-    value, grad = distance_and_gradient(name)(
-        garbage(unit_points(0), n, 0), garbage(unit_points(1), m, 1), steps(n), steps(m)
-    )
-    assert value == 0
-    np.testing.assert_array_equal(grad, 0)
-
-
-@pytest.mark.parametrize("name", DISTANCES)
-def test_self_distance_is_zero(name):
-    """Debiased: a sequence is at distance 0 from itself, where the gradient is 0 too."""
-    a = unit_points(0)
-    value, grad = distance_and_gradient(name)(garbage(a, 4, 0), garbage(a, 4, 1), steps(4), steps(4))
-    assert value == pytest.approx(0, abs=1e-3)
-    np.testing.assert_allclose(grad[:4], 0, atol=2e-3)
-
-
-@pytest.mark.parametrize("name", DISTANCES)
-def test_distance_is_symmetric(name):
-    run, a, b = distance_and_gradient(name), unit_points(0), unit_points(1)
-    there, back = run(a, b, steps(5), steps(3))[0], run(b, a, steps(3), steps(5))[0]
-    assert there == pytest.approx(float(back), abs=2e-3)
-
-
-def test_sinkhorn_equals_assignment_at_small_epsilon():
-    """Equal-size sets, half of the array padding: the optimal transport cost is that of the best matching."""
-    run = distance_and_gradient("sinkhorn", epsilon=0.02)
-    for seed in range(4):
-        n = 3 + seed
-        a, b = garbage(unit_points(seed), n, 0), garbage(unit_points(seed + 20), n, 1)
-        cost = ((a[:n, None] - b[None, :n]) ** 2).sum(-1)
-        best = cost[linear_sum_assignment(cost)].mean()
-        value, grad = run(a, b, steps(n), steps(n))
-        assert value == pytest.approx(best, rel=0.01)
-        # Danskin: each point is pulled straight to its partner
-        partner = b[linear_sum_assignment(cost)[1]]
-        np.testing.assert_allclose(grad[:n], 2 * (a[:n] - partner) / n, atol=0.05)
-
-
-def test_sinkhorn_gradient_equals_finite_differences():
-    run, a, b = distance_and_gradient("sinkhorn"), unit_points(0), unit_points(1)
-    along = np.random.default_rng(6).standard_normal(a.shape).astype(np.float32)
-    _, grad = run(a, b, steps(5), steps(4))
-    up, down = (run(a + h * along, b, steps(5), steps(4))[0] for h in (0.02, -0.02))
-    assert float((grad * along).sum()) == pytest.approx(float(up - down) / 0.04, rel=0.05, abs=0.01)
-
-
-def test_sinkhorn_says_whether_it_converged():
-    run = jax.jit(lambda *a: sinkhorn_distance(*a)[1])
-    assert run(unit_points(0), unit_points(1), steps(5), steps(4)) == 1
-    assert run(30 * unit_points(0), 30 * unit_points(1), steps(5), steps(4)) == 0
-
-
-def test_unbalanced_sinkhorn_forgives_an_outlier():
-    """tau below 1 lets mass stay at home: a far outlier costs less than in balanced transport."""
-    a, b = unit_points(0), unit_points(0)
-    b[0] += 2
-    balanced = distance_and_gradient("sinkhorn")(a, b, steps(6), steps(6))[0]
-    relaxed = distance_and_gradient("sinkhorn", tau=0.9)(a, b, steps(6), steps(6))[0]
-    assert 0 < relaxed < 0.8 * balanced
-
-
-def naive_soft_dtw(cost: np.ndarray, gamma: float) -> float:
-    """The textbook double loop in float64; the sums run inside the soft minimum."""
-    n, m = cost.shape
-    table = np.full((n + 1, m + 1), np.inf)
-    table[0, 0] = 0
-    for i in range(1, n + 1):
-        for j in range(1, m + 1):
-            before = [v for v in (table[i - 1, j], table[i, j - 1], table[i - 1, j - 1]) if v < np.inf]
-            low = min(before)
-            table[i, j] = cost[i - 1, j - 1] + low - gamma * LOG(sum(math.exp((low - v) / gamma) for v in before))
-    return float(table[n, m])
-
-
-@functools.cache
-def soft_dtw_rows():
-    one = jax.value_and_grad(lambda cost, n, m, gamma: soft_dtw(cost, n, m, gamma))
-    return jax.jit(jax.vmap(one, (0, 0, 0, None)))
-
-
-@pytest.mark.parametrize("gamma", [0.01, 0.1])
-def test_soft_dtw_equals_naive(gamma):
-    """All lengths 1..5 x 1..5 in one padded 6 x 7 matrix with garbage in the pads; gradient by finite differences."""
-    rng = np.random.default_rng(7)
-    sizes = np.array([(n, m) for n in range(1, 6) for m in range(1, 6)])
-    costs = rng.uniform(-100, 100, size=(25, 6, 7)).astype(np.float32)
-    for cost, (n, m) in zip(costs, sizes):
-        cost[:n, :m] = rng.uniform(0, 2, size=(n, m))
-    values, grads = soft_dtw_rows()(costs, *sizes.T, gamma)
-    assert np.isfinite(grads).all()
-    for cost, (n, m), value, grad in zip(costs, sizes, values, grads):
-        real, h = cost[:n, :m].astype(float), 1e-6
-        assert value == pytest.approx(naive_soft_dtw(real, gamma), abs=1e-4)
-        expected = np.zeros((6, 7))
-        for i, j in np.ndindex(n, m):
-            up, down = real.copy(), real.copy()
-            up[i, j], down[i, j] = up[i, j] + h, down[i, j] - h
-            expected[i, j] = (naive_soft_dtw(up, gamma) - naive_soft_dtw(down, gamma)) / (2 * h)
-        np.testing.assert_allclose(grad[:n, :m], expected[:n, :m], atol=1e-3)
-        np.testing.assert_array_equal(np.where(expected == 0, 0, grad), grad * (expected != 0))
-        assert not grad[n:].any() and not grad[:, m:].any()
-
-
-def test_soft_dtw_distance_by_naive_parts():
-    """(sdtw(a, b) - sdtw(a, a) / 2 - sdtw(b, b) / 2) / (n + m) on squared distances."""
-    a, b, n, m = unit_points(0), unit_points(1), 4, 3
-    sdtw = lambda x, y: naive_soft_dtw(((x[:, None] - y[None]) ** 2).sum(-1).astype(float), 0.1)
-    x, y = a[:n], b[:m]
-    expected = (sdtw(x, y) - 0.5 * sdtw(x, x) - 0.5 * sdtw(y, y)) / (n + m)
-    assert distance_and_gradient("soft_dtw")(a, b, steps(n), steps(m))[0] == pytest.approx(expected, abs=1e-5)
-
-
-def test_l2_distance_by_hand():
-    """Steps 0 and 1 are in both: (25 + 1) / 2."""
-    a, b = floats([0, 0], [1, 0], [9, 9]), floats([3, 4], [1, 1], [0, 0])
-    assert l2_distance(a, b, floats(1, 1, 1), floats(1, 1, 0))[0] == 13
-
-
-@pytest.mark.parametrize("name", DISTANCES)
-def test_descent_on_the_distance_brings_trajectories_together(name):
-    """Thirty steps of gradient descent on a trajectory, with the time channel: it ends near the target.
-
-    For Sinkhorn in any order: the time channel weighs less than the points.
-    """
-    target, start, mask = unit_points(1, 4) * R**0.5, unit_points(0, 4) * R**0.5, jnp.ones(4)
-    loss = lambda x: DISTANCES[name](b5.with_time(x, mask), b5.with_time(target, mask), mask, mask)[0]
-    run = jax.jit(jax.value_and_grad(loss))
-    x, first = start, run(start)[0]
-    for _ in range(30):
-        x = x - (2.5 if name == "soft_dtw" else 3.0) * run(x)[1]
-    last = run(x)[0]
-
-    def apart(x):
-        cost = ((np.asarray(x)[:, None] - target[None]) ** 2).sum(-1)
-        return cost[linear_sum_assignment(cost)].mean() if name == "sinkhorn" else np.diag(cost).mean()
-
-    assert last < 0.2 * first
-    assert apart(x) < 0.2 * apart(start)
 
 
 # ---- CTS: critic, energy edit, losses -----------------------------------------------------------------------------
@@ -805,57 +597,3 @@ def test_random_target_is_as_far_as_the_edit():
     edit, noise, ref = (cts_outputs()[0][target]["align"] for target in ("energy", "random", "ref_only"))
     assert edit == pytest.approx(noise, rel=1e-4)
     assert abs(edit - 0.5 * ref) > 1e-5
-
-
-# ---- CTS: critiques of the control arms and of A6 -----------------------------------------------------------------
-def test_redact_leaves_no_number_and_no_step():
-    critiques = [
-        write_critique(i, flaw) for i in range(14) for flaw in ("1,234.50 + 7/8 is not -3", "it is 5% off")
-    ]
-    for f in [*critiques, "First, 3 x 4 is 12. The second and the Third step follow.", "12"]:
-        out = redact(f)
-        assert not re.search(r"\d", out)
-        assert not re.search(rf"\b({'|'.join(ORDINALS)})\b", out, re.IGNORECASE), out
-        assert out != f and redact(out) == out
-    assert redact("The step leaves out the rent.") == "The step leaves out the rent."
-    assert len({redact(write_critique(i, "it is off")) for i in range(14)}) == 1  # the step is not told apart
-
-
-Y1 = "Buys <<2+3=5>>5 pens.\nGives <<5-1=4>>4 away.\n#### 4"
-WRONG = "Buys <<2+3=6>>6 pens.\nGives <<6-1=5>>5 away.\n#### 5"
-QUAD = Quadruple(
-    "How many pens?", "old", "old f", Y1, {"answer": "4", "error_span": [0, 3], "y0_correct": True, "k": 1}
-)
-
-
-def test_with_attempt():
-    """Only y0, f, and what follows from them change; the span is that of the wrong line."""
-    before = dataclasses.asdict(QUAD)
-    out = with_attempt(QUAD, WRONG, lambda prompt: True)
-    assert (out.x, out.y0, out.y1) == (QUAD.x, WRONG, Y1)
-    assert out.f == "The first step is wrong: 2+3 is not 6."
-    assert out.meta == {"answer": "4", "error_span": [0, WRONG.index("\n")], "y0_correct": False, "k": 1}
-    right = with_attempt(QUAD, Y1, lambda prompt: True)
-    assert right.f == "No step is found wrong." and right.meta["y0_correct"] and right.meta["error_span"] is None
-    assert dataclasses.asdict(QUAD) == before
-
-
-def test_with_attempt_cuts_what_does_not_fit():
-    limit = len(revise_prompt(QUAD.x, WRONG, "The first step is wrong: 2+3 is not 6.")) - 10
-    out = with_attempt(QUAD, WRONG, lambda prompt: len(prompt) <= limit)
-    assert 0 < len(out.y0) < len(WRONG) and WRONG.startswith(out.y0)
-    assert len(revise_prompt(out.x, out.y0, out.f)) <= limit
-    assert out.f == "The first step is wrong: 2+3 is not 6." and out.meta["error_span"] == [0, WRONG.index("\n")]
-
-
-def test_with_attempt_ends_where_nothing_fits():
-    """With no room even for an empty attempt it must not cut for ever."""
-    calls = []
-
-    def fits(prompt):
-        calls.append(prompt)
-        if len(calls) > 1000:
-            pytest.fail("cuts for ever")
-
-    with contextlib.suppress(InputError):
-        with_attempt(QUAD, WRONG, fits)

@@ -1,9 +1,13 @@
-"""The math verifier against values worked out by hand."""
+"""The math verifier against values worked out by hand.
+
+pytest tests/test_verifier.py
+"""
 
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import pytest
+from examples import ATTEMPTS, FINAL, FIRST, SECOND, SOLUTION, THIRD
 
 from common.basics import InputError
 from common.critique import check_critique
@@ -19,14 +23,6 @@ from common.verifier import (
     split_steps,
     uptake,
 )
-
-REFERENCE = (
-    "Tom has 48/2 = <<48/2=24>>24 blue pens.\n"
-    "He has <<48+24=72>>72 pens in all.\n"
-    "He keeps <<72-15=57>>57 pens.\n"
-    "#### 57"
-)
-FIRST, SECOND, THIRD, FINAL = REFERENCE.split("\n")
 
 # completion, strict, lenient, format-valid; the reference answer is 1000
 TABLE = [
@@ -250,31 +246,10 @@ def test_rounding_knows_trailing_zeros():
     assert first_wrong_step("\n".join(lines), reference) == 0
 
 
-ATTEMPTS = {  # kind: (attempt, first wrong step)
-    "local arithmetic": ((FIRST, "He has <<48+24=74>>74.", "He keeps <<74-15=59>>59.", "#### 59"), 1),
-    "local arithmetic, right answer": ((FIRST, "He has <<48+24=74>>74.", THIRD, FINAL), 1),
-    "plain equation": (("He has 48 / 2 = 26 blue pens.", "#### 57"), 0),
-    "missing case": ((FIRST, "He keeps <<24-15=9>>9.", "#### 9"), 1),
-    "invalid assumption": ((FIRST, SECOND, "He keeps <<72-10=62>>62.", "#### 62"), 2),
-    "wrong decomposition": (("He has <<48*2=96>>96.", "In all <<48+96=144>>144.", "<<144-15=129>>129", "#### 129"), 0),
-    "tool misuse": ((FIRST, "He has <<48-24=72>>72.", THIRD, FINAL), 1),
-    "state tracking": ((FIRST, SECOND, "He keeps <<48-15=33>>33.", "#### 33"), 2),
-    "value used twice": ((FIRST, "Again <<12+12=24>>24.", "#### 24"), 1),
-    "wrong final only": ((FIRST, SECOND, THIRD, "#### 72"), 3),
-    "two finals": ((FIRST, SECOND, THIRD, FINAL, "#### 58"), 4),
-    "two finals, the right one last": ((FIRST, SECOND, THIRD, "#### 58", FINAL), 3),
-    "two finals in one line": ((FIRST, SECOND, THIRD, "#### 58 or 57"), 3),
-    "style only": (("Half of 48: <<48/2=24>>24!", "Sum: 48 + 24 = 72", "So <<72-15=57>>57.", "#### $57.00"), None),
-    "another right path": (("<<48*3/2=72>>72 in all.", "<<70-15=55>>55.", "<<55+2=57>>57.", FINAL), None),
-    "stops early": ((FIRST, SECOND), None),
-    "the reference": ((FIRST, SECOND, THIRD, FINAL), None),
-}
-
-
 @pytest.mark.parametrize(("lines", "wrong"), ATTEMPTS.values(), ids=ATTEMPTS.keys())
 def test_first_wrong_step(lines, wrong):
     """Each kind of error is found at its place; right work is not accused."""
-    assert first_wrong_step("\n".join(lines), REFERENCE) == wrong
+    assert first_wrong_step("\n".join(lines), SOLUTION) == wrong
 
 
 @pytest.mark.parametrize(
@@ -296,17 +271,17 @@ def test_first_wrong_step(lines, wrong):
 )
 def test_process_score(lines, score):
     """The share of steps that hold before the first that does not, by hand."""
-    assert process_score("\n".join(lines), REFERENCE) == pytest.approx(score)
+    assert process_score("\n".join(lines), SOLUTION) == pytest.approx(score)
 
 
 @pytest.mark.parametrize("filler", ["Let me think.", "I add 1 and 1.", "2 is 2"])
 def test_prose_does_not_pay(filler):
     """Lines in which nothing can be checked earn nothing, neither alone nor before wrong work."""
     wrong = [FIRST, "He has <<48+24=74>>74.", "#### 74"]
-    assert process_score("\n".join([filler] * 4), REFERENCE) == 0
+    assert process_score("\n".join([filler] * 4), SOLUTION) == 0
     bare, padded = (
-        process_score("\n".join(wrong), REFERENCE),
-        process_score("\n".join([filler] * 20 + wrong), REFERENCE),
+        process_score("\n".join(wrong), SOLUTION),
+        process_score("\n".join([filler] * 20 + wrong), SOLUTION),
     )
     assert padded <= bare == pytest.approx(1 / 4)
 
@@ -315,32 +290,7 @@ def test_hedging_in_one_line_is_not_a_held_step():
     """What the outcome score refuses, the process score does not pay in full."""
     hedge = "\n".join([FIRST, SECOND, THIRD, "#### 58 or 57"])
     assert score_math(hedge, "57") == 0
-    assert process_score(hedge, REFERENCE) == pytest.approx(3 / 4)
-
-
-@pytest.mark.parametrize(
-    ("kind", "critique"),
-    [
-        ("local arithmetic", "The second step is wrong: 48+24 is not 74."),
-        ("missing case", "The second step is wrong: it leaves the way to the answer."),
-        ("wrong decomposition", "The first step is wrong: it leaves the way to the answer."),
-        ("wrong final only", "The fourth step is wrong: it leaves the way to the answer."),
-    ],
-)
-def test_check_critique(kind, critique):
-    """The sentence, and the span of exactly the step it names."""
-    lines, wrong = ATTEMPTS[kind]
-    y0 = "\n".join(lines)
-    f, (start, end) = check_critique(y0, REFERENCE)
-    assert f == critique
-    assert y0[start:end] == lines[wrong]
-
-
-def test_check_critique_of_right_work_and_of_leaks():
-    """Nothing wrong: no span. A critique that would state the final answer is put without numbers."""
-    assert check_critique(REFERENCE, REFERENCE) == ("No step is found wrong.", None)
-    f, span = check_critique("<<57+2=58>>58\n#### 58", REFERENCE)
-    assert (f, span) == ("The first step is wrong: its result is off.", [0, 13])
+    assert process_score(hedge, SOLUTION) == pytest.approx(3 / 4)
 
 
 def test_show_is_read_back():
@@ -381,8 +331,8 @@ HOSTILE = {
 def test_hostile_text_is_scored_in_reasonable_time(text):
     """Ten thousand characters made to trip the patterns come back with a score (a bad pattern would take for ever)."""
     assert score_math(text, "57", lenient=True) == 0
-    assert 0 <= process_score(text, REFERENCE) < 1
-    assert isinstance(check_critique(text, REFERENCE)[0], str)
+    assert 0 <= process_score(text, SOLUTION) < 1
+    assert isinstance(check_critique(text, SOLUTION)[0], str)
 
 
 # ---- uptake ---------------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
-"""Golden logits and token ids of `transformers` on tiny random checkpoints, for tests/test_hf.py.
+"""Golden logits and token ids of `transformers` on tiny random checkpoints, for
+tests/test_checkpoints.py and tests/test_chat.py.
 
     python tests/golden/make_golden.py                # rewrites the checkpoints and golden files of this folder
 

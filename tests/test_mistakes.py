@@ -1,20 +1,20 @@
-"""teacher.py: what the perturb teacher writes, against attempts worked out by hand and by properties of many."""
+"""A right solution made wrong: attempts worked out by hand, and properties of many.
 
-import dataclasses
+pytest tests/test_mistakes.py
+"""
+
 import json
 import random
 from fractions import Fraction
 
 import pytest
+from examples import problem_of
 
-import teacher
-from common.basics import InputError
 from common.critique import ORDINALS
 from common.fixtures import fixtures_math
-from common.making import edit_distance, load_replay, perturb
+from common.making import perturb
 from common.mistakes import TAG_OF_KIND, UnfitError, attempts, choices, corrupt, numerals, text_agrees
 from common.replay import Problem, Quadruple, parse_quadruple, replay_report
-from common.tasks import TASKS
 from common.verifier import (
     ANNOTATION,
     equation_holds,
@@ -49,10 +49,6 @@ PENS = Problem(
     "57",
     None,
 )
-
-
-def problem_of(x: str, *lines: str) -> Problem:
-    return Problem("own/x", x, "\n".join(lines), lines[-1].removeprefix("#### "), None)
 
 
 def own_problems() -> list[Problem]:
@@ -286,80 +282,3 @@ def test_a_step_that_names_its_operation_keeps_its_operator():
         corrupt(problem, "wrong_operator", 0, (0, "-"))
     plain = problem_of("6 and 4 cats. All?", "Cats: <<6+4=10>>10.", "With 5 dogs: <<10+5=15>>15.", "#### 15")
     assert corrupt(plain, "wrong_operator", 0, (0, "-"), strict=False)[0].startswith("Cats: <<6-4=2>>2.\n")
-
-
-def test_edit_distance_equals_a_naive_dynamic_program():
-    def naive(a: list[str], b: list[str]) -> int:
-        d = [[i + j if i * j == 0 else 0 for j in range(len(b) + 1)] for i in range(len(a) + 1)]
-        for i in range(1, len(a) + 1):
-            for j in range(1, len(b) + 1):
-                d[i][j] = min(d[i - 1][j] + 1, d[i][j - 1] + 1, d[i - 1][j - 1] + (a[i - 1] != b[j - 1]))
-        return d[-1][-1]
-
-    rng = random.Random(1)
-    for _ in range(200):
-        a, b = ([rng.choice("uvwxyz") for _ in range(rng.randrange(9))] for _ in range(2))
-        assert edit_distance(" ".join(a), " ".join(b)) == naive(a, b), (a, b)
-
-
-# ---- the script -----------------------------------------------------------------------------------------------------
-def run(out, **args) -> dict:
-    return teacher.main(teacher.Args(out=str(out), **args))
-
-
-@pytest.fixture
-def small_task(monkeypatch):
-    """fixtures_math with 120 problems, so that a whole run takes a moment."""
-    task = TASKS["fixtures_math"]
-    small = dataclasses.replace(task, load=lambda data_dir: PROBLEMS[:120])
-    monkeypatch.setitem(TASKS, "fixtures_math", small)
-
-
-def test_main_writes_what_the_loader_reads_and_limit_changes_no_quadruple(tmp_path, small_task, capsys):
-    report = run(tmp_path / "all")
-    replay = load_replay("fixtures_math", str(tmp_path / "all"), None)
-    assert report["kept"] == report["problems"] == 120 == sum(map(len, replay.values()))
-    assert json.loads((tmp_path / "all" / "report.json").read_text())["replay"]["leak_rate"] == 0
-    assert "120 of 120 problems kept (100.0%)" in capsys.readouterr().out
-    run(tmp_path / "few", limit=3)
-    few = load_replay("fixtures_math", str(tmp_path / "few"), None)
-    assert {split: quads[:3] for split, quads in replay.items()} == few
-    run(tmp_path / "again")
-    for name in ("train.jsonl", "val.jsonl", "test.jsonl", "report.json"):
-        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "all" / name).read_bytes()
-
-
-def test_rejections_are_counted_and_unverified_ones_kept_on_request(tmp_path, monkeypatch):
-    wrong = problem_of("3 and 5 pens, 4 more. All?", "All: <<3+5=8>>8.", "Now: <<8+4=12>>12.", "#### 12")
-    wrong = dataclasses.replace(wrong, answer="13")
-    silent = problem_of("What is 5 less 1?", "It is four.", "#### 4")
-    task = dataclasses.replace(TASKS["fixtures_math"], load=lambda data_dir: [wrong, silent])
-    monkeypatch.setitem(TASKS, "fixtures_math", task)
-    assert run(tmp_path)["rejected"] == {"no arithmetic step": 1, "reference not verified": 1}
-    report = run(tmp_path, keep_unverified="yes")
-    assert (report["kept"], report["unverified"], report["rejected"]) == (1, 1, {"no arithmetic step": 1})
-    lines = "".join((tmp_path / f"{split}.jsonl").read_text() for split in ("train", "val", "test")).splitlines()
-    meta = parse_quadruple(lines[0], "here").meta
-    assert not meta["verified"] and not meta["y1_correct"]
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ({"task": "nope"}, "--task nope"),
-        ({"limit": -1}, "--limit -1"),
-        ({"task": "gsm8k", "data_dir": "/nowhere"}, "/nowhere"),
-    ],
-)
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, args, message):
-    with pytest.raises(InputError, match=message) as error:
-        run(tmp_path, **args)
-    assert "\n" not in str(error.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_out_that_is_a_file(tmp_path, small_task):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(InputError, match="--out"):
-        run(tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "mine"

@@ -1,4 +1,7 @@
-"""Checkpoints in and out: logits and token ids of `transformers` (tests/golden/make_golden.py), and every refusal."""
+"""Hugging Face checkpoints in and out: logits of `transformers` (tests/golden/make_golden.py), and every refusal.
+
+pytest tests/test_checkpoints.py
+"""
 
 import dataclasses
 import functools
@@ -10,30 +13,22 @@ import shutil
 import subprocess
 import sys
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import tokenizers
+from examples import GOLDEN, IDS, ROOT, edit, load_tokenizer, qwen, refused
 from flax import nnx
-from huggingface_hub.errors import HFValidationError
 
-from common.base import fetch_model
-from common.basics import InputError
 from common.batches import right_pad
-from common.chat import load_hf_tokenizer
 from common.checkpoints import load_hf_weights, read_hf_config, save_hf
 from common.hosts import make_mesh
 from common.model import Decoder, ModelConfig, Reading, last_tokens, leaf_names
-from common.tokenizer import Tokenizer, train_tokenizer
+from common.tokenizer import train_tokenizer
 
-ROOT = pathlib.Path(__file__).parents[1]
-GOLDEN = ROOT / "tests" / "golden"
 MODELS = ("qwen2", "qwen3", "qwen3_tied", "llama3", "smollm2")
 LIMIT = 2e-4  # of logits against transformers, both in float32
-IDS = json.loads((GOLDEN / "ids.json").read_text(encoding="utf-8"))
 NANO = ModelConfig(vocab_size=280, d_model=12, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=6, d_ff=10)
 
 
@@ -57,37 +52,11 @@ def nano():
     return cfg, nnx.state(Decoder(cfg, nnx.Rngs(0)), nnx.Param), tokenizer
 
 
-@pytest.fixture
-def copy(tmp_path):
-    """A function that copies a golden checkpoint to a folder that the test may spoil."""
-
-    def make(name: str) -> pathlib.Path:
-        return pathlib.Path(shutil.copytree(GOLDEN / name, tmp_path / name))
-
-    return make
-
-
-def edit(path: pathlib.Path, drop=(), **changes) -> None:
-    value = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({k: v for k, v in value.items() if k not in drop}))
-
-
 def rewrite(path: pathlib.Path, change) -> None:
     """Rewrite a safetensors file with `change` applied to its {name: array}."""
     arrays = safetensors.numpy.load_file(path)
     change(arrays)
     safetensors.numpy.save_file(arrays, path, {"format": "pt"})
-
-
-def refused(call, *words: str) -> str:
-    """The message of the InputError that `call` raises: one line that has all the words."""
-    with pytest.raises(InputError) as e:
-        call()
-    message = str(e.value)
-    assert "\n" not in message
-    for word in words:
-        assert word in message, message
-    return message
 
 
 def assert_equal_trees(a, b) -> None:
@@ -97,7 +66,7 @@ def assert_equal_trees(a, b) -> None:
         np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), err_msg=name)
 
 
-# ---- logits -------------------------------------------------------------------------------------------------------
+# ---- logits ---------------------------------------------------------------------------------------------------------
 PROMPTS, T = (5, 3, 2), 7  # of each golden row of 12, 9 and 4 tokens: its prompt, the rest is its completion
 
 
@@ -153,7 +122,7 @@ def test_logits_of_completions_equal_transformers(name, path):
         assert np.abs(row[:count] - theirs[prompt - 1 : prompt - 1 + count]).max() <= LIMIT
 
 
-# ---- config.json --------------------------------------------------------------------------------------------------
+# ---- config.json ----------------------------------------------------------------------------------------------------
 def test_config_of_each_family():
     """Both spellings of RoPE, defaults of absent fields, tied and untied."""
     small = dict(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24, remat=True)
@@ -170,9 +139,9 @@ def test_config_of_each_family():
     assert read_hf_config(GOLDEN / "smollm2") == smollm
 
 
-def test_config_new_and_old_spelling_agree(copy):
+def test_config_new_and_old_spelling_agree(golden_copy):
     old = read_hf_config(GOLDEN / "llama3")
-    directory = copy("llama3")
+    directory = golden_copy("llama3")
     rope = json.loads((directory / "config.json").read_text())["rope_scaling"]
     edit(directory / "config.json", drop=("rope_theta", "rope_scaling"), rope_parameters={**rope, "rope_theta": 100.0})
     assert read_hf_config(directory) == old
@@ -287,15 +256,15 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_fr
         ("qwen3", dict(tie_word_embeddings="no"), "tie_word_embeddings"),
     ],
 )  # fmt: skip
-def test_config_refuses(copy, name, changes, word):
+def test_config_refuses(golden_copy, name, changes, word):
     """Each field that the decoder would get wrong is refused by name, in the file's name."""
-    directory = copy(name)
+    directory = golden_copy(name)
     edit(directory / "config.json", **changes)
     refused(lambda: read_hf_config(directory), str(directory / "config.json"), word)
 
 
-def test_config_takes_null_and_harmless_fields(copy):
-    directory = copy("qwen2")
+def test_config_takes_null_and_harmless_fields(golden_copy):
+    directory = golden_copy("qwen2")
     edit(directory / "config.json", quantization_config=None, num_experts=None, use_cache=False, attention_dropout=0.1)
     assert read_hf_config(directory) == read_hf_config(GOLDEN / "qwen2")
 
@@ -307,7 +276,7 @@ def test_config_missing_or_malformed(tmp_path, text):
     refused(lambda: read_hf_config(tmp_path), str(tmp_path / "config.json"))
 
 
-# ---- weights ------------------------------------------------------------------------------------------------------
+# ---- weights --------------------------------------------------------------------------------------------------------
 def test_weights_are_float32_of_the_stored_values():
     """bfloat16, float16 and sharded float32 files; linear weights are transposed, heads taken apart."""
     for name in MODELS:
@@ -340,7 +309,7 @@ def digest(params) -> str:
 SHARDED_DRIVER = """
 import pathlib, sys
 sys.path.insert(0, "tests")
-from test_hf import digest
+from test_checkpoints import digest
 from common.checkpoints import load_hf_weights, read_hf_config
 from common.hosts import make_mesh, shard_rule
 from common.model import leaf_names
@@ -374,46 +343,46 @@ def load(directory: pathlib.Path):
     return load_hf_weights(directory, read_hf_config(directory), mesh())
 
 
-def test_weights_refuse_missing_tensor(copy):
-    directory = copy("qwen2")
+def test_weights_refuse_missing_tensor(golden_copy):
+    directory = golden_copy("qwen2")
     name = "model.layers.1.self_attn.k_proj.bias"
     rewrite(directory / "model.safetensors", lambda arrays: arrays.pop(name))
     refused(lambda: load(directory), str(directory / "model.safetensors"), name, "missing")
-    untied = copy("llama3")
+    untied = golden_copy("llama3")
     rewrite(untied / "model.safetensors", lambda arrays: arrays.pop("lm_head.weight"))
     refused(lambda: load(untied), "lm_head.weight", "missing")
 
 
-def test_weights_refuse_extra_tensor(copy):
+def test_weights_refuse_extra_tensor(golden_copy):
     """An adapter, a bias that our decoder has not, a layer too many."""
-    directory = copy("qwen3_tied")
+    directory = golden_copy("qwen3_tied")
     for name in ("model.layers.0.self_attn.o_proj.bias", "model.layers.2.mlp.up_proj.weight", "base.lora_A.weight"):
         spoilt = pathlib.Path(shutil.copytree(directory, directory.with_name(f"with_{name}")))
         rewrite(spoilt / "model.safetensors", lambda arrays, name=name: arrays.update({name: np.ones(3, np.float32)}))
         refused(lambda spoilt=spoilt: load(spoilt), str(spoilt / "model.safetensors"), name, "unexpected")
 
 
-def test_weights_refuse_wrong_shape_and_type(copy):
-    directory = copy("qwen2")
+def test_weights_refuse_wrong_shape_and_type(golden_copy):
+    directory = golden_copy("qwen2")
     edit(directory / "config.json", intermediate_size=25)
     refused(lambda: load(directory), str(directory / "model.safetensors"), "mlp.", "[24, 16]", "[25, 16]")
-    directory = copy("smollm2")
+    directory = golden_copy("smollm2")
     name = "model.layers.0.mlp.up_proj.weight"
     rewrite(directory / "model.safetensors", lambda a: a.update({name: a[name].astype(np.int8)}))
     refused(lambda: load(directory), str(directory / "model.safetensors"), name, "I8")
 
 
 @pytest.mark.parametrize("keep", [0, 5, 400, -10])
-def test_weights_refuse_truncated_file(copy, keep):
-    directory = copy("qwen3")
+def test_weights_refuse_truncated_file(golden_copy, keep):
+    directory = golden_copy("qwen3")
     path = directory / "model-00002-of-00002.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
     refused(lambda: load(directory), str(path), "download it again")
 
 
-def test_weights_refuse_broken_index(copy):
+def test_weights_refuse_broken_index(golden_copy):
     """A shard that is not there, a tensor that is not in its shard, an index that names nothing."""
-    directory = copy("qwen3")
+    directory = golden_copy("qwen3")
     index, second = directory / "model.safetensors.index.json", directory / "model-00002-of-00002.safetensors"
     moved = second.rename(directory / "elsewhere")
     refused(lambda: load(directory), str(second), "download it again")
@@ -429,15 +398,15 @@ def test_weights_refuse_broken_index(copy):
     refused(lambda: load(directory), str(directory), "no *.safetensors")
 
 
-def test_weights_refuse_doubled_tensor(copy):
-    directory = copy("smollm2")
+def test_weights_refuse_doubled_tensor(golden_copy):
+    directory = golden_copy("smollm2")
     (directory / "model.safetensors").rename(directory / "a.safetensors")
     shutil.copy(directory / "a.safetensors", directory / "b.safetensors")
     refused(lambda: load(directory), str(directory / "b.safetensors"), "a.safetensors")
 
 
-def test_weights_tolerate_rotary_buffers_and_a_copied_head(copy):
-    directory = copy("smollm2")
+def test_weights_tolerate_rotary_buffers_and_a_copied_head(golden_copy):
+    directory = golden_copy("smollm2")
     buffers = ("model.layers.0.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
     extra = dict.fromkeys(buffers, np.ones(2, np.float32))
     head, embed = "lm_head.weight", "model.embed_tokens.weight"
@@ -447,244 +416,7 @@ def test_weights_tolerate_rotary_buffers_and_a_copied_head(copy):
     refused(lambda: load(directory), str(directory / "model.safetensors"), head, "tie_word_embeddings")
 
 
-# ---- tokenizer ----------------------------------------------------------------------------------------------------
-def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
-    return load_hf_tokenizer(directory, read_hf_config(directory).vocab_size)
-
-
-@functools.cache
-def qwen() -> Tokenizer:
-    return load_tokenizer(GOLDEN / "qwen2")
-
-
-def test_prompt_ids_equal_transformers(copy):
-    """Chat templates in tokenizer_config.json and in a file (which strips the text), and a base tokenizer's [bos]."""
-    llama, chat = load_tokenizer(GOLDEN / "llama3"), copy("llama3")
-    shutil.copy(GOLDEN / "llama3_chat.jinja", chat / "chat_template.jinja")
-    for name, tokenizer in (("qwen2", qwen()), ("llama3", llama), ("llama3_chat", load_tokenizer(chat))):
-        for text, ids in IDS[name]:
-            assert tokenizer.encode_prompt(text) == ids, name
-    bos = llama.inner.token_to_id("<|begin_of_text|>")
-    assert (llama.prompt_prefix, llama.prompt_suffix, llama.strip) == ([bos], [], False)
-    assert qwen().decode([IDS["qwen2"][1][1]]) == [IDS["decoded"]]
-
-
-def test_special_tokens_in_a_problem_stay_text():
-    text, ids = IDS["plain"]
-    tokenizer = qwen()
-    special = {i for i, token in tokenizer.inner.get_added_tokens_decoder().items() if token.special}
-    assert tokenizer.encode(text) == ids and not special & set(ids)
-    prefix, suffix = tokenizer.prompt_prefix, tokenizer.prompt_suffix
-    assert special & set(prefix) and special & set(suffix)
-    assert tokenizer.encode_prompt(text) == [*prefix, *ids, *suffix]
-    assert tokenizer.decode([ids]) == [text]
-
-
-def test_end_and_pad_tokens(copy):
-    """generation_config.json's ends before config.json's, with the tokenizer's; no pad token: the end token pads."""
-    tokenizer, to_id = qwen(), qwen().inner.token_to_id
-    assert set(tokenizer.eos_ids) == {to_id("<|im_end|>"), to_id("<|endoftext|>")}
-    assert (tokenizer.eos_id, tokenizer.pad_id) == (to_id("<|im_end|>"), to_id("<|endoftext|>"))
-    directory = copy("llama3")
-    llama = load_tokenizer(directory)
-    end, turn = (llama.inner.token_to_id(t) for t in ("<|end_of_text|>", "<|eot_id|>"))
-    assert (llama.eos_ids, llama.eos_id, llama.pad_id) == ((end,), end, end)
-    edit(directory / "config.json", eos_token_id=[turn, 7])
-    assert (load_tokenizer(directory).eos_ids, load_tokenizer(directory).eos_id) == ((end, turn, 7), end)
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": turn}))
-    assert load_tokenizer(directory).eos_ids == (end, turn)
-    edit(directory / "tokenizer_config.json", eos_token={"content": "<|eot_id|>", "lstrip": False})
-    assert (load_tokenizer(directory).eos_ids, load_tokenizer(directory).pad_id) == ((turn,), turn)
-    edit(directory / "tokenizer_config.json", drop=("eos_token",))
-    assert load_tokenizer(directory).eos_id == turn
-    (directory / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|end_of_text|>"}))
-    assert load_tokenizer(directory).eos_id == end
-
-
-def test_bytes_of_every_id():
-    """What an id adds to a text: nothing for special tokens and for ids beyond the tokenizer's; and decode agrees."""
-    tokenizer = qwen()
-    assert tokenizer.vocab_size == len(tokenizer.bytes_V) == 320
-    beyond = tokenizer.inner.get_vocab_size()
-    assert beyond < 320 and tokenizer.decode([[319], [40, 319, 40]]) == ["", tokenizer.decode([[40, 40]])[0]]
-    texts = tokenizer.decode([[i] for i in range(320)])
-    assert texts == [raw.decode(errors="replace") for raw in tokenizer.bytes_V]
-    assert tokenizer.bytes_V[tokenizer.inner.token_to_id("<think>")] == b"<think>"
-    assert [tokenizer.bytes_V[i] for i in (tokenizer.eos_id, 319)] == [b"", b""]
-    text = IDS["qwen2"][1][0]
-    ids = [*tokenizer.encode(text), 319, tokenizer.eos_id]
-    assert b"".join(tokenizer.bytes_V[i] for i in ids).decode() == text
-    at = text.index("two")
-    on = tokenizer.overlap(ids, text, [(at, at + 3)])[0]
-    assert b"two" in b"".join(tokenizer.bytes_V[i] for i, here in zip(ids, on) if here)
-    assert on[-2:].tolist() == [0, 0]
-
-
-def test_nano_tokenizer_has_no_frame():
-    _, _, tokenizer = nano()
-    assert (tokenizer.prompt_prefix, tokenizer.prompt_suffix, tokenizer.eos_ids) == ([], [], (tokenizer.eos_id,))
-    assert (tokenizer.pad_id, tokenizer.eos_id) == (0, 1)
-    assert tokenizer.encode_prompt(" a <eos>\n") == tokenizer.encode(" a <eos>\n")
-
-
-def test_tokenizer_hash_covers_ends_and_frame(copy):
-    again = load_tokenizer(GOLDEN / "qwen2")
-    assert again.sha256() == qwen().sha256()
-    directory = copy("qwen2")
-    edit(directory / "generation_config.json", eos_token_id=[5])
-    other_end = load_tokenizer(directory)
-    config = json.loads((directory / "tokenizer_config.json").read_text())
-    template = config["chat_template"]
-    edit(directory / "tokenizer_config.json", chat_template=template.replace("You are helpful", "Help"))
-    other_prefix = load_tokenizer(directory)
-    edit(directory / "tokenizer_config.json", chat_template=template.replace("assistant", "user"))
-    other_suffix = load_tokenizer(directory)
-    hashes = {t.sha256() for t in (again, other_end, other_prefix, other_suffix)}
-    assert len(hashes) == 4 and other_prefix.prompt_suffix == other_end.prompt_suffix
-
-
-CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
-
-
-@pytest.mark.parametrize(
-    ("template", "before", "after"),
-    [
-        (CHAT, "[user]", "[a]"),
-        ("{% for m in messages %}{% if loop.index == 2 %}{% break %}{% endif %}<{{ m.content | trim }}>{% endfor %}",
-         "<", ">"),
-        ("{{ bos_token }}{{ strftime_now('%d %b %Y') }}:{{ messages[0]['content'] }}", "26 Jul 2024:", ""),
-        ("{% generation %}\n  {% if not tools %}\n{{ {'é': 1} | tojson }}{% endif %}{% endgeneration %}"
-         "{{ messages[0].content }}", '{"é": 1}', ""),
-    ],
-)  # fmt: skip
-def test_chat_template_environment(copy, template, before, after):
-    """What templates on the hub use: loop controls, the date (fixed), generation marks, tojson, unset tokens."""
-    directory = copy("qwen2")
-    (directory / "chat_template.jinja").write_text(template)  # goes before tokenizer_config.json's
-    tokenizer = load_tokenizer(directory)
-    assert tokenizer.decode([tokenizer.prompt_prefix, tokenizer.prompt_suffix]) == [before, after]
-    assert tokenizer.strip == ("trim" in template)
-    padded = tokenizer.decode([tokenizer.encode_prompt("\n x ")])[0]
-    assert padded == before + ("x" if tokenizer.strip else "\n x ") + after
-
-
-def test_chat_template_list_uses_default(copy):
-    directory = copy("qwen2")
-    path = directory / "tokenizer_config.json"
-    edit(path, chat_template=[{"name": "tool_use", "template": "T"}, {"name": "default", "template": CHAT}])
-    assert load_tokenizer(directory).prompt_suffix == qwen().encode("[a]")
-    edit(path, chat_template=[{"name": "tool_use", "template": "T"}])
-    refused(lambda: load_tokenizer(directory), str(directory), "default")
-
-
-@pytest.mark.parametrize(
-    "template",
-    ["{{ raise_exception('no system role') }}", "{% if %}", "{{ raise_exception('a\nb') }}",
-     "nothing", "{{ messages[0].content * 2 }}",
-     "{{ messages[0].content.lstrip() }}", "{{ messages.append(1) }}", "{{ messages[7].content.x }}"],
-)  # fmt: skip
-def test_chat_template_refused(copy, template):
-    directory = copy("qwen2")
-    edit(directory / "tokenizer_config.json", chat_template=template)
-    refused(lambda: load_tokenizer(directory), str(directory / "tokenizer_config.json"), "template")
-
-
-def word_level():
-    return tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "<eos>": 1}, unk_token="a"))
-
-
-def sentencepiece_like():
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE(byte_fallback=True))
-    inner.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
-    return inner
-
-
-def lower_case():
-    inner = tokenizers.Tokenizer.from_file(str(GOLDEN / "qwen2" / "tokenizer.json"))
-    inner.normalizer = tokenizers.normalizers.Lowercase()
-    return inner
-
-
-def added_space():
-    inner = tokenizers.Tokenizer.from_file(str(GOLDEN / "qwen2" / "tokenizer.json"))
-    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
-    inner.normalizer = None
-    return inner
-
-
-@pytest.mark.parametrize(
-    ("make", "word"),
-    [
-        (word_level, "WordLevel"),
-        (sentencepiece_like, "Sequence"),
-        (lower_case, "give back"),
-        (added_space, "give back"),
-    ],
-)
-def test_tokenizer_refuses_other_kinds(copy, make, word):
-    directory = copy("qwen2")
-    make().save(str(directory / "tokenizer.json"))
-    refused(lambda: load_tokenizer(directory), str(directory / "tokenizer.json"), word)
-
-
-def test_tokenizer_refuses_bad_files(copy):
-    directory = copy("qwen2")
-    path = directory / "tokenizer.json"
-    refused(lambda: load_hf_tokenizer(directory, 281), str(path), "vocab_size 281")
-    edit(directory / "generation_config.json", eos_token_id=320)
-    refused(lambda: load_tokenizer(directory), str(directory / "generation_config.json"), "eos_token_id 320")
-    edit(directory / "generation_config.json", eos_token_id=281)
-    edit(directory / "tokenizer_config.json", pad_token="<none>")
-    refused(lambda: load_tokenizer(directory), str(directory / "tokenizer_config.json"), "pad_token", "<none>")
-    edit(directory / "tokenizer_config.json", pad_token=5)
-    refused(lambda: load_tokenizer(directory), str(directory / "tokenizer_config.json"), "pad_token", "5")
-    edit(directory / "tokenizer_config.json", drop=("eos_token", "pad_token"))
-    (directory / "generation_config.json").unlink()
-    edit(directory / "config.json", eos_token_id=None)
-    refused(lambda: load_tokenizer(directory), str(directory), "eos_token")
-    path.write_text(path.read_text()[:1000])
-    refused(lambda: load_tokenizer(directory), str(path))
-    path.write_text("{}")
-    refused(lambda: load_tokenizer(directory), str(path))
-    path.unlink()
-    refused(lambda: load_tokenizer(directory), str(path))
-
-
-def test_tokenizer_drops_padding_and_truncation(copy):
-    """Flags that some checkpoints leave in tokenizer.json would pad and cut every text."""
-    directory = copy("qwen2")
-    inner = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
-    inner.enable_padding(length=64)
-    inner.enable_truncation(8)
-    inner.save(str(directory / "tokenizer.json"))
-    text, ids = IDS["qwen2"][0]
-    assert load_tokenizer(directory).encode_prompt(text) == ids
-
-
-# ---- fetching -----------------------------------------------------------------------------------------------------
-def test_fetch_uses_a_directory_as_it_is(monkeypatch):
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: pytest.fail("not to be called"))
-    assert fetch_model(str(GOLDEN / "qwen2")) == GOLDEN / "qwen2"
-
-
-def test_fetch_downloads_configs_and_safetensors_only(monkeypatch, tmp_path):
-    calls = []
-    fake = lambda name, allow_patterns: calls.append((name, allow_patterns)) or str(tmp_path)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fake)
-    assert fetch_model("org/model") == tmp_path
-    assert calls == [("org/model", ["*.json", "*.safetensors", "*.jinja"])]
-
-
-@pytest.mark.parametrize("error", [OSError("no\nnetwork"), ValueError(""), HFValidationError("x")])
-def test_fetch_failure_is_one_line(monkeypatch, error):
-    def fail(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    refused(lambda: fetch_model("org/none"), "--model org/none", "HF_TOKEN")
-
-
-# ---- writing ------------------------------------------------------------------------------------------------------
+# ---- writing --------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("name", MODELS)
 def test_round_trip_is_exact(tmp_path, name):
     """load -> save_hf -> load: the same bits, in one file and in many; configuration and tokenizer files go along."""
@@ -763,7 +495,7 @@ def test_other_shapes_without_a_source(tmp_path, kind, changes):
     assert_equal_trees(load(tmp_path / "out"), params)
 
 
-def test_save_refuses(tmp_path, copy, monkeypatch):
+def test_save_refuses(tmp_path, golden_copy, monkeypatch):
     """A directory in use, a shape no model has, a source that changed, a full disk: nothing is left behind."""
     cfg, params, tokenizer = nano()
     used = tmp_path / "used"
@@ -774,7 +506,7 @@ def test_save_refuses(tmp_path, copy, monkeypatch):
     refused(lambda: save_hf(used / "x" / "y", cfg, params, tokenizer), "--save_hf")
     both = dataclasses.replace(cfg, qkv_bias=True)
     refused(lambda: save_hf(tmp_path / "out", both, params, tokenizer), "--save_hf")
-    source = copy("qwen3")
+    source = golden_copy("qwen3")
     edit(source / "config.json", rms_norm_eps=1e-3)
     refused(lambda: save_hf(tmp_path / "out", *loaded("qwen3"), tokenizer, source), "config.json", "changed")
 

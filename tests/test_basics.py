@@ -1,0 +1,97 @@
+"""JSON lines and files, atomic writes, digests, means, the trace counter.
+
+pytest tests/test_basics.py
+"""
+
+import os
+
+import jax
+import numpy as np
+import pytest
+
+from common.basics import (
+    InputError,
+    count_trace,
+    mean,
+    normalize_x,
+    parse_line,
+    read_json,
+    reset_traces,
+    round_up,
+    sha256,
+    traces,
+    write_atomic,
+)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"a": }', r"x\.jsonl:3: not JSON \(Expecting value, column 7\); fix or remove the line"),
+        ("9" * 5000, r"x\.jsonl:3: not JSON that can be read .*; fix or remove the line"),
+        ("[" * 100_000, r"x\.jsonl:3: not JSON that can be read .*; fix or remove the line"),
+    ],
+    ids=["no value", "long number", "deep list"],
+)
+def test_parse_line(line, message):
+    """A line of JSON as it is; where it is none, or none that Python can read, the place and the way out."""
+    assert parse_line('{"a": [1, "\u00e9"]}', "x.jsonl:3") == {"a": [1, "\u00e9"]}
+    with pytest.raises(InputError, match=message):
+        parse_line(line, "x.jsonl:3")
+
+
+def test_read_json(tmp_path):
+    """A default stands for a file that is not there, not for one that cannot be read."""
+    path = tmp_path / "a.json"
+    assert read_json(path, {}) == {}
+    with pytest.raises(InputError, match=r"a\.json: cannot be read \(No such file or directory\)"):
+        read_json(path)
+    path.write_text('{"a": 1}')
+    assert read_json(path) == {"a": 1} == read_json(path, {})
+    for content, message in ((b"[1]", "expected a JSON object"), (b"{", "no valid JSON"), (b"\xff", "no valid JSON")):
+        path.write_bytes(content)
+        with pytest.raises(InputError, match=rf"a\.json: {message}.*; download it again"):
+            read_json(path, {})
+
+
+def test_write_atomic(tmp_path):
+    """The old file stays whole until the new one is; no temporary file is left, also where writing fails."""
+    path = tmp_path / "a.txt"
+    write_atomic(path, "old")
+    write_atomic(path, "new")
+    assert path.read_text() == "new"
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "half a pair: \ud800")
+    assert path.read_text() == "new"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_mean():
+    """None and NaN do not enter a mean."""
+    assert mean([None, 1, 2, float("nan")]) == 1.5
+    assert mean(iter([])) is None is mean([None])
+
+
+def test_small_things_by_hand():
+    """FIPS 180-2's digest of "abc", from text and from bytes; white space and case; multiples."""
+    abc = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert sha256("abc") == sha256(b"abc") == abc
+    assert normalize_x("  How\tMANY \n pens? ") == "how many pens?"
+    assert [round_up(n, 16) for n in (0, 1, 16, 17)] == [0, 16, 16, 32]
+
+
+def test_traces_are_counted_by_name():
+    """A jitted function that counts itself is traced once per shape, however often it is called."""
+
+    @jax.jit
+    def double(x):
+        count_trace("double")
+        return 2 * x
+
+    reset_traces()
+    for n in (3, 3, 4, 3):
+        double(np.ones(n))
+    count_trace("other")
+    assert traces() == {"double": 2, "other": 1}
+    reset_traces()
+    assert traces() == {}

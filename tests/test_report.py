@@ -1,0 +1,60 @@
+"""What a run prints and draws.
+
+pytest tests/test_report.py
+"""
+
+import json
+
+import pytest
+from examples import RECORDS
+
+from common.evaluation import summarize
+from common.report import plot_curves, print_precheck, print_summary, read_metrics
+
+
+def test_plot_curves_writes_a_picture(tmp_path):
+    """Lines without an accuracy (there may be others in the file) are passed over."""
+    rows = [{"step": 0, "charts/accuracy": 0.1}, {"step": 1}, {"step": 2, "charts/accuracy": 0.6}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert read_metrics(tmp_path) == rows
+    plot_curves(tmp_path, summarize(RECORDS), summarize(RECORDS))
+    flat = (tmp_path / "curves.png").read_bytes()
+    better = summarize([{**r, "revised": 1.0} for r in RECORDS])
+    plot_curves(tmp_path, summarize(RECORDS), better)
+    assert flat.startswith(b"\x89PNG\r\n")
+    assert flat != (tmp_path / "curves.png").read_bytes()
+
+
+def test_print_summary(capsys, tmp_path):
+    """Every line's numbers, base and trained in their columns, the change in points, `-` where there is no rate."""
+    base = summarize(RECORDS[:2])
+    final = summarize([{**r, "revised": 1.0} for r in RECORDS[:2]])
+    result = {"timings": {"total": 61.4, "step": 2.0, "rollout": 1.25, "score": 0.25, "update": 0.5},
+              "fingerprint": {"digest": "0123456789abcdef" * 4}}  # fmt: skip
+    print_summary("b9__own__s1", tmp_path, result, base, final)
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.strip().splitlines()]
+    assert lines == [
+        "b9__own__s1: 2 test problems, greedy, last checkpoint",
+        "base trained change",
+        "revised accuracy 50.0% 100.0% +50.0",
+        "first-attempt accuracy 50.0% 50.0% +0.0",
+        "delta_critique 50.0% 100.0% +50.0",
+        "wrong -> right 50.0% 100.0% +50.0",
+        "right -> wrong - -",
+        "well-formed answers 50.0% 50.0% +0.0",
+        "horizon 2 50.0% 100.0% +50.0",
+        "credit localization: AUC 0.750 (0.5 = chance), gap +2.000 nats",
+        "time: 61 s in all; a step 2.00 s (rollout 1.25, score 0.25, update 0.50)",
+        f"fingerprint 0123456789abcdef; result.json, metrics.jsonl, curves.png in {tmp_path}",
+    ]
+
+
+@pytest.mark.parametrize(("gain", "says"), [(0.1, "carries signal: +10.0"), (0.02, "WARNING"), (-0.1, "WARNING")])
+def test_print_precheck(capsys, gain, says):
+    """In plain words whether the critique helps; 3 points are wanted."""
+    print_precheck({"n": 8, "accuracy_y0": 0.0, "accuracy_with_f": 0.5 + gain, "accuracy_without_f": 0.5,
+                        "leak_rate": 0.25, "zero_std_frac": 0.125, "groups": 8})  # fmt: skip
+    out = capsys.readouterr().out
+    assert says in out
+    assert "answer leaked by f 25.0%" in out
+    assert "without variance 12.5%" in out

@@ -1,0 +1,100 @@
+"""Flags, W&B's mode, sums and the metrics of a rollout; whole runs are in tests/test_scripts.py.
+
+pytest tests/test_run.py
+"""
+
+import dataclasses
+import types
+
+import numpy as np
+import pytest
+import tiny
+from examples import REFERENCE, code_quad
+
+import b2_grpo
+import b4_grpo_critique
+import b5_cts
+import teacher
+from common.basics import InputError
+from common.report import read_metrics
+from common.run import check_args, reduce, rollout_metrics, wandb_mode
+from common.tasks import TASKS
+
+
+@pytest.mark.parametrize(
+    ("flag", "env", "netrc", "mode"),
+    [
+        ("auto", {}, None, "offline"),
+        ("auto", {}, "machine api.wandb.ai login user password x", "online"),
+        ("auto", {}, "machine example.org login user password x", "offline"),
+        ("auto", {"WANDB_API_KEY": "x"}, None, "online"),
+        ("auto", {"WANDB_API_KEY": ""}, None, "offline"),
+        ("auto", {"WANDB_API_KEY": "x", "WANDB_MODE": "disabled"}, None, "disabled"),
+        ("auto", {"WANDB_MODE": "online"}, None, "online"),
+        ("offline", {"WANDB_API_KEY": "x", "WANDB_MODE": "online"}, None, "offline"),
+        ("disabled", {}, None, "disabled"),
+    ],
+)
+def test_wandb_mode(monkeypatch, tmp_path, flag, env, netrc, mode):
+    """The flag first, then WANDB_MODE, then whether a key is known."""
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    if netrc:
+        (tmp_path / "netrc").write_text(netrc)
+    assert wandb_mode(flag) == mode
+
+
+def test_check_args():
+    """The flag, its value and the least value stand in the message."""
+    args = types.SimpleNamespace(group=0, rate=0.0, kl_coef=-0.5, steps=3)
+    check_args(args, ("steps",), ())
+    for above, least, words in (
+        (("group",), (), "--group 0: must be at least 1"),
+        (("rate",), (), "--rate 0.0: must be above 0"),
+        ((), ("kl_coef",), "--kl_coef -0.5: must be at least 0"),
+    ):
+        with pytest.raises(InputError, match=words):
+            check_args(args, above, least)
+
+
+def test_reduce():
+    """(sum, count) divided once; an empty count gives 0."""
+    assert reduce({"a": (6.0, 3.0), "b": (np.float32(1), np.int32(4))}) == {"a": 2.0, "b": 0.25}
+    assert reduce({"a": (0.0, 0.0)}) == {"a": 0.0}
+
+
+def test_rollout_metrics_count_harness_errors():
+    reward_BG = np.array([[1.0, np.nan, 1.0], [0.0, 1.0, np.nan], [np.nan] * 3])
+    out = {"len_M": np.ones(9), "truncated_M": np.zeros(9)}
+    metrics = rollout_metrics(out, [REFERENCE, *["("] * 8], reward_BG, [code_quad()] * 3)
+    assert metrics["rollout/harness_errors"] == 5
+    assert metrics["rollout/zero_std_frac"] == pytest.approx(2 / 3)
+    assert metrics["rollout/format_frac"] == pytest.approx(1 / 9)
+
+
+# ---- a whole run on programs ----------------------------------------------------------------------------------------
+@pytest.mark.usefixtures("confined")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "flags"),
+    [(b2_grpo, {}), (b4_grpo_critique, {}), (b5_cts, {"critique": "online"})],
+    ids=["b2", "b4", "b5"],
+)
+def test_scripts_run_on_programs(tmp_path, monkeypatch, script, flags):
+    """From generated problems to the result; a verdict for every completion."""
+    task = dataclasses.replace(TASKS["fixtures_code"], base_steps=4, base_width=256)
+    monkeypatch.setitem(TASKS, "fixtures_code", task)
+    monkeypatch.setattr("common.base.ModelConfig", tiny.TinyConfig)
+    monkeypatch.setattr("common.evaluation.PRECHECK_GROUPS", 8)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla_cache"))
+    teacher.main(teacher.Args(task="fixtures_code", out=str(tmp_path / "replay"), limit=12))
+    common = {**tiny.flags(script), "steps": 2, "max_new_tokens": 24, "out_dir": str(tmp_path), **flags}
+    result = script.main(script.Args(task="fixtures_code", replay=str(tmp_path / "replay"), **common))
+    assert (result["summary"]["n"], result["summary"]["harness_errors"], result["summary"]["accuracy_y0"]) == (12, 0, 0)
+    assert result["replay"]["train"]["leak_rate"] == 0
+    rows = read_metrics(next(tmp_path.glob(f"{script.__name__}__fixtures_code__*")))
+    assert [row["rollout/harness_errors"] for row in rows] == [0, 0]
+    assert all(np.isfinite(v) for row in rows for v in row.values())

@@ -1,0 +1,155 @@
+"""Token log-probs and the sampler, against a naive decoder in NumPy.
+
+pytest tests/test_sampling.py
+"""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+import scipy.stats
+from flax import nnx
+from naive_decoder import (
+    LENGTHS,
+    NEVER,
+    PAD,
+    TINY,
+    V,
+    batch,
+    compiled,
+    decoder,
+    log_softmax,
+    naive_hidden,
+    naive_weights,
+    split,
+)
+
+from common.model import ModelConfig, Reading
+from common.sampling import generate, token_logp
+
+
+# ---- log-probs ------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize(("chunk", "temperature"), [(32, 1.0), (5, 0.6), (1, 1.7)])
+def test_token_logp_equals_naive(chunk, temperature):
+    """Value, entropy and gradient (in hidden states and in the head) against the full [M, T, V] formula; T is prime."""
+    rng = np.random.default_rng(5)
+    hidden, head = rng.standard_normal((3, 13, 5)).astype(np.float32), rng.standard_normal((V, 5)).astype(np.float32)
+    tokens, weight = rng.integers(V, size=(3, 13)), rng.standard_normal((3, 13)).astype(np.float32)
+    logp, entropy = token_logp(hidden, tokens, head, temperature, chunk)
+    full = log_softmax(np.einsum("MTD,VD->MTV", hidden.astype(float), head) / temperature)
+    np.testing.assert_allclose(logp, np.take_along_axis(full, tokens[..., None], -1)[..., 0], atol=1e-5)
+    np.testing.assert_allclose(entropy, -(np.exp(full) * full).sum(-1), atol=1e-5)
+    # d logp / d logits = onehot - softmax
+    d_logits = (np.eye(V)[tokens] - np.exp(full)) * weight[..., None] / temperature
+    loss = lambda hidden, head: (token_logp(hidden, tokens, head, temperature, chunk)[0] * weight).sum()
+    d_hidden, d_head = jax.grad(loss, (0, 1))(hidden, head)
+    np.testing.assert_allclose(d_hidden, d_logits @ head, atol=1e-4)
+    np.testing.assert_allclose(d_head, np.einsum("MTV,MTD->VD", d_logits, hidden), atol=1e-4)
+
+
+def test_entropy_carries_no_gradient():
+    """It is a metric, not a bonus."""
+    hidden = np.random.default_rng(6).standard_normal((1, 4, 5)).astype(np.float32)
+    grad = jax.grad(lambda h: token_logp(h, np.zeros((1, 4), int), np.eye(V, 5, dtype=np.float32))[1].sum())(hidden)
+    np.testing.assert_array_equal(grad, 0)
+
+
+# ---- the sampler ----------------------------------------------------------------------------------------------------
+STEPS = 6
+
+
+@functools.cache
+def sampler(cfg: ModelConfig, group: int, steps: int, greedy: bool = False):
+    graphdef, params = split(decoder(cfg))
+
+    @jax.jit
+    def run(params, prompt_BP, len_B, key, temperature, eos_id):
+        return generate(
+            nnx.merge(graphdef, params), prompt_BP, len_B, key, group, steps, temperature, (eos_id,), PAD, greedy
+        )
+
+    return lambda prompt_BP, len_B, seed=0, temperature=1.0, eos_id=NEVER: jax.device_get(
+        run(params, prompt_BP, len_B, jax.random.key(seed), temperature, eos_id)
+    )
+
+
+@functools.cache
+def greedy_rows() -> np.ndarray:
+    """Greedy continuations by full naive forwards, one per token; the end token is never met."""
+    w, (prompt_BP, _, _) = naive_weights(decoder(TINY)), batch()
+    rows = []
+    for b, n in enumerate(LENGTHS):
+        row = list(prompt_BP[b, :n])
+        for _ in range(STEPS):
+            row.append(int((naive_hidden(TINY, w, row)[-1] @ w["out"].T).argmax()))
+        rows.append(row[n:])
+    return np.array(rows)
+
+
+def test_greedy_equals_argmax_loop():
+    prompt_BP, len_B, _ = batch()
+    out = sampler(TINY, 1, STEPS, greedy=True)(prompt_BP, len_B)
+    np.testing.assert_array_equal(out["tokens_MT"], greedy_rows())
+    assert out["len_M"].tolist() == [STEPS] * 2 and out["truncated_M"].tolist() == [1.0] * 2
+
+
+@pytest.mark.parametrize(("row", "at"), [(0, 0), (1, 0), (0, 3), (1, STEPS - 1)])
+def test_stops_at_the_end_token(row, at):
+    """With the greedy token of (row, at) as end token: it is counted, pads and log-prob 0 follow, at position 0 too."""
+    prompt_BP, len_B, _ = batch()
+    run, free = sampler(TINY, 1, STEPS, greedy=True), greedy_rows()
+    eos_id, logp_MT = int(free[row, at]), sampler(TINY, 1, STEPS, greedy=True)(prompt_BP, len_B)["logp_MT"]
+    out = run(prompt_BP, len_B, eos_id=eos_id)
+    for m in range(2):
+        expected, n, truncated = list(free[m]), STEPS, 1.0
+        if eos_id in expected:
+            n, truncated = expected.index(eos_id) + 1, 0.0
+            expected = expected[:n] + [PAD] * (STEPS - n)
+        assert out["tokens_MT"][m].tolist() == expected
+        assert (out["len_M"][m], out["truncated_M"][m]) == (n, truncated)
+        np.testing.assert_allclose(out["logp_MT"][m, :n], logp_MT[m, :n], atol=1e-5)
+        np.testing.assert_array_equal(out["logp_MT"][m, n:], 0)
+    assert out["len_M"][row] <= at + 1
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_sampled_logp_equals_token_logp(temperature):
+    model = decoder(TINY)
+    params = split(model)[1]
+    _, call, _ = compiled(TINY)
+    prompt_BP, len_B, _ = batch()
+    out = sampler(TINY, 3, STEPS)(prompt_BP, len_B, temperature=temperature, eos_id=5)
+    hidden_MTD = call(params, [Reading(prompt_BP, len_B, [out["tokens_MT"]])])[0][1]
+    full = log_softmax(np.asarray(hidden_MTD) @ np.asarray(model.head_VD()).T / temperature)
+    expected = np.take_along_axis(full, out["tokens_MT"][..., None], -1)[..., 0]
+    logp_MT, _ = token_logp(hidden_MTD, out["tokens_MT"], model.head_VD(), temperature)
+    mask_MT = np.arange(STEPS) < out["len_M"][:, None]
+    np.testing.assert_allclose(out["logp_MT"], expected * mask_MT, atol=1e-4)
+    np.testing.assert_allclose(out["logp_MT"], logp_MT * mask_MT, atol=1e-4)
+
+
+def test_key_decides_the_tokens():
+    prompt_BP, len_B, _ = batch()
+    first, again, other = (sampler(TINY, 3, STEPS)(prompt_BP, len_B, seed=s)["tokens_MT"] for s in (1, 1, 2))
+    np.testing.assert_array_equal(first, again)
+    assert (first != other).any()
+    assert len({tuple(row) for row in first}) == len(first)  # rows of one group draw on their own
+
+
+def test_distribution_of_two_tokens():
+    """Chi-square of the pairs of first and second token over many rows against the naive probabilities."""
+    w, (prompt_BP, len_B, _), rows, temperature = naive_weights(decoder(TINY)), batch(), 4096, 0.8
+    out = sampler(TINY, rows // 2, 2)(prompt_BP, len_B, seed=3, temperature=temperature)
+    statistic, cells = 0.0, 0
+    for b, n in enumerate(LENGTHS):
+        prompt = list(prompt_BP[b, :n])
+        probs = lambda row: np.exp(log_softmax(naive_hidden(TINY, w, row)[-1] @ w["out"].T / temperature))
+        expected = np.stack([p * probs([*prompt, a]) for a, p in enumerate(probs(prompt))]).ravel() * (rows // 2)
+        pairs = out["tokens_MT"][b * rows // 2 : (b + 1) * rows // 2]
+        seen = np.bincount(pairs[:, 0] * V + pairs[:, 1], minlength=V * V)
+        rare = expected < 5  # one cell together
+        expected, seen = (np.append(a[~rare], a[rare].sum()) for a in (expected, seen))
+        statistic, cells = statistic + ((seen - expected) ** 2 / expected).sum(), cells + len(seen) - 1
+    assert cells > 50
+    assert scipy.stats.chi2.cdf(statistic, cells) < 0.9999
