@@ -220,9 +220,8 @@ def main(args: Args) -> dict:
         batch = cts.pack_revise(tokenizer, quads, shapes)
 
         # ---- rollout ----
-        device_batch = cts.put(batch, by_row)
-        step_key = jax.random.fold_in(rollout_key, step)
-        out = cts.fetch(rollout(params["policy"], device_batch["prompt"], device_batch["prompt_len"], step_key))
+        prompts = cts.put((batch["prompt"], batch["prompt_len"]), by_row)
+        out = cts.fetch(rollout(params["policy"], *prompts, jax.random.fold_in(rollout_key, step)))
         clock.mark("rollout")
 
         # ---- score ----

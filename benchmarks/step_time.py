@@ -93,7 +93,8 @@ def trajectories(rng, B: int, P: int, T: int, vocab: int) -> dict[str, np.ndarra
     f_tokens[..., -max(1, P // 4) :] = 1.0
     ids = lambda n: rng.integers(3, vocab, (B, n)).astype(np.int32)
     return {
-        "attempt_prompt": ids(P), "attempt_prompt_len": np.full(B, P, np.int32), "y0": ids(T), "y1": ids(T), "f_tokens": f_tokens,
+        "attempt_prompt": ids(P), "attempt_prompt_len": np.full(B, P, np.int32), "y0": ids(T), "y1": ids(T),
+        "f_tokens": f_tokens,
         "y0_steps": steps_BJT, "y1_steps": steps_BJT, "y0_mask": mask_BJ, "y1_mask": mask_BJ, "flagged": overlap_BJ,
         "decode_weight": np.full((B, T), 1 / (B * T), np.float32), "wrong_weight": np.full(B, 1 / B, np.float32),
     }  # fmt: skip

@@ -182,8 +182,7 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
     group = lambda key: {str(k): rates([r for r in records if key(r) == k]) for k in keys(key)}
     tags = sorted({tag for r in records for tag in r["error_tags"]})
     return {
-        **rates(records),
-        "accuracy_y0": mean(r["y0"] for r in records),
+        **rates(records), "accuracy_y0": mean(r["y0"] for r in records),
         "wrong_to_right": mean(r["revised"] for r in records if r["y0"] == 0),
         "right_to_wrong": mean(1 - r["revised"] for r in records if known(r) and r["y0"]),
         "harness_errors": sum(None in (r["y0"], r["attempt"], r["revised"]) for r in records),
@@ -191,11 +190,10 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
         "truncated_frac": mean(r["revised_truncated"] for r in records),
         "tokens_mean": mean(r["revised_tokens"] for r in records),
         "credit_auc": mean(r.get("credit_auc") for r in records),
-        "credit_gap": mean(r.get("credit_gap") for r in records),
-        "by_horizon": group(lambda r: r["horizon"]),
+        "credit_gap": mean(r.get("credit_gap") for r in records), "by_horizon": group(lambda r: r["horizon"]),
         "by_edit_distance": group(bucket),
         "by_tag": {tag: rates([r for r in records if tag in r["error_tags"]]) for tag in tags},
-    }
+    }  # fmt: skip
 
 
 PRECHECK_N, PRECHECK_GROUPS = 200, 96
@@ -221,14 +219,11 @@ def precheck(evaluator: Evaluator, params, train, prompts: int, group: int, temp
     revise = lambda f, desc: evaluator.complete(params, [revise_prompt(q.x, q.y0, f(q)) for q in quads], width, desc)
     with_f, without = revise(lambda q: q.f, "with f"), revise(lambda q: "", "without f")
     return {
-        "n": len(quads),
-        "accuracy_y0": score([q.y0 for q in quads]),
+        "n": len(quads), "accuracy_y0": score([q.y0 for q in quads]),
         "accuracy_with_f": score([c["text"] for c in with_f]),
-        "accuracy_without_f": score([c["text"] for c in without]),
-        "leak_rate": replay_report(quads)["leak_rate"],
-        "groups": len(std_n),
-        "zero_std_frac": mean(float(std == 0) for std in std_n),
-    }
+        "accuracy_without_f": score([c["text"] for c in without]), "leak_rate": replay_report(quads)["leak_rate"],
+        "groups": len(std_n), "zero_std_frac": mean(float(std == 0) for std in std_n),
+    }  # fmt: skip
 
 
 def print_precheck(check: dict[str, float]) -> None:

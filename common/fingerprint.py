@@ -58,16 +58,12 @@ def fingerprint(**fields: Any) -> dict[str, Any]:
 def run_identity(args, base_params, tokenizer, replay, shapes, dtype) -> dict[str, Any]:
     """The part of the fingerprint that is known before the first step; a checkpoint is resumed only under the same."""
     return fingerprint(
-        base_weights=weights_sha256(base_params),
-        tokenizer=tokenizer.sha256(),
-        templates=templates_sha256(),
-        train_replay=replay_sha256(replay["train"]),
-        test_replay=replay_sha256(replay["test"]),
+        base_weights=weights_sha256(base_params), tokenizer=tokenizer.sha256(), templates=templates_sha256(),
+        train_replay=replay_sha256(replay["train"]), test_replay=replay_sha256(replay["test"]),
         verifier=verifier_sha256(),
         decode={"temperature": args.temperature, "dtype": jnp.dtype(dtype).name, "evaluation": "greedy", **shapes},
-        revision_budget=1,
-        planned_steps=args.steps,
-    )
+        revision_budget=1, planned_steps=args.steps,
+    )  # fmt: skip
 
 
 def count_budgets(steps: int, B: int, G: int, shapes: dict[str, int], n_test: int) -> dict[str, Any]:
@@ -78,8 +74,6 @@ def count_budgets(steps: int, B: int, G: int, shapes: dict[str, int], n_test: in
     """
     T = shapes["T"]
     return {
-        "optimizer_steps": steps,
-        "training_tokens": steps * B * G * T,
-        "rollout_budget": [steps, B, G, T],
+        "optimizer_steps": steps, "training_tokens": steps * B * G * T, "rollout_budget": [steps, B, G, T],
         "test_compute_budget": n_test * 2 * T,
-    }
+    }  # fmt: skip

@@ -19,19 +19,12 @@ def make_result(args, method: str, identity, counted, replay, base, records, fin
     """The content of result.json; `counted` are the budgets as they were spent, which complete the fingerprint."""
     fields = {k: v for k, v in identity.items() if k not in ("digest", "planned_steps")}
     return {
-        "schema_version": SCHEMA_VERSION,
-        "method": method,
-        "args": dataclasses.asdict(args),
+        "schema_version": SCHEMA_VERSION, "method": method, "args": dataclasses.asdict(args),
         "fingerprint": fingerprint(**fields, **counted),
-        "replay": {split: replay_report(quads) for split, quads in replay.items()},
-        "precheck": base["precheck"],
-        "base": base["summary"],
-        "summary": final,
-        "records": records,
-        "traces": dict(TRACES),
-        "timings": timings,
+        "replay": {split: replay_report(quads) for split, quads in replay.items()}, "precheck": base["precheck"],
+        "base": base["summary"], "summary": final, "records": records, "traces": dict(TRACES), "timings": timings,
         "versions": versions(),
-    }
+    }  # fmt: skip
 
 
 def versions() -> dict[str, str]:
@@ -44,11 +37,9 @@ def versions() -> dict[str, str]:
         ["git", "rev-parse", "HEAD"], cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, check=False
     )
     return {
-        "python": platform.python_version(),
-        "device": jax.devices()[0].device_kind,
-        "commit": git.stdout.strip() or "none",
-        **{n: version(n) for n in names},
-    }
+        "python": platform.python_version(), "device": jax.devices()[0].device_kind,
+        "commit": git.stdout.strip() or "none", **{n: version(n) for n in names},
+    }  # fmt: skip
 
 
 def read_metrics(directory: pathlib.Path) -> list[dict[str, float]]:
@@ -91,13 +82,10 @@ def print_summary(
     print(f"\n{name}: {final['n']} test problems, greedy, last checkpoint")
     print(f"  {'':28}{'base':>8}{'trained':>10}{'change':>9}")
     rows = (
-        ("revised accuracy", "accuracy_revised"),
-        ("first-attempt accuracy", "accuracy"),
-        ("delta_critique", "delta_critique"),
-        ("wrong -> right", "wrong_to_right"),
-        ("right -> wrong", "right_to_wrong"),
-        ("well-formed answers", "format_frac"),
-    )
+        ("revised accuracy", "accuracy_revised"), ("first-attempt accuracy", "accuracy"),
+        ("delta_critique", "delta_critique"), ("wrong -> right", "wrong_to_right"),
+        ("right -> wrong", "right_to_wrong"), ("well-formed answers", "format_frac"),
+    )  # fmt: skip
     for label, key in rows:
         change = "" if base[key] is None or final[key] is None else f"{100 * (final[key] - base[key]):+.1f}"
         print(f"  {label:28}{percent(base[key]):>8}{percent(final[key]):>10}{change:>9}")

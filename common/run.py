@@ -413,9 +413,7 @@ def rollout_metrics(
     well_formed = [format_valid(text, quads[m // G].meta["domain"]) for m, text in enumerate(texts)]
     spread_B = np.where(unscored_BG, -np.inf, reward_BG).max(1) - np.where(unscored_BG, np.inf, reward_BG).min(1)
     return {
-        "rollout/len_mean": float(out["len_M"].mean()),
-        "rollout/truncated_frac": float(out["truncated_M"].mean()),
-        "rollout/zero_std_frac": float((spread_B <= 0).mean()),
-        "rollout/format_frac": float(np.mean(well_formed)),
+        "rollout/len_mean": float(out["len_M"].mean()), "rollout/truncated_frac": float(out["truncated_M"].mean()),
+        "rollout/zero_std_frac": float((spread_B <= 0).mean()), "rollout/format_frac": float(np.mean(well_formed)),
         "rollout/harness_errors": float(unscored_BG.sum()),
-    }
+    }  # fmt: skip

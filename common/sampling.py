@@ -79,13 +79,9 @@ def generate(
         return t + 1, token_M, done_M | is_end(token_M), tokens_MT, logp_MT, cache
 
     start = (
-        0,
-        jnp.repeat(last_tokens(prompt_BP, len_B), group),
-        jnp.zeros(M, bool),
-        jnp.full((M, T), pad_id, jnp.int32),
-        jnp.zeros((M, T), jnp.float32),
-        cache,
-    )
+        0, jnp.repeat(last_tokens(prompt_BP, len_B), group), jnp.zeros(M, bool), jnp.full((M, T), pad_id, jnp.int32),
+        jnp.zeros((M, T), jnp.float32), cache,
+    )  # fmt: skip
     _, _, done_M, tokens_MT, logp_MT, _ = jax.lax.while_loop(lambda s: (s[0] < T) & ~s[2].all(), one_token, start)
     len_M = jnp.where(done_M, is_end(tokens_MT).argmax(-1) + 1, T)
     return {"tokens_MT": tokens_MT, "logp_MT": logp_MT, "len_M": len_M, "truncated_M": 1.0 - done_M}

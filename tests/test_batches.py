@@ -3,12 +3,27 @@
 pytest tests/test_batches.py
 """
 
+import copy
+
 import numpy as np
 import pytest
 from examples import TEXTS
 
 from common.basics import InputError
-from common.batches import data_indices, length_mask, pack_answers, pack_prompts, prompt_shape, right_pad
+from common.batches import (
+    MAX_STEPS,
+    data_indices,
+    length_mask,
+    pack_answers,
+    pack_prompts,
+    pack_revise,
+    pack_steps,
+    pack_trajectories,
+    prompt_shape,
+    right_pad,
+)  # fmt: skip
+from common.prompts import attempt_prompt
+from common.replay import Quadruple
 
 
 def test_right_pad_and_length_mask():
@@ -60,3 +75,59 @@ def test_data_indices(n, batch):
     for step in (2 * n, 5, 0):  # asked in any order
         np.testing.assert_array_equal(data_indices(n, batch, 3, step), steps[step])
     assert any((data_indices(n, batch, 4, step) != steps[step]).any() for step in range(n))
+
+
+def test_pack_steps_worked_example(byte_tokenizer):
+    """The docstring's text, a token a byte: the line break belongs to no step, nor does the end token."""
+    tokens, lengths, steps = pack_steps(byte_tokenizer, ["2+3\n#### 5", ""], 12)
+    assert lengths.tolist() == [11, 1] and tokens[0, 10] == tokens[1, 0] == byte_tokenizer.eos_id
+    assert steps.shape == (2, MAX_STEPS, 12)
+    assert steps[0, 0].tolist() == [1, 1, 1] + [0] * 9
+    assert steps[0, 1].tolist() == [0] * 4 + [1] * 6 + [0] * 2
+    assert not steps[0, 2:].any() and not steps[1].any()
+
+
+def test_pack_steps_cuts_what_is_too_long(byte_tokenizer):
+    """A step loses the tokens behind T; lines behind MAX_STEPS are no steps."""
+    _, lengths, steps = pack_steps(byte_tokenizer, ["2+3\n#### 5", "\n".join("7" * (MAX_STEPS + 3))], 7)
+    assert lengths.tolist() == [7, 7]
+    assert steps[0, 1].tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert steps[1, :5].sum(-1).tolist() == [1, 1, 1, 1, 0]
+    _, _, steps = pack_steps(byte_tokenizer, ["\n".join("7" * (MAX_STEPS + 3))], 80)
+    assert (steps[0].sum(-1) == 1).all() and steps[0].sum() == MAX_STEPS
+
+
+def test_pack_trajectories_worked_example(byte_tokenizer):
+    """Two problems by hand: the docstring's, with its first step flagged; one whose y0 is right and that names none."""
+    quads = [
+        Quadruple("x", "2+3=6\n#### 6", "No: 2+3.", "2+3=5\n#### 5", {"error_span": [0, 5], "y0_correct": False}),
+        Quadruple("xy", "1+1=2\n\n1+2=3\n#### 3", "Fine.", "#### 3", {"error_span": None, "y0_correct": True}),
+    ]
+    shapes = {"P_attempt": 90, "P_revise": 170, "T_replay": 24}
+    revise = pack_revise(byte_tokenizer, quads, shapes)
+    out = pack_trajectories(byte_tokenizer, quads, shapes, revise)
+    assert {name: array.shape for name, array in out.items()} == {
+        "attempt_prompt": (2, 90), "attempt_prompt_len": (2,), "y0": (2, 24), "y1": (2, 24),
+        "y0_steps": (2, MAX_STEPS, 24), "y1_steps": (2, MAX_STEPS, 24), "y0_mask": (2, MAX_STEPS),
+        "y1_mask": (2, MAX_STEPS), "flagged": (2, MAX_STEPS), "f_tokens": (2, 1, 170), "y1_tokens": (2, 24),
+        "wrong": (2,),
+    }  # fmt: skip
+    assert out["attempt_prompt_len"].tolist() == [len(attempt_prompt("x")), len(attempt_prompt("xy"))]
+    assert out["y0_mask"][:, :4].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
+    assert out["y1_mask"][:, :4].tolist() == [[1, 1, 0, 0], [1, 0, 0, 0]]
+    assert out["flagged"][:, :4].tolist() == [[1, 0, 0, 0], [0, 0, 0, 0]]
+    assert out["wrong"].tolist() == [1, 0]
+    assert out["y1_tokens"].sum(1).tolist() == [len(quads[0].y1) + 1, len(quads[1].y1) + 1]  # with the end token
+    for q, prompt, f_T in zip(quads, revise["prompt"], out["f_tokens"][:, 0]):
+        assert byte_tokenizer.decode([prompt[f_T > 0].tolist()]) == [q.f]
+
+
+def test_a_prompts_frame_moves_the_critique(byte_tokenizer):
+    """With tokens of a chat frame around the prompt, f_tokens still lie on f."""
+    q = Quadruple("x", "2+3=6\n#### 6", "No.", "2+3=5\n#### 5", {"error_span": [0, 5], "y0_correct": False})
+    shapes = {"P_attempt": 90, "P_revise": 170, "T_replay": 24}
+    framed = copy.copy(byte_tokenizer)
+    framed.prompt_prefix, framed.prompt_suffix = [0, 0, 0], [0]
+    revise = pack_revise(framed, [q], shapes)
+    out = pack_trajectories(framed, [q], shapes, revise)
+    assert framed.decode([revise["prompt"][0][out["f_tokens"][0, 0] > 0].tolist()]) == ["No."]

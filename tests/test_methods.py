@@ -16,6 +16,7 @@ import b2_grpo as b2
 import b3_grpo_verifier as b3
 import b4_grpo_critique as b4
 import b5_cts as b5
+import cts_common as cts
 from common.model import Decoder, ModelConfig, Reading
 from common.prompts import revise_prompt
 from common.replay import Quadruple
@@ -590,6 +591,38 @@ def test_cts_losses_by_parts():
     values = cts_outputs()[0]["ref_only"]
     for name in NAMES:
         assert expected[name] > 0.05 and values[name] == pytest.approx(expected[name], rel=1e-3), name
+
+
+def test_align_loss_by_hand():
+    """Two targets, three rows with weights 1/2, 1/2, 0; the distance is the difference of the first coordinates."""
+    same = lambda mask_a, mask_b: mask_a.sum() == mask_b.sum()
+    distance = lambda a, b, mask_a, mask_b: (jnp.abs(a[0, 0] - b[0, 0]) + 10 * mask_b.sum(), same(mask_a, mask_b))
+    points = lambda *first: jnp.array(first)[:, None, None] * jnp.ones((3, 2, 1))
+    mask = jnp.array([[1.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+    targets = [(points(1.0, 3.0, 9.0), mask), (points(5.0, 1.0, 9.0), mask[:, ::-1])]
+    loss, S, converged = b5.align_loss(points(2.0, 2.0, 2.0), mask, targets, jnp.array([0.5, 0.5, 0.0]), distance)
+    np.testing.assert_allclose(S, [[21, 11, 27], [23, 11, 27]])
+    assert converged.tolist() == [[1, 1, 1], [1, 1, 1]]
+    assert loss == 0.5 * (21 + 23) / 2 + 0.5 * 11
+
+
+def test_decode_and_energy_loss_by_hand():
+    """-(-1 - 2) / 4 - (-4) / 4; max(0, 1 - 3 + 1) and max(0, 1 - 0.5 + 2), half of each."""
+    assert b5.decode_loss(floats([-1, -2], [-4, -9]), floats([0.25, 0.25], [0.25, 0])) == 1.75
+    assert b5.energy_loss(floats(3, 0.5), floats(1, 2), floats(0.5, 0.5), 1.0) == 1.25
+
+
+def test_converged_counts_both_transports(monkeypatch):
+    """A distance that says it has converged where the masks are of one size: it has to R*, and not to y1's."""
+    monkeypatch.setattr(cts, "l2_distance", lambda a, b, mask_a, mask_b: ((a - b).sum(), mask_a.sum() == mask_b.sum()))
+
+    @jax.jit
+    def metrics(batch):
+        readings = b5.with_replay(Reading(batch["prompt"], batch["prompt_len"], [batch["y0"]]), batch)
+        return b5.cts_losses(tiny(), tiny()(readings), critic(), batch, b5.Args(align="l2"))[-1]
+
+    total, count = metrics(cts_batch())["losses/align_converged"]
+    assert (float(total), float(count)) == (1.0, 2.0)  # two wrong attempts, half of whose transports converged
 
 
 def test_random_target_is_as_far_as_the_edit():

@@ -4,14 +4,20 @@ pytest tests/test_run.py
 """
 
 import dataclasses
-import types
+import math
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import tiny
-from examples import REFERENCE, code_quad
+from examples import REFERENCE, ROOT, code_quad
 
+import b0_sft
+import b1_dpo
 import b2_grpo
+import b3_grpo_verifier
 import b4_grpo_critique
 import b5_cts
 import teacher
@@ -45,19 +51,6 @@ def test_wandb_mode(monkeypatch, tmp_path, flag, env, netrc, mode):
     if netrc:
         (tmp_path / "netrc").write_text(netrc)
     assert wandb_mode(flag) == mode
-
-
-def test_check_args():
-    """The flag, its value and the least value stand in the message."""
-    args = types.SimpleNamespace(group=0, rate=0.0, kl_coef=-0.5, steps=3)
-    check_args(args, ("steps",), ())
-    for above, least, words in (
-        (("group",), (), "--group 0: must be at least 1"),
-        (("rate",), (), "--rate 0.0: must be above 0"),
-        ((), ("kl_coef",), "--kl_coef -0.5: must be at least 0"),
-    ):
-        with pytest.raises(InputError, match=words):
-            check_args(args, above, least)
 
 
 def test_reduce():
@@ -98,3 +91,39 @@ def test_scripts_run_on_programs(tmp_path, monkeypatch, script, flags):
     rows = read_metrics(next(tmp_path.glob(f"{script.__name__}__fixtures_code__*")))
     assert [row["rollout/harness_errors"] for row in rows] == [0, 0]
     assert all(np.isfinite(v) for row in rows for v in row.values())
+
+
+def test_a_run_counts_from_the_start_of_its_process():
+    """Imports, here a sleep of a second before them, are part of it."""
+    code = "import time; time.sleep(1); import common.run as run; print(time.time() - run.PROCESS_START)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert 1 <= float(out) < 120
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (dict(steps=0), "--steps 0: must be at least 1"),
+        (dict(learning_rate=math.nan), "--learning_rate nan: must be above 0"),
+        (dict(temperature=0.0), "--temperature 0.0: must be above 0"),
+        (dict(save_every=-1), "--save_every -1: must be at least 0"),
+        (dict(lam_align=-0.1), "--lam_align -0.1: must be at least 0"),
+        (dict(lam_decode=math.inf), "--lam_decode inf: must be at least 0"),
+        (dict(clip_low=1.5), "--clip_low 1.5: must be at most 1"),
+    ],
+)
+def test_every_number_is_checked(flags, message):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
+        check_args(b5_cts.Args(**flags), clip_low=1)
+
+
+def test_every_number_of_every_script_is_checked():
+    """None is forgotten: each, set below 0, is refused by its script before anything else happens."""
+    for script in (b0_sft, b1_dpo, b2_grpo, b3_grpo_verifier, b4_grpo_critique, b5_cts):
+        for field in dataclasses.fields(script.Args):
+            if field.type in (int, float):
+                with pytest.raises(InputError, match=f"^--{field.name} -1"):
+                    script.main(script.Args(**{field.name: field.type(-1)}))
+    for tau in (0.0, 1.5):
+        with pytest.raises(InputError, match=r"^--sinkhorn_tau"):
+            b5_cts.main(b5_cts.Args(sinkhorn_tau=tau))

@@ -148,6 +148,28 @@ def test_no_room_knows_a_method(room):
 
 
 # ---- what a run leaves behind ---------------------------------------------------------------------------------------
+def test_one_step_is_aligned_and_every_test_problem_has_its_energy(space, monkeypatch):
+    """--steps 1: the first step is the last, at lam_align. 24 test problems in batches of 5, the last one filled up."""
+    seen = []
+    monkeypatch.setattr(cts, "detector_auc", lambda energy, flagged: seen.append(len(energy)))
+    result = run(space, "b5_cts", "one_step", steps=1, prompts=5, group=2, lam_align=0.5, lam_align_final=0.0)
+    (row,) = metrics(run_dir(space, "one_step", "b5_cts"))
+    extra = 0.5 * row["losses/align_loss"] + 0.1 * row["losses/decode_loss"] + 0.1 * row["losses/energy_loss"]
+    assert row["losses/align_loss"] > 0.01
+    assert row["losses/loss"] == pytest.approx(row["losses/policy_loss"] + extra, rel=1e-4)
+    assert len(seen) == result["summary"]["n"] == 24
+
+
+def test_tokens_are_those_computed(space, runs):
+    """Of b3 the prompts and their completions; of b5 also y1 after the revise prompt, y0 and y1 after the attempt's."""
+    shapes = runs["b5"]["fingerprint"]["decode"]
+    b3, b5 = (metrics(run_dir(space, out, SCRIPT[out])) for out in ("b3", "b5"))
+    for step, (one, other) in enumerate(zip(b3, b5), 1):
+        assert one["charts/tokens"] == step * 4 * (shapes["P_revise"] + 4 * shapes["T"])
+        more = 2 * shapes["T_replay"] + shapes["P_attempt"] + shapes["T_replay"]
+        assert other["charts/tokens"] - one["charts/tokens"] == step * 4 * more
+
+
 def test_the_policy_gets_a_gradient(space, runs):
     """Without it the comparisons below would compare 0 with 0."""
     for out, script in SCRIPT.items():
