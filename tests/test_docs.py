@@ -1,4 +1,7 @@
-"""docs/methods.md says what the scripts say: its diffs, its line numbers, its metrics; the table of results."""
+"""The pages say what the files say: diffs, line numbers, metrics, names of files, commands; the table of results.
+
+    pytest tests/test_docs.py
+"""
 
 import importlib.util
 import pathlib
@@ -18,13 +21,16 @@ def load(name):
 
 
 update_methods, results_table = load("update_methods"), load("results_table")
-PAGE = update_methods.PAGE.read_text()
+METHODS, METRICS = (path.read_text() for path in update_methods.PAGES)
 SCRIPTS = sorted(path.name for path in ROOT.glob("b?_*.py"))
 
 
 def test_diffs_and_line_numbers_are_those_of_the_files():
-    assert len(update_methods.DIFF.findall(PAGE)) == 5 and len(update_methods.REFERENCE.findall(PAGE)) > 25
-    assert update_methods.updated(PAGE) == PAGE, "run: python docs/update_methods.py"
+    """From b3 on every script is shown as a diff to its parent."""
+    assert sorted(child for _, _, child, _ in update_methods.DIFF.findall(METHODS)) == SCRIPTS[3:]
+    assert len(update_methods.REFERENCE.findall(METHODS)) > 40
+    for page in (METHODS, METRICS):
+        assert update_methods.updated(page) == page, "run: python docs/update_methods.py"
 
 
 def test_a_reference_that_fits_no_line_or_several_is_an_error():
@@ -33,15 +39,47 @@ def test_a_reference_that_fits_no_line_or_several_is_an_error():
             update_methods.line_of("b2_grpo.py", piece)
 
 
+def rows(page, keys, cells):
+    """First cells of a page's table rows that are `keys` and are followed by so many cells, none of them empty."""
+    return re.findall(rf"^\| `({keys})`(?: \| [^|\n]{{1,}}){{{cells}}} \|$", page, re.MULTILINE)
+
+
 def test_every_logged_metric_is_explained_and_none_else():
-    """Keys as they stand in the scripts and the common module."""
+    """Keys as they stand in the scripts and the rooms."""
     text = "".join(path.read_text() for path in [*(ROOT / name for name in SCRIPTS), *ROOT.glob("common/*.py")])
     logged = set(re.findall(r'"((?:charts|losses|rollout|time)/\w+)"', text))
     logged |= {f"time/{part}" for part in re.findall(r'clock\.mark\("(\w+)"\)', text)} | {"time/step"}
-    logged |= {f"losses/{name}_loss" for name in ("align", "decode", "energy")}
     logged |= {f"eval/{name}" for name in ("accuracy", "accuracy_revised", "delta_critique")}
-    explained = re.findall(r"^\| `([\w/]+)` \| [^|]+ \| .{10,} \|$", PAGE, re.MULTILINE)
-    assert sorted(explained) == sorted(logged)
+    assert sorted(rows(METRICS, r"\w+/\w+", 3)) == sorted(logged)
+
+
+def test_every_rate_of_a_summary_is_explained_and_none_else():
+    rates = {key for key in summarize([]) if not key.startswith("by_")}
+    assert sorted(rows(METRICS, r"\w+", 1)) == sorted({*rates, "energy_auc"})
+
+
+# ---- names and commands ---------------------------------------------------------------------------------------------
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+MADE = ("data/", "runs/", "result.json", "report.json", "args.json", "config.json")  # by runs, and by other programs
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_named_exists(page):
+    """Links, and what stands as code or command and ends like a file."""
+    text = (ROOT / page).read_text()
+    folder = (ROOT / page).parent
+    links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)", text) if "://" not in link}
+    assert all((folder / link).exists() for link in links if link), links
+    names = set(re.findall(r"(?<![\w/.*-])((?:\w+/)*\w+\.(?:py|md|png))\b", re.sub(r"\]\([^)]*\)", "]", text)))
+    names -= {"curves.png"}
+    missing = [name for name in names if not ((ROOT / name).exists() or (folder / name).exists())]
+    assert not missing
+
+
+def commands(text):
+    """The indented `python ...` lines of a page, without their comments."""
+    lines = re.findall(r"^    (?:pip install [^&\n]+&& )?python (\S+\.py)(.*)$", text, re.MULTILINE)
+    return [(script, shlex.split(rest, comments=True)) for script, rest in lines]
 
 
 # ---- the table of results -------------------------------------------------------------------------------------------
