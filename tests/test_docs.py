@@ -3,24 +3,27 @@
     pytest tests/test_docs.py
 """
 
-import importlib.util
+import importlib
 import pathlib
 import re
+import shlex
 
 import pytest
+import tyro
+
+from common.evaluation import summarize
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def load(name):
-    """A script of docs/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load(path):
+    """A script as a module, with its folder on the path as when it is run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend((ROOT / path).parent)
+        return importlib.import_module(pathlib.Path(path).stem)
 
 
-update_methods, results_table = load("update_methods"), load("results_table")
+update_methods, results_table = load("docs/update_methods.py"), load("docs/results_table.py")
 METHODS, METRICS = (path.read_text() for path in update_methods.PAGES)
 SCRIPTS = sorted(path.name for path in ROOT.glob("b?_*.py"))
 
@@ -41,7 +44,7 @@ def test_a_reference_that_fits_no_line_or_several_is_an_error():
 
 def rows(page, keys, cells):
     """First cells of a page's table rows that are `keys` and are followed by so many cells, none of them empty."""
-    return re.findall(rf"^\| `({keys})`(?: \| [^|\n]{{1,}}){{{cells}}} \|$", page, re.MULTILINE)
+    return re.findall(rf"^\| `({keys})`(?: \| [^|\n]+){{{cells}}} \|$", page, re.MULTILINE)
 
 
 def test_every_logged_metric_is_explained_and_none_else():
@@ -60,26 +63,27 @@ def test_every_rate_of_a_summary_is_explained_and_none_else():
 
 # ---- names and commands ---------------------------------------------------------------------------------------------
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
-MADE = ("data/", "runs/", "result.json", "report.json", "args.json", "config.json")  # by runs, and by other programs
+COMMAND = re.compile(r"(?:^    (?:[A-Z_]+=\S+ )*(?:pip [^&\n]+&& )?|`)python ([\w/]+\.py)([^`\n]*)", re.MULTILINE)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_named_exists(page):
-    """Links, and what stands as code or command and ends like a file."""
-    text = (ROOT / page).read_text()
-    folder = (ROOT / page).parent
-    links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)", text) if "://" not in link}
-    assert all((folder / link).exists() for link in links if link), links
-    names = set(re.findall(r"(?<![\w/.*-])((?:\w+/)*\w+\.(?:py|md|png))\b", re.sub(r"\]\([^)]*\)", "]", text)))
-    names -= {"curves.png"}
-    missing = [name for name in names if not ((ROOT / name).exists() or (folder / name).exists())]
-    assert not missing
+    """Links, and all that ends like a file of the repository; `b6_` is the reader's own, curves.png a run's."""
+    folder, text = (ROOT / page).parent, (ROOT / page).read_text()
+    links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)", text) if "://" not in link} - {""}
+    assert [link for link in links if not (folder / link).exists()] == []
+    names = set(re.findall(r"(?<![\w/.*<>$-])[\w/]+\.(?:py|md|png)\b", re.sub(r"\]\([^)]*\)", "]", text)))
+    names = {name for name in names if not name.startswith("b6_")} - {"curves.png"}
+    assert [name for name in names if not any((root / name).exists() for root in (ROOT, folder))] == []
 
 
-def commands(text):
-    """The indented `python ...` lines of a page, without their comments."""
-    lines = re.findall(r"^    (?:pip install [^&\n]+&& )?python (\S+\.py)(.*)$", text, re.MULTILINE)
-    return [(script, shlex.split(rest, comments=True)) for script, rest in lines]
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_is_understood(page):
+    """A script takes the flags that a page gives it. One that has no `Args` takes no flags, or parses them itself."""
+    for name, flags in COMMAND.findall((ROOT / page).read_text()):
+        args, words = getattr(load(name), "Args", None), shlex.split(flags, comments=True)
+        if args is not None and "--help" not in words:
+            tyro.cli(args, args=words)  # exits where it does not understand
 
 
 # ---- the table of results -------------------------------------------------------------------------------------------
