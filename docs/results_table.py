@@ -1,4 +1,4 @@
-"""The README's table of results: one row per method and seed from the result.json files of one task, as Markdown.
+"""The tables of docs/results.md: one row per method and seed from the result.json files of one task, as Markdown.
 
     for s in 0 1 2; do for m in b0_sft b1_dpo b2_grpo b3_grpo_verifier b4_grpo_critique b5_cts; do
         python $m.py --seed $s; done; done

@@ -1,6 +1,6 @@
-"""Keeps the generated parts of docs/methods.md true: the diffs between scripts and the line numbers of references.
+"""Keeps the generated parts of the pages in docs/ true: the diffs between scripts and the line numbers of references.
 
-    python docs/update_methods.py            # rewrites docs/methods.md where it is out of date
+    python docs/update_methods.py            # rewrites each of PAGES that is out of date
 
 A diff stands between `<!-- diff PARENT CHILD -->` and `<!-- end -->`. A reference is a link whose title is a piece of
 the line that it points at: [b2_grpo.py:97](../b2_grpo.py#L97 "def group_advantages"). tests/test_docs.py checks both.
@@ -12,7 +12,7 @@ import pathlib
 import re
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "methods.md"
+PAGES = [ROOT / "docs" / name for name in ("methods.md", "metrics.md")]
 REFERENCE = re.compile(r'\[([\w/]+\.py):\d+\]\(\.\./\1#L\d+ "([^"]+)"\)')
 DIFF = re.compile(r"(<!-- diff (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -49,6 +49,8 @@ def updated(text: str) -> str:
 
 
 if __name__ == "__main__":
-    page = PAGE.read_text()
-    PAGE.write_text(updated(page))
-    print(f"{PAGE.relative_to(ROOT)}: {'up to date' if updated(page) == page else 'rewritten'}")
+    for path in PAGES:
+        page = path.read_text()
+        new = updated(page)
+        path.write_text(new)
+        print(f"{path.relative_to(ROOT)}: {'up to date' if new == page else 'rewritten'}")

@@ -1,33 +1,43 @@
-"""docs/methods.md says what the scripts say: its diffs, its line numbers, its metrics; the table of results."""
+"""The pages say what the files say: diffs, line numbers, metrics, names of files, commands; the table of results.
+
+pytest tests/test_docs.py
+"""
 
 import ast
+import importlib
 import importlib.util
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
 import pytest
+import tyro
+
+from common.evaluation import summarize
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-def load(name):
-    """A script of docs/ as a module."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def load(path):
+    """A script as a module, with its folder on the path as when it is run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend((ROOT / path).parent)
+        return importlib.import_module(pathlib.Path(path).stem)
 
 
-update_methods, results_table = load("update_methods"), load("results_table")
-PAGE = update_methods.PAGE.read_text()
+update_methods, results_table = load("docs/update_methods.py"), load("docs/results_table.py")
+METHODS, METRICS = (path.read_text() for path in update_methods.PAGES)
 SCRIPTS = sorted(path.name for path in ROOT.glob("b?_*.py"))
 
 
 def test_diffs_and_line_numbers_are_those_of_the_files():
-    assert len(update_methods.DIFF.findall(PAGE)) == 5 and len(update_methods.REFERENCE.findall(PAGE)) > 25
-    assert update_methods.updated(PAGE) == PAGE, "run: python docs/update_methods.py"
+    """From b3 on every script is shown as a diff to its parent."""
+    assert sorted(child for _, _, child, _ in update_methods.DIFF.findall(METHODS)) == SCRIPTS[3:]
+    assert len(update_methods.REFERENCE.findall(METHODS)) > 40
+    for page in (METHODS, METRICS):
+        assert update_methods.updated(page) == page, "run: python docs/update_methods.py"
 
 
 def test_a_reference_that_fits_no_line_or_several_is_an_error():
@@ -36,15 +46,49 @@ def test_a_reference_that_fits_no_line_or_several_is_an_error():
             update_methods.line_of("b2_grpo.py", piece)
 
 
+def rows(page, keys, cells):
+    """First cells of a page's table rows that are `keys` and are followed by so many cells, none of them empty."""
+    return re.findall(rf"^\| `({keys})`(?: \| [^|\n]+){{{cells}}} \|$", page, re.MULTILINE)
+
+
 def test_every_logged_metric_is_explained_and_none_else():
-    """Keys as they stand in the scripts and the common module."""
+    """Keys as they stand in the scripts and the rooms."""
     text = "".join(path.read_text() for path in [*(ROOT / name for name in SCRIPTS), *ROOT.glob("common/*.py")])
     logged = set(re.findall(r'"((?:charts|losses|rollout|time)/\w+)"', text))
     logged |= {f"time/{part}" for part in re.findall(r'clock\.mark\("(\w+)"\)', text)} | {"time/step"}
-    logged |= {f"losses/{name}_loss" for name in ("align", "decode", "energy")}
     logged |= {f"eval/{name}" for name in ("accuracy", "accuracy_revised", "delta_critique")}
-    explained = re.findall(r"^\| `([\w/]+)` \| [^|]+ \| .{10,} \|$", PAGE, re.MULTILINE)
-    assert sorted(explained) == sorted(logged)
+    assert sorted(rows(METRICS, r"\w+/\w+", 3)) == sorted(logged)
+
+
+def test_every_rate_of_a_summary_is_explained_and_none_else():
+    rates = {key for key in summarize([]) if not key.startswith("by_")}
+    assert sorted(rows(METRICS, r"\w+", 1)) == sorted({*rates, "energy_auc"})
+
+
+# ---- names and commands ---------------------------------------------------------------------------------------------
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+COMMAND = re.compile(r"(?:^    (?:[A-Z_]+=\S+ )*(?:pip [^&\n]+&& )?|`)python ([\w/]+\.py)([^`\n]*)", re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_named_exists(page):
+    """Links, and all that ends like a file of the repository; `b6_` is the reader's own, curves.png a run's."""
+    folder, text = (ROOT / page).parent, (ROOT / page).read_text()
+    links = {link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)", text) if "://" not in link} - {""}
+    assert [link for link in links if not (folder / link).exists()] == []
+    names = set(re.findall(r"(?<![\w/.*<>$-])[\w/]+\.(?:py|md|png)\b", re.sub(r"\]\([^)]*\)", "]", text)))
+    names = {name for name in names if not name.startswith("b6_")} - {"curves.png"}
+    places = (ROOT, folder, ROOT / "benchmarks")  # docs/performance.md calls these by their bare names
+    assert [name for name in names if not any((place / name).exists() for place in places)] == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_is_understood(page):
+    """A script takes the flags that a page gives it. One that has no `Args` takes no flags, or parses them itself."""
+    for name, flags in COMMAND.findall((ROOT / page).read_text()):
+        args, words = getattr(load(name), "Args", None), shlex.split(flags, comments=True)
+        if args is not None and "--help" not in words:
+            tyro.cli(args, args=words)  # exits where it does not understand
 
 
 # ---- the table of results -------------------------------------------------------------------------------------------
