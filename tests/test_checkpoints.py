@@ -95,8 +95,8 @@ def our_logits(name: str):
             return (t + 1, cache), hidden_MD
 
         _, hidden_TMD = jax.lax.scan(step, (0, model.new_cache(len(rows), T)), inputs_TM)
-        whole, ((_, call),) = model.prefill(rows, len_B)[1], model([Reading(prompts, prompt_len, [tokens_MT])])
-        return to_logits(whole), to_logits(call), to_logits(hidden_TMD.swapaxes(0, 1))
+        whole, (read,) = model.prefill(rows, len_B)[1], model([Reading(prompts, prompt_len, [tokens_MT])])
+        return to_logits(whole), to_logits(read.completions[0]), to_logits(hidden_TMD.swapaxes(0, 1))
 
     return golden, len_B, [np.asarray(a) for a in run(params)]
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from examples import META, QUAD, RECORDS, REFERENCE, WRONG, Y1, code_quad
 
-from common.evaluation import credit_record, detector_auc, score_records, summarize
+from common.evaluation import credit_record, detector_auc, print_precheck, score_records, summarize
 
 
 # ---- credit localization --------------------------------------------------------------------------------------------
@@ -107,3 +107,14 @@ def test_summarize_without_right_attempts():
     assert s["right_to_wrong"] is None
     assert s["wrong_to_right"] == 0.5
     assert summarize(RECORDS[-1:])["credit_auc"] is None
+
+
+@pytest.mark.parametrize(("gain", "says"), [(0.1, "carries signal: +10.0"), (0.02, "WARNING"), (-0.1, "WARNING")])
+def test_print_precheck(capsys, gain, says):
+    """In plain words whether the critique helps; 3 points are wanted."""
+    print_precheck({"n": 8, "accuracy_y0": 0.0, "accuracy_with_f": 0.5 + gain, "accuracy_without_f": 0.5,
+                        "leak_rate": 0.25, "zero_std_frac": 0.125, "groups": 8})  # fmt: skip
+    out = capsys.readouterr().out
+    assert says in out
+    assert "answer leaked by f 25.0%" in out
+    assert "without variance 12.5%" in out

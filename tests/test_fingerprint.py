@@ -8,6 +8,7 @@ import pathlib
 import shutil
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -181,7 +182,10 @@ BUDGETS = dict(steps=50, B=8, G=8, shapes={"P_revise": 64, "T": 32}, n_test=10)
     ],
 )
 def test_identity_changes_with_what_was_loaded(byte_tokenizer, changes):
-    identity = lambda params, **rest: run_identity(params, byte_tokenizer, **rest)["digest"]
+    def identity(params, steps, temperature, **rest):
+        args = types.SimpleNamespace(steps=steps, temperature=temperature)
+        return run_identity(args, params, byte_tokenizer, **rest)["digest"]
+
     assert identity(**{**IDENTITY, **changes}) != identity(**IDENTITY) == identity(**IDENTITY)
 
 

@@ -43,8 +43,8 @@ def test_decoder_equals_naive(name):
     prefix, prompt_hidden_BPD = prefill(params, prompt_BP, len_B)
     last_B = last_tokens(prompt_BP, len_B)
     read = call(params, [Reading(prompt_BP, len_B, [tokens_MT])])[0]
-    np.testing.assert_array_equal(read[0], prompt_hidden_BPD)
-    logits_MTV = np.asarray(read[1]) @ w["out"].T
+    np.testing.assert_array_equal(read.prompt, prompt_hidden_BPD)
+    logits_MTV = np.asarray(read.completions[0]) @ w["out"].T
     layers, cache = model.unstack(prefix), model.new_cache(len(tokens_MT), T)
     inputs_M, stepped = np.repeat(last_B, GROUP), []
     for t in range(T):
@@ -75,7 +75,8 @@ def test_padding_changes_nothing():
     _, call, _ = compiled(cfg)
 
     def run(prompt_BP, len_B, tokens_MT):
-        return call(params, [Reading(prompt_BP, len_B, [tokens_MT])])[0]
+        read = call(params, [Reading(prompt_BP, len_B, [tokens_MT])])[0]
+        return read.prompt, read.completions[0]
 
     (prompt_hidden, hidden), (prompt_other, other) = run(*batch()), run(*batch(pad_seed=1))
     assert (batch()[0] != batch(pad_seed=1)[0]).any()
@@ -109,7 +110,7 @@ def test_readings_together_equal_each_alone():
 
         def total(params):
             model = nnx.merge(graphdef, params)
-            states = [h for call in calls for _, *completions in model(call) for h in completions]
+            states = [h for call in calls for read in model(call) for h in read.completions]
             return sum(jnp.sin(h).sum() for h in states), states
 
         return jax.grad(total, has_aux=True)(params)
@@ -140,8 +141,8 @@ def test_packed_documents_equal_each_alone():
 def sequence_logp(model: Decoder, dtype=jnp.float32):
     """Summed log-prob of the tokens of `batch`, through the shared prompt and token_logp."""
     prompt_BP, len_B, tokens_MT = batch()
-    ((_, hidden_MTD),) = model([Reading(prompt_BP, len_B, [tokens_MT])], dtype)
-    return token_logp(hidden_MTD, tokens_MT, model.head_VD(), 0.7)[0].sum()
+    (read,) = model([Reading(prompt_BP, len_B, [tokens_MT])], dtype)
+    return token_logp(read.completions[0], tokens_MT, model.head_VD(), 0.7)[0].sum()
 
 
 @functools.cache
@@ -225,14 +226,14 @@ def test_bfloat16_is_close():
     prompt_BP, len_B, tokens_MT = batch()
 
     _, call, _ = compiled(cfg)
-    hidden = np.asarray(call(params, [Reading(prompt_BP, len_B, [tokens_MT])])[0][1])
+    hidden = np.asarray(call(params, [Reading(prompt_BP, len_B, [tokens_MT])])[0].completions[0])
     logp, entropy = token_logp(hidden, tokens_MT, decoder(cfg).head_VD())
 
     @jax.jit
     def run(params):
         model = nnx.merge(graphdef, params)
-        ((_, hidden_MTD),) = model([Reading(prompt_BP, len_B, [tokens_MT])], jnp.bfloat16)
-        return hidden_MTD, token_logp(hidden_MTD, tokens_MT, model.head_VD())
+        (read,) = model([Reading(prompt_BP, len_B, [tokens_MT])], jnp.bfloat16)
+        return read.completions[0], token_logp(read.completions[0], tokens_MT, model.head_VD())
 
     hidden16, (logp16, entropy16) = run(params)
     assert hidden16.dtype == jnp.bfloat16 and logp16.dtype == entropy16.dtype == jnp.float32
@@ -250,8 +251,8 @@ def test_bfloat16_adds_up_the_embedding_gradient_in_float32():
     @functools.partial(jax.jit, static_argnums=1)
     def gradient(params, dtype):
         def total(params):
-            ((_, h),) = nnx.merge(graphdef, params)([Reading(tokens[:, :8], np.full(16, 8), [tokens])], dtype)
-            return h.astype(jnp.float32)[..., 0].sum()
+            (read,) = nnx.merge(graphdef, params)([Reading(tokens[:, :8], np.full(16, 8), [tokens])], dtype)
+            return read.completions[0].astype(jnp.float32)[..., 0].sum()
 
         return jax.grad(total)(params)["embed"][...]
 

@@ -5,11 +5,10 @@ pytest tests/test_report.py
 
 import json
 
-import pytest
 from examples import RECORDS
 
 from common.evaluation import summarize
-from common.report import plot_curves, print_precheck, print_summary, read_metrics
+from common.report import plot_curves, print_summary, read_metrics
 
 
 def test_plot_curves_writes_a_picture(tmp_path):
@@ -47,14 +46,3 @@ def test_print_summary(capsys, tmp_path):
         "time: 61 s in all; a step 2.00 s (rollout 1.25, score 0.25, update 0.50)",
         f"fingerprint 0123456789abcdef; result.json, metrics.jsonl, curves.png in {tmp_path}",
     ]
-
-
-@pytest.mark.parametrize(("gain", "says"), [(0.1, "carries signal: +10.0"), (0.02, "WARNING"), (-0.1, "WARNING")])
-def test_print_precheck(capsys, gain, says):
-    """In plain words whether the critique helps; 3 points are wanted."""
-    print_precheck({"n": 8, "accuracy_y0": 0.0, "accuracy_with_f": 0.5 + gain, "accuracy_without_f": 0.5,
-                        "leak_rate": 0.25, "zero_std_frac": 0.125, "groups": 8})  # fmt: skip
-    out = capsys.readouterr().out
-    assert says in out
-    assert "answer leaked by f 25.0%" in out
-    assert "without variance 12.5%" in out

@@ -120,7 +120,7 @@ def test_sampled_logp_equals_token_logp(temperature):
     _, call, _ = compiled(TINY)
     prompt_BP, len_B, _ = batch()
     out = sampler(TINY, 3, STEPS)(prompt_BP, len_B, temperature=temperature, eos_id=5)
-    hidden_MTD = call(params, [Reading(prompt_BP, len_B, [out["tokens_MT"]])])[0][1]
+    hidden_MTD = call(params, [Reading(prompt_BP, len_B, [out["tokens_MT"]])])[0].completions[0]
     full = log_softmax(np.asarray(hidden_MTD) @ np.asarray(model.head_VD()).T / temperature)
     expected = np.take_along_axis(full, out["tokens_MT"][..., None], -1)[..., 0]
     logp_MT, _ = token_logp(hidden_MTD, out["tokens_MT"], model.head_VD(), temperature)
