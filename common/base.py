@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from common.basics import STREAM_BASE, InputError, sha256, write_atomic
 from common.chat import load_hf_tokenizer
-from common.checkpoints import load_hf_weights, read_hf_config
+from common.checkpoints import load_hf_weights
 from common.fingerprint import sources_sha256, weights_sha256
+from common.hf_config import read_hf_config
 from common.hosts import on_leader, put, shard_rule
 from common.model import Decoder, ModelConfig, leaf_names
 from common.prompts import attempt_prompt, revise_prompt

@@ -9,7 +9,7 @@ from typing import Any
 import tokenizers
 
 from common.basics import InputError, read_json
-from common.checkpoints import refuse_hf
+from common.hf_config import refuse_hf
 from common.tokenizer import Tokenizer
 
 _CHAT_SENTINEL = "\ue000"  # private use: in no template

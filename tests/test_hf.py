@@ -24,7 +24,8 @@ from common.base import fetch_model
 from common.basics import InputError
 from common.batches import right_pad
 from common.chat import load_hf_tokenizer
-from common.checkpoints import load_hf_weights, read_hf_config, save_hf
+from common.checkpoints import load_hf_weights, save_hf
+from common.hf_config import read_hf_config
 from common.hosts import make_mesh
 from common.model import Decoder, ModelConfig, Reading, last_tokens, leaf_names
 from common.tokenizer import Tokenizer, train_tokenizer
@@ -341,7 +342,8 @@ SHARDED_DRIVER = """
 import pathlib, sys
 sys.path.insert(0, "tests")
 from test_hf import digest
-from common.checkpoints import load_hf_weights, read_hf_config
+from common.checkpoints import load_hf_weights
+from common.hf_config import read_hf_config
 from common.hosts import make_mesh, shard_rule
 from common.model import leaf_names
 mesh = make_mesh("2,2")
