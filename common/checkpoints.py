@@ -4,7 +4,6 @@ directory that `transformers` loads. Used by base, which reads every model and k
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -20,7 +19,7 @@ from flax import nnx
 from common.basics import InputError, read_json
 from common.hf_config import hf_config, read_hf_config, refuse_hf
 from common.hosts import fetch, leads, shard_rule
-from common.model import Decoder, ModelConfig, leaf_names
+from common.model import Decoder, ModelConfig, leaf_name, leaf_names
 from common.tokenizer import Tokenizer
 
 # Where each leaf of the decoder is in a checkpoint: the tensor's name, and which axes of the leaf (of one layer, for
@@ -92,16 +91,15 @@ def _take_layer(leaf, i):
 
 def hf_tensors(leaves: dict[str, Any]) -> dict[str, HFTensor]:
     """{name in the checkpoint: HFTensor} of the decoder's leaves (by `leaf_names`), in the order of the layers."""
-    stacked = {name: leaves[f"blocks/{name}"].shape for name in _HF_LAYER if f"blocks/{name}" in leaves}
-    n_layers = next(iter(stacked.values()))[0]
-    out = {}
-    for i in range(n_layers):
-        for name, shape in stacked.items():
-            theirs, dims = _HF_LAYER[name]
-            out[f"model.layers.{i}.{theirs}"] = HFTensor(f"blocks/{name}", i, dims, shape[1:])
-    top = {_HF_TOP[n][0]: HFTensor(n, None, _HF_TOP[n][1], leaves[n].shape) for n in _HF_TOP if n in leaves}
+    layers = {
+        f"model.layers.{i}.{theirs}": HFTensor(f"blocks/{name}", i, dims, leaves[f"blocks/{name}"].shape[1:])
+        for i in range(len(leaves["blocks/q"]))
+        for name, (theirs, dims) in _HF_LAYER.items()
+        if f"blocks/{name}" in leaves
+    }
+    top = {theirs: HFTensor(n, None, dims, leaves[n].shape) for n, (theirs, dims) in _HF_TOP.items() if n in leaves}
     embed = _HF_TOP["embed"][0]
-    return {embed: top.pop(embed), **out, **top}
+    return {embed: top.pop(embed), **layers, **top}
 
 
 def open_safetensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, tuple[pathlib.Path, Any]]:
@@ -182,18 +180,17 @@ def load_hf_weights(directory: pathlib.Path, cfg: ModelConfig, mesh: jax.shardin
     one leaf's shards beside the model on the devices, and one layer of them in the file's type.
     """
     abstract = nnx.eval_shape(lambda: nnx.state(Decoder(cfg, nnx.Rngs(0)), nnx.Param))
-    leaves, shardings = leaf_names(abstract), leaf_names(shard_rule(mesh, abstract))
-    wanted = hf_tensors(leaves)
+    wanted = hf_tensors(leaf_names(abstract))
     with contextlib.ExitStack() as stack:
         found = open_safetensors(directory, stack)
         check_hf_tensors(found, wanted, directory)
 
-        def load(name: str):
-            shape = leaves[name].shape
+        def load(path, leaf, sharding):
+            name = leaf_name(path)
             parts = {t.layer: (t, found[theirs][1].get_slice(theirs)) for theirs, t in wanted.items() if t.leaf == name}
 
             def shard(index) -> np.ndarray:
-                bounds = [s.indices(n)[:2] for s, n in zip(index, shape)]
+                bounds = [s.indices(n)[:2] for s, n in zip(index, leaf.shape)]
                 out = np.empty([stop - start for start, stop in bounds], np.float32)
                 if None in parts:  # not stacked
                     tensor, stored = parts[None]
@@ -204,12 +201,10 @@ def load_hf_weights(directory: pathlib.Path, cfg: ModelConfig, mesh: jax.shardin
                     row[:] = tensor.read(stored, bounds[1:])
                 return out
 
-            return jax.make_array_from_callback(shape, shardings[name], shard)
+            # waited for: one leaf at a time on the host
+            return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, shard))
 
-        flat, treedef = jax.tree.flatten(abstract)
-        for name, at in leaf_names(jax.tree.unflatten(treedef, range(len(flat)))).items():
-            flat[at] = jax.block_until_ready(load(name))  # one leaf at a time on the host
-        return jax.tree.unflatten(treedef, flat)
+        return jax.tree_util.tree_map_with_path(load, abstract, shard_rule(mesh, abstract))
 
 
 _HF_TOKENIZER_FILES = (
@@ -239,7 +234,7 @@ def write_hf_meta(directory: pathlib.Path, cfg: ModelConfig, tokenizer: Tokenize
         dump("tokenizer_config.json", names | how)
         (directory / "tokenizer.json").write_text(tokenizer.inner.to_str(), encoding="utf-8")
         return
-    if dataclasses.replace(read_hf_config(source), remat=cfg.remat) != cfg:
+    if read_hf_config(source) != cfg:
         raise InputError(f"{source / 'config.json'}: has changed since the weights were read; restore it")
     config = read_json(source / "config.json")
     dump("config.json", config | {"dtype" if "dtype" in config else "torch_dtype": "float32"})
@@ -251,31 +246,22 @@ def write_hf_meta(directory: pathlib.Path, cfg: ModelConfig, tokenizer: Tokenize
 def write_hf_weights(directory: pathlib.Path | None, params, max_shard_bytes: int) -> None:
     """model.safetensors, or numbered files of at most max_shard_bytes each (or one tensor) and their index; without a
     directory only the gathering from all hosts."""
+    import huggingface_hub
     import safetensors.numpy
 
     leaves = leaf_names(params)
     tensors = hf_tensors(leaves)
-    shards, room = [], 0
-    for name, tensor in tensors.items():
-        size = 4 * math.prod(tensor.shape)
-        if not shards or size > room:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(name)
-        room -= size
-    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    files = files if len(shards) > 1 else ["model.safetensors"]
-    save = functools.partial(safetensors.numpy.save_file, metadata={"format": "pt"})  # transformers 4 asks for it
-    part = lambda names: {name: tensors[name].write(leaves[tensors[name].leaf]) for name in names}
-    for file, names in zip(files, shards):
-        if directory:  # a part has no name here: it is gone before the next file's is made
-            save(part(names), directory / file)
-        else:
-            part(names)
-    if directory and len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards) for name in names}
-        total = sum(4 * math.prod(tensor.shape) for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        tensors, get_storage_size=lambda tensor: 4 * math.prod(tensor.shape), max_shard_size=max_shard_bytes,
+        filename_pattern="model{suffix}.safetensors",
+    )  # fmt: skip
+    for file, names in split.filename_to_tensors.items():
+        part = {name: tensors[name].write(leaves[tensors[name].leaf]) for name in names}
+        if directory:
+            safetensors.numpy.save_file(part, directory / file, {"format": "pt"})  # transformers 4 asks for the format
+        del part  # before the next file's tensors are made
+    if directory and split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -286,17 +272,20 @@ def save_hf(
     tokenizer: Tokenizer,
     source: pathlib.Path | None = None,
     max_shard_bytes: int = 4 * 10**9,
+    flag: str = "--save_hf",
 ) -> None:
     """Write a directory that `transformers` loads with the same logits: float32 weights, config and tokenizer.
 
     `source` is the checkpoint that training began with, whose config and tokenizer files are copied; None for nano. All
-    or nothing: written beside `directory` and renamed. The host's memory holds one file's tensors at a time.
+    or nothing: written beside `directory` and renamed. The host's memory holds one file's tensors at a time. `flag` is
+    what an error tells the user to change.
     """
     import safetensors
 
     directory = pathlib.Path(directory).absolute()
     check_save_hf(directory)
-    tmp = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    # no process id in the name: another host's or container's may be the same
+    tmp = directory.with_name(f".{directory.name}.{os.urandom(4).hex()}.tmp")
     if not leads():  # it only takes part in the gathering
         write_hf_weights(None, params, max_shard_bytes)
         return
@@ -306,6 +295,6 @@ def save_hf(
         write_hf_weights(tmp, params, max_shard_bytes)
         os.replace(tmp, directory)
     except (OSError, safetensors.SafetensorError) as e:
-        raise InputError(f"--save_hf {directory}: cannot be written ({e}); choose another directory") from None
+        raise InputError(f"{flag} {directory}: cannot be written ({e}); choose another directory") from None
     finally:
         shutil.rmtree(tmp, ignore_errors=True)
