@@ -16,18 +16,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+import tiny
 import tokenizers
 from flax import nnx
 from huggingface_hub.errors import HFValidationError
 
-from common.base import fetch_model
+from common import base
+from common.base import fetch_model, load_model, nano_base
 from common.basics import InputError
 from common.batches import right_pad
 from common.chat import load_hf_tokenizer
 from common.checkpoints import load_hf_weights, save_hf
+from common.fingerprint import weights_sha256
 from common.hf_config import read_hf_config
 from common.hosts import make_mesh
 from common.model import Decoder, ModelConfig, Reading, last_tokens, leaf_names
+from common.replay import Quadruple
 from common.tokenizer import Tokenizer, train_tokenizer
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -157,7 +161,7 @@ def test_logits_of_completions_equal_transformers(name, path):
 # ---- config.json --------------------------------------------------------------------------------------------------
 def test_config_of_each_family():
     """Both spellings of RoPE, defaults of absent fields, tied and untied."""
-    small = dict(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24, remat=True)
+    small = dict(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=24)
     llama = ModelConfig(
         320, **small, head_dim=8, rope_theta=100.0, rope_scaling=(8.0, 1.0, 4.0, 32), norm_eps=1e-5, qk_norm=False,
         tie_embeddings=False,
@@ -239,7 +243,7 @@ def test_published_configs_are_read(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps(config))
     cfg = read_hf_config(tmp_path)
     shapes = nnx.eval_shape(lambda: nnx.state(Decoder(cfg, nnx.Rngs(0)), nnx.Param))
-    assert sum(a.size for a in jax.tree.leaves(shapes)) == count
+    assert sum(a.size for a in jax.tree.leaves(shapes)) == count and cfg.remat
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -740,7 +744,7 @@ def test_nano_is_written_as_a_checkpoint_of_its_own(tmp_path):
     out.mkdir()  # an empty directory may be there
     save_hf(out, cfg, params, tokenizer)
     assert json.loads((out / "config.json").read_text())["architectures"] == ["Qwen3ForCausalLM"]
-    assert read_hf_config(out) == dataclasses.replace(cfg, remat=True)
+    assert read_hf_config(out) == cfg
     assert_equal_trees(load_hf_weights(out, cfg, mesh()), params)
     again = load_tokenizer(out)
     assert again.sha256() == tokenizer.sha256() and again.pad_id == tokenizer.pad_id
@@ -761,7 +765,7 @@ def test_other_shapes_without_a_source(tmp_path, kind, changes):
     save_hf(tmp_path / "out", cfg, params, tokenizer)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["model_type"] == kind and config["max_position_embeddings"] >= 32768
-    assert read_hf_config(tmp_path / "out") == dataclasses.replace(cfg, remat=True)
+    assert read_hf_config(tmp_path / "out") == cfg
     assert_equal_trees(load(tmp_path / "out"), params)
 
 
@@ -786,3 +790,116 @@ def test_save_refuses(tmp_path, copy, monkeypatch):
     monkeypatch.setattr(safetensors.numpy, "save_file", full)
     refused(lambda: save_hf(tmp_path / "out", cfg, params, tokenizer), "--save_hf", "No space left")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["qwen3", "used"]
+
+
+# ---- the nano base ------------------------------------------------------------------------------------------------
+QUADS = [
+    Quadruple(
+        x=f"{name} has {i} pens and buys {i + 2}. How many?", y0=f"<<{i}+{i + 2}={i}>>{i}\n#### {i}", f="Add again.",
+        y1=f"<<{i}+{i + 2}={2 * i + 2}>>{2 * i + 2}\n#### {2 * i + 2}",
+        meta={"task_id": f"{name}{i}", "domain": "math", "answer": str(2 * i + 2)},
+    )
+    for name in ("Amy", "Tom")
+    for i in range(20)
+]  # fmt: skip
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Trainings of a nano base that is small and stays as it was drawn: a list that gets an entry for each."""
+    tiny.install(monkeypatch.setattr, monkeypatch.setitem)
+    trainings = []
+
+    def train(task, quads, tokenizer, cfg):
+        trainings.append(cfg)
+        return nnx.state(Decoder(cfg, nnx.Rngs(0)), nnx.Param)
+
+    monkeypatch.setattr(base, "train_base", train)
+    return trainings
+
+
+def start_from(name, out_dir):
+    return load_model(str(name), "fixtures_math", {"train": QUADS}, str(out_dir), mesh())
+
+
+def test_nano_base_is_read_like_any_checkpoint(monkeypatch, tmp_path):
+    """By name and by folder: the very weights that a few steps of training ended with, the configuration (without
+    remat) and the tokenizer."""
+    tiny.install(monkeypatch.setattr, monkeypatch.setitem)
+    held, write = [], base.save_hf
+    monkeypatch.setattr(base, "save_hf", lambda *args, **flags: held.append(args) or write(*args, **flags))
+    cfg, params, tokenizer, folder = start_from("nano", tmp_path)
+    ((_, made_cfg, made, made_tokenizer),) = held
+    assert dataclasses.astuple(made_cfg) == dataclasses.astuple(cfg)
+    assert weights_sha256(made) == weights_sha256(params) and made_tokenizer.sha256() == tokenizer.sha256()
+    assert folder.parent == tmp_path / "base" and folder == nano_base("fixtures_math", QUADS, str(tmp_path))
+    (folder / "report_0123456789abcdef.json").write_text("{}")  # what evaluation caches there
+    cfg_2, params_2, tokenizer_2, cache = start_from(folder, tmp_path / "elsewhere")
+    assert (cfg_2, cfg_2.remat, cfg_2.d_model) == (cfg, False, tiny.TinyConfig.d_model)
+    assert_equal_trees(params, params_2)
+    assert jax.tree.structure(params) == jax.tree.structure(params_2)
+    digest = weights_sha256(params)
+    assert weights_sha256(params_2) == digest and cache == tmp_path / "elsewhere" / "base" / digest[:16]
+    assert tokenizer_2.sha256() == tokenizer.sha256() and tokenizer_2.vocab_size == tokenizer.vocab_size
+    for t in (tokenizer, tokenizer_2):
+        assert (t.prompt_prefix, t.prompt_suffix, t.strip, t.pad_id, t.eos_ids) == ([], [], False, 0, (1,))
+        text = " Ab\n\n12,345 é <eos>"
+        assert t.encode(text) == tokenizer.encode(text) and t.decode([t.encode(text)]) == [text]
+
+
+def test_nano_base_has_what_transformers_asks_for(built, tmp_path):
+    folder = nano_base("fixtures_math", QUADS, str(tmp_path))
+    read = lambda name: json.loads((folder / name).read_text())
+    config, generation, about = (read(f"{n}.json") for n in ("config", "generation_config", "tokenizer_config"))
+    assert (config["model_type"], config["architectures"]) == ("qwen3", ["Qwen3ForCausalLM"])
+    assert (config["eos_token_id"], config["pad_token_id"], config["tie_word_embeddings"]) == (1, 0, True)
+    assert generation == {"eos_token_id": [1], "pad_token_id": 0}
+    assert (about["tokenizer_class"], about["eos_token"], about["pad_token"]) == (
+        "PreTrainedTokenizerFast", "<eos>", "<pad>",
+    )  # fmt: skip
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert inner.get_vocab_size() == config["vocab_size"]
+    with safetensors.safe_open(folder / "model.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_nano_base_cut_off_is_made_again(built, tmp_path, monkeypatch):
+    """Killed while its files are written (nothing is tidied up): no folder counts as finished, the next run builds."""
+
+    def die(*args, **flags):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(safetensors.numpy, "save_file", die)
+        patch.setattr(shutil, "rmtree", lambda *args, **flags: None)
+        nano_base("fixtures_math", QUADS, str(tmp_path))
+    (left,) = (tmp_path / "base").iterdir()
+    assert left.name.startswith(".") and (left / "tokenizer.json").is_file()
+    folder = start_from("nano", tmp_path)[3]
+    assert len(built) == 2 and set(left.parent.iterdir()) == {left, folder}
+
+
+def test_nano_base_that_cannot_be_written_is_one_line(built, tmp_path, monkeypatch):
+    def full(*args, **flags):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    refused(lambda: nano_base("fixtures_math", QUADS, str(tmp_path)), "--out_dir", str(tmp_path), "No space left")
+    assert not [*(tmp_path / "base").iterdir()]
+
+
+def test_two_processes_build_one_nano_base(built, tmp_path, monkeypatch):
+    """The slower one finds the folder there when it is about to write: it takes that one and leaves nothing behind."""
+    train, first = base.train_base, []  # the first: its folder, and when its weights were written
+
+    def overtaken(*args):
+        monkeypatch.setattr(base, "train_base", train)
+        first.append(nano_base("fixtures_math", QUADS, str(tmp_path)))
+        first.append((first[0] / "model.safetensors").stat().st_mtime_ns)
+        return train(*args)
+
+    monkeypatch.setattr(base, "train_base", overtaken)
+    folder = nano_base("fixtures_math", QUADS, str(tmp_path))
+    assert len(built) == 2 and first == [folder, (folder / "model.safetensors").stat().st_mtime_ns]
+    assert [*(tmp_path / "base").iterdir()] == [folder]
+    assert start_from(folder, tmp_path)[0].vocab_size == start_from("nano", tmp_path)[0].vocab_size
