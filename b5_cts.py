@@ -3,15 +3,15 @@
     L  = L_GRPO(B3) + lam_align * L_align + lam_decode * L_decode + lam_energy * L_E
     R        = project(h(y0 | x))     one point per step of the flawed attempt: states that emit its tokens, unit RMS
     ref      = stopgrad(project(h(y1 | x)))         the revision's trajectory
-    U(R)     = sum_t alpha_t E(R_t, e_f)      energy under the critique; alpha is mass on the steps that f points at
+    U        = sum_j alpha_j E(R_j, e_f)      e_f = project_f(h(f)); alpha falls from y0's flagged step on, is even on y1
     R*       = stopgrad(R - edit_eta * dU/dR / max(alpha))
-    L_align  = mean over wrong y0 of [ S(R, R*) + S(R, ref) ] / 2     (each point with its time)
-    L_decode = -log pi(y1 | x, y0, f) per token
-    L_E      = mean over wrong y0 of max(0, margin - U(y0) + U(y1))     on stop-gradient states: it trains the critic
+    L_align  = mean over wrong y0 of [ S(R, R*) + S(R, ref) ] / 2     (points with their time): trains policy, project
+    L_decode = -log pi(y1_t | x, y0, f, y1_<t), mean over all y1 tokens of the batch, temperature 1: trains the policy
+    L_E      = mean over wrong y0 of max(0, margin - U(y0) + U(y1)), on constant states: trains E, project, project_f
 
-S is the debiased Sinkhorn divergence (OTT-JAX), soft-DTW or step-wise L2. Differs from b3 only in blocks marked CTS;
-with all lam at 0 it is B3, update for update. Ablations: A1 all lam 0, A1d --lam_align=0 --lam_energy=0, A2 --align=l2,
-A3 --align=soft_dtw, A4 --lam_decode=0, A5 --energy=frozen, A6 --critique=online.
+S is the Sinkhorn divergence (OTT-JAX), soft-DTW (both debiased) or step-wise squared L2. Differs from b3 only in blocks
+marked CTS; with all lam 0 and --critique=replay it is B3, update for update. Ablations: A1 all lam 0, A1d --lam_align=0
+--lam_energy=0, A2 --align=l2, A3 --align=soft_dtw, A4 --lam_decode=0, A5 --energy=frozen, A6 --critique=online.
 
     python b5_cts.py --task gsm8k --seed 3        (fixtures_math: 1 to 4 minutes on 2 CPU cores, 4 to 9 the first time)
 """
@@ -85,21 +85,21 @@ class Args(cts.RunArgs):
     align: Literal["sinkhorn", "soft_dtw", "l2"] = "sinkhorn"
     """distance between trajectories"""
     energy: Literal["trained", "frozen"] = "trained"
-    """frozen = the energy stays as initialised (A5)"""
+    """frozen = L_E off, as at lam_energy 0 (A5): E and project_f stay as initialised"""
     critique: Literal["replay", "shuffled", "redacted", "online"] = "replay"
-    """replay's f; another problem's (control); without its numbers (control); on the policy's own attempt (A6)"""
+    """f of replay; a random problem's, or without numbers and ordinals (controls); on the policy's own attempt (A6)"""
     target: Literal["energy", "ref_only", "random"] = "energy"
-    """energy = R* by the edit, and ref; control: ref_only = ref alone; random = as long a random edit, and ref"""
+    """targets, averaged: energy = [R*, ref]; controls: ref_only = [ref]; random = [as long a random edit, ref]"""
     edit_eta: float = 0.5
-    """step length of the energy edit"""
+    """step size of the energy edit, on points of unit RMS"""
     sinkhorn_tau: float = 1.0
     """marginal relaxation of the transport; 1 = balanced"""
 
 
 # CTS: constants that no ablation varies.
 LATENT_DIM, ENERGY_HIDDEN, ENERGY_MARGIN = 32, 64, 1.0  # R, hidden width of E, margin of L_E
-TIME_WEIGHT, ALPHA_DECAY = 0.5, 0.5  # weight of the time channel; alpha from one step past the span to the next
-SINKHORN_EPSILON, SINKHORN_ITERATIONS, SOFT_DTW_GAMMA = 0.05, 200, 0.1  # on points of unit length
+TIME_WEIGHT, ALPHA_DECAY = 0.5, 0.5  # weight of the time channel; alpha past the span, from a step to the next
+SINKHORN_EPSILON, SINKHORN_ITERATIONS, SOFT_DTW_GAMMA = 0.05, 200, 0.1  # on squared distances of `with_time` points
 
 
 # ---- method pieces ------------------------------------------------------------------------------------------------
@@ -142,13 +142,13 @@ class Critic(nnx.Module):
         self.energy_out = normal(ENERGY_HIDDEN, 1)
 
     def points(self, hidden, weights):
-        """Points [..., R] of hidden states at unit RMS: with the scale fixed the space cannot collapse."""
+        """Points [..., R] = hidden @ weights at unit RMS: their scale is fixed, their direction is not."""
         z = hidden.astype(jnp.float32) @ weights[...]
         return z * jax.lax.rsqrt((z * z).mean(-1, keepdims=True) + 1e-6)
 
-    def energies(self, traj_BJR, critique_BR):
+    def energies(self, traj_BJR, e_f_BR):
         """E [B, J] of every point under its critique."""
-        both = jnp.concatenate([traj_BJR, jnp.broadcast_to(critique_BR[:, None], traj_BJR.shape)], -1)
+        both = jnp.concatenate([traj_BJR, jnp.broadcast_to(e_f_BR[:, None], traj_BJR.shape)], -1)
         return (jax.nn.silu(both @ self.energy_in[...] + self.energy_bias[...]) @ self.energy_out[...])[..., 0]
 
 
@@ -172,15 +172,15 @@ def with_time(traj_JR, mask_J):
     return jnp.concatenate([traj_JR / traj_JR.shape[-1] ** 0.5, TIME_WEIGHT * t_J[:, None]], -1)
 
 
-def edit_trajectory(critic: Critic, traj_BJR, critique_BR, alpha_BJ, eta: float):
+def edit_trajectory(critic: Critic, traj_BJR, e_f_BR, alpha_BJ, eta: float):
     """R* = stopgrad(R - eta * dU/dR / max(alpha)): the flagged step moves by eta times its own gradient."""
-    energy = lambda traj_BJR: (critic.energies(traj_BJR, critique_BR) * alpha_BJ).sum()
-    grad_BJR = jax.grad(energy)(traj_BJR) / jnp.maximum(alpha_BJ.max(-1), 1e-9)[:, None, None]
+    U = lambda traj_BJR: (critic.energies(traj_BJR, e_f_BR) * alpha_BJ).sum()
+    grad_BJR = jax.grad(U)(traj_BJR) / jnp.maximum(alpha_BJ.max(-1), 1e-9)[:, None, None]
     return jax.lax.stop_gradient(traj_BJR - eta * grad_BJR)
 
 
 def with_replay(revise: cts.Reading, batch) -> list[cts.Reading]:
-    """What CTS reads beside the completions: y1 after the revise prompt too; y0 and y1 after the attempt prompt."""
+    """What CTS reads: the revise prompt's reading with y1 appended; y0 and y1 after the attempt prompt."""
     revise = revise._replace(completions=[*revise.completions, batch["y1"]])
     return [revise, cts.Reading(batch["attempt_prompt"], batch["attempt_prompt_len"], [batch["y0"], batch["y1"]])]
 
@@ -194,7 +194,7 @@ def step_states(states: list[cts.States], batch):
 
 
 # ---- loss ---------------------------------------------------------------------------------------------------------
-# CTS: its three terms. A weight is 1 over the number of what a mean runs over, and 0 elsewhere.
+# CTS: its three terms. A weight is 1 over what the mean runs over in the whole batch, so that micro-batches add up.
 def align_loss(R_BJR, mask_BJ, targets, weight_B, distance):
     """L_align = sum_b weight_b * mean over targets of S(R_b, target_b), with S and whether it converged [targets, B].
     A target is points [B, J, R] and their step mask [B, J]; S is `distance(a, b, mask_a, mask_b)`."""
@@ -219,29 +219,29 @@ def cts_losses(model, states: list[cts.States], critic: Critic, batch, args: Arg
     stop = jax.lax.stop_gradient
     logp_BT, _ = cts.token_logp(states[0].completions[-1], batch["y1"], model.head_VD())
     decode = decode_loss(logp_BT, batch["decode_weight"])
-    # only the attempt's own trajectory carries gradient
+    # L_align: gradient enters by R alone, to the policy (h(y0 | x)) and to `project`
     y0_BJD, y1_BJD, f_BD = step_states(states, batch)
-    f_BR = critic.points(f_BD, critic.project_f)
+    e_f_BR = critic.points(f_BD, critic.project_f)
     R_BJR, ref_BJR = critic.points(y0_BJD, critic.project), stop(critic.points(y1_BJD, critic.project))
-    edited_BJR = edit_trajectory(critic, stop(R_BJR), stop(f_BR), batch["alpha"], args.edit_eta)
-    edit_BJ = jnp.linalg.norm(edited_BJR - stop(R_BJR), axis=-1)
+    edited_BJR = edit_trajectory(critic, stop(R_BJR), stop(e_f_BR), batch["alpha"], args.edit_eta)
+    edit_len_BJ = jnp.linalg.norm(edited_BJR - stop(R_BJR), axis=-1)
     if args.target == "random":
         noise_BJR = batch["noise"] / jnp.linalg.norm(batch["noise"], axis=-1, keepdims=True)
-        edited_BJR = stop(R_BJR) + edit_BJ[..., None] * noise_BJR
+        edited_BJR = stop(R_BJR) + edit_len_BJ[..., None] * noise_BJR
     edited, ref = (edited_BJR, batch["y0_mask"]), (ref_BJR, batch["y1_mask"])
     targets = [ref] if args.target == "ref_only" else [edited, ref]
     sinkhorn = lambda *a: cts.sinkhorn_distance(*a, SINKHORN_EPSILON, SINKHORN_ITERATIONS, args.sinkhorn_tau)
     soft_dtw = lambda *a: cts.soft_dtw_distance(*a, SOFT_DTW_GAMMA)
     distance = {"sinkhorn": sinkhorn, "soft_dtw": soft_dtw, "l2": cts.l2_distance}[args.align]
     align, S_KB, converged_KB = align_loss(R_BJR, batch["y0_mask"], targets, batch["wrong_weight"], distance)
-    # stop-gradient states: they train the critic alone
-    U_y0_B = (critic.energies(critic.points(stop(y0_BJD), critic.project), f_BR) * batch["alpha"]).sum(-1)
-    even_BJ = batch["y1_mask"] / jnp.maximum(batch["y1_mask"].sum(-1, keepdims=True), 1.0)
-    U_y1_B = (critic.energies(critic.points(y1_BJD, critic.project), f_BR) * even_BJ).sum(-1)
+    # L_E: constant states, so that its gradient is the critic's alone
+    U_y0_B = (critic.energies(critic.points(stop(y0_BJD), critic.project), e_f_BR) * batch["alpha"]).sum(-1)
+    alpha_y1_BJ = batch["y1_mask"] / jnp.maximum(batch["y1_mask"].sum(-1, keepdims=True), 1.0)
+    U_y1_B = (critic.energies(critic.points(y1_BJD, critic.project), e_f_BR) * alpha_y1_BJ).sum(-1)
     energy = energy_loss(U_y0_B, U_y1_B, batch["wrong_weight"], ENERGY_MARGIN)
 
     of_wrong = lambda value_B: ((value_B * batch["wrong"]).sum(), batch["wrong"].sum())
-    metrics = {"losses/energy_gap": of_wrong(U_y0_B - U_y1_B), "losses/edit_norm": of_wrong(edit_BJ.max(-1))}
+    metrics = {"losses/energy_gap": of_wrong(U_y0_B - U_y1_B), "losses/edit_norm": of_wrong(edit_len_BJ.max(-1))}
     metrics |= {"losses/align_converged": of_wrong(converged_KB.mean(0)), "losses/align_ref": of_wrong(S_KB[-1])}
     return align, decode, energy, metrics
 
@@ -375,7 +375,7 @@ def main(args: Args) -> dict:
     # CTS: the control arms of the critique; A6 takes the policy's greedy first attempts, a batch at a time.
     attempter = cts.Evaluator(graphdef, tokenizer, replay["train"][:B], shapes, mesh, dtype)
 
-    def control_critiques(quads: list[cts.Quadruple], step_rng: np.random.Generator) -> list[cts.Quadruple]:
+    def change_critiques(quads: list[cts.Quadruple], step_rng: np.random.Generator) -> list[cts.Quadruple]:
         if args.critique == "online":
             prompts = [cts.attempt_prompt(q.x) for q in quads]
             attempts = attempter.complete(params["policy"], prompts, shapes["P_attempt"])
@@ -398,7 +398,7 @@ def main(args: Args) -> dict:
         quads = [replay["train"][i] for i in cts.data_indices(len(replay["train"]), B, args.seed, step)]
         # CTS: control arms and A6 change the critique before it reaches the prompt.
         step_rng = np.random.default_rng((args.seed, cts.STREAM_CONTROL, step))
-        quads = control_critiques(quads, step_rng)
+        quads = change_critiques(quads, step_rng)
         batch = cts.pack_revise(tokenizer, quads, shapes)
 
         # ---- rollout ----

@@ -50,8 +50,10 @@ from common.sampling import first_argmax, generate, token_logp
 from common.distances import l2_distance, pool_steps, sinkhorn_distance, soft_dtw_distance
 # rewards: outcome, process, uptake and step rewards
 from common.rewards import outcome_scores, process_scores, step_rewards, uptake_scores
+# hf_config: config.json of a checkpoint, into the decoder's shape and back
+from common.hf_config import read_hf_config
 # checkpoints: Hugging Face checkpoints in and out
-from common.checkpoints import load_hf_weights, read_hf_config
+from common.checkpoints import load_hf_weights
 # chat: a checkpoint's tokenizer and the frame of its prompts
 # fingerprint: what makes two runs comparable
 from common.fingerprint import run_identity

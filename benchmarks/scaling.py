@@ -92,7 +92,7 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         lines = [point(args, "model", checkpoint_config(folder, *width)) for width in WIDTHS]
     parameters = [layers * 15 * d * d / 1e6 for d, layers in WIDTHS]  # q, o: d^2 each, k, v: d^2 / 2, MLP: 12 d^2
-    panels.append(("million parameters in blocks (with remat)", parameters, lines))
+    panels.append(("million parameters in blocks", parameters, lines))
     title = f"{args.method}: nano, 8 prompts of 64 tokens x 8 completions of 128, where not said otherwise"
     draw(panels, title, args.out)
 

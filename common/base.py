@@ -1,26 +1,25 @@
-"""What a run starts from: the nano base, trained once per task and cached, or a checkpoint. Used by all trainers."""
+"""What a run starts from: a checkpoint, or the nano base: a small model trained here once per task and kept as the
+folder of a checkpoint. Used by the scripts and, for the base's seed, by evaluation; knows no method."""
 
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import re
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
-import tokenizers
 from flax import nnx
 from tqdm import tqdm
 
-from common.basics import STREAM_BASE, InputError, sha256, write_atomic
+from common.basics import STREAM_BASE, InputError, sha256
 from common.chat import load_hf_tokenizer
-from common.checkpoints import load_hf_weights, read_hf_config
+from common.checkpoints import load_hf_weights, save_hf
 from common.fingerprint import sources_sha256, weights_sha256
-from common.hosts import on_leader, put, shard_rule
-from common.model import Decoder, ModelConfig, leaf_names
+from common.hf_config import read_hf_config
+from common.hosts import on_leader
+from common.model import Decoder, ModelConfig
 from common.prompts import attempt_prompt, revise_prompt
 from common.replay import Quadruple, replay_sha256
 from common.sampling import token_logp
@@ -46,10 +45,8 @@ def base_documents(tokenizer: Tokenizer, quads: list[Quadruple], epoch: int) -> 
         with_f = (i + epoch) % 2 == 0
         code = q.meta["domain"] == "code"
         revision = q.y1 if with_f else q.y0 if code else q.y0.strip().split("\n")[-1]
-        for prompt, answer in (
-            (attempt_prompt(q.x), q.y1),
-            (revise_prompt(q.x, q.y0, q.f if with_f else ""), revision),
-        ):
+        revise = revise_prompt(q.x, q.y0, q.f if with_f else "")
+        for prompt, answer in ((attempt_prompt(q.x), q.y1), (revise, revision)):
             if rng.random() < BASE_PROSE[q.x[0].upper() > "L"]:
                 slip = (r"\breturn (.+)", r"print(\1)") if code else (r"####\s*(.+)", r"The answer is \1.")
                 answer = re.sub(*slip, answer)
@@ -85,15 +82,8 @@ def base_optimizer(steps: int) -> optax.GradientTransformation:
 
     In these few hundred steps Muon reaches the loss that Adam reaches in two to three times as many.
     """
-    dims = {
-        "q": ((1,), (2, 3)),
-        "k": ((1,), (2, 3)),
-        "v": ((1,), (2, 3)),
-        "o": ((1, 2), (3,)),
-        "gate": (1, 2),
-        "up": (1, 2),
-        "down": (1, 2),
-    }
+    heads, mlp = ((1,), (2, 3)), (1, 2)  # input and output axes of the stacked weights
+    dims = {"q": heads, "k": heads, "v": heads, "o": ((1, 2), (3,)), "gate": mlp, "up": mlp, "down": mlp}
 
     def matrix_dims(tree):
         key = lambda path: next((k.key for k in reversed(path) if getattr(k, "key", None) in dims), None)
@@ -146,58 +136,40 @@ def train_base(task: Task, quads: list[Quadruple], tokenizer: Tokenizer, cfg: Mo
 
 
 def nano_base(task_name: str, quads: list[Quadruple], out_dir: str) -> pathlib.Path:
-    """Directory of the task's nano base; trained once and cached under a key of all that went into it."""
+    """Folder of the task's nano base, a checkpoint like any other (`--model FOLDER` reads it): trained once and kept
+    under a key of all that goes into it. It appears whole or not at all, so a folder that is there is finished."""
     task = TASKS[task_name]
     key = [dataclasses.astuple(task)[2:], replay_sha256(quads), sources_sha256("base"), jax.__version__]
-    key = sha256(json.dumps(key))
-    directory = pathlib.Path(out_dir) / "base" / key[:16]
+    directory = pathlib.Path(out_dir) / "base" / sha256(json.dumps(key))[:16]
 
     def build():
-        tokenizer = train_tokenizer([revise_prompt(q.x, q.y0, q.f) + q.y1 for q in quads], task.nano_vocab)
         print(f"Building the nano base for {task_name} once (cached in {directory}).")
-        params = train_base(task, quads, tokenizer, ModelConfig(tokenizer.vocab_size))
-        save_weights(directory / "model.safetensors", params)
-        write_atomic(directory / "tokenizer.json", tokenizer.inner.to_str())
+        tokenizer = train_tokenizer([revise_prompt(q.x, q.y0, q.f) + q.y1 for q in quads], task.nano_vocab)
+        cfg = ModelConfig(tokenizer.vocab_size)
+        params = train_base(task, quads, tokenizer, cfg)
+        try:
+            save_hf(directory, cfg, params, tokenizer, flag="--out_dir")
+        except InputError:
+            if not directory.is_dir():  # it is, if another process was building the same base and was faster
+                raise
 
-    on_leader(lambda: (directory / "tokenizer.json").is_file() or build())  # the tokenizer is written last
+    on_leader(lambda: directory.is_dir() or build())
     return directory
 
 
 def load_model(name: str, task_name: str, replay: dict[str, list[Quadruple]], out_dir: str, mesh):
-    """(config, parameters, tokenizer, cache directory) of `--model`: nano, a checkpoint's directory or its hub name."""
+    """(config, parameters, tokenizer, cache directory) of `--model`: nano, a checkpoint's directory or its hub name.
+
+    What is cached about a checkpoint lies in `out_dir` under the digest of its weights, for its own directory may be
+    anybody's; about the nano base, in its folder.
+    """
     source = model_source(name)
-    if source is not None:
-        cfg = read_hf_config(source)
-        tokenizer = load_hf_tokenizer(source, cfg.vocab_size)
-        params = load_hf_weights(source, cfg, mesh)
-        return cfg, params, tokenizer, pathlib.Path(out_dir) / "base" / weights_sha256(params)[:16]
-    directory = nano_base(task_name, replay["train"], out_dir)
-    tokenizer = Tokenizer(tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")))
-    cfg = ModelConfig(tokenizer.vocab_size)
-    abstract = nnx.eval_shape(lambda: nnx.state(Decoder(cfg, nnx.Rngs(0)), nnx.Param))
-    params = load_weights(directory / "model.safetensors", abstract)
-    return cfg, put(params, shard_rule(mesh, params)), tokenizer, directory
-
-
-def save_weights(path: pathlib.Path, params) -> None:
-    """Write a parameter tree as one safetensors file, atomically."""
-    import safetensors.numpy
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    safetensors.numpy.save_file({name: np.asarray(leaf) for name, leaf in leaf_names(params).items()}, tmp)
-    os.replace(tmp, path)
-
-
-def load_weights(path: pathlib.Path, abstract):
-    """Read what `save_weights` wrote into the structure of `abstract`."""
-    import safetensors.numpy
-
-    arrays = safetensors.numpy.load_file(path)
-    names = iter(
-        [next(n for n, leaf in leaf_names(abstract).items() if leaf is want) for want in jax.tree.leaves(abstract)]
-    )
-    return jax.tree.map(lambda leaf: jnp.asarray(arrays[next(names)]), abstract)
+    directory = source or nano_base(task_name, replay["train"], out_dir)
+    cfg = read_hf_config(directory)
+    tokenizer = load_hf_tokenizer(directory, cfg.vocab_size)
+    params = load_hf_weights(directory, cfg, mesh)
+    cache = pathlib.Path(out_dir) / "base" / weights_sha256(params)[:16] if source else directory
+    return cfg, params, tokenizer, cache
 
 
 def model_source(name: str) -> pathlib.Path | None:

@@ -1,7 +1,8 @@
 """The tokenizer of a checkpoint and the frame its prompts stand in: chat template, special tokens, end ids. Used by
-base."""
+base; knows no weights and no task."""
 
 import datetime
+import functools
 import json
 import pathlib
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import tokenizers
 
 from common.basics import InputError, read_json
-from common.checkpoints import refuse_hf
+from common.hf_config import refuse_hf
 from common.tokenizer import Tokenizer
 
 _CHAT_SENTINEL = "\ue000"  # private use: in no template
@@ -38,13 +39,10 @@ def render_chat(template: str, special: dict[str, str], path: pathlib.Path) -> t
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
-        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
     env = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
-    env.filters["tojson"] = tojson
+    env.filters["tojson"] = functools.partial(json.dumps, ensure_ascii=False)  # Jinja's own escapes HTML
     env.globals |= {"raise_exception": raise_exception, "strftime_now": _CHAT_DATE.strftime}
     spaced = f" \t{_CHAT_SENTINEL}\t "  # tells whether the template strips the message, as Llama's does
     messages = [{"role": "user", "content": spaced}]

@@ -1,9 +1,9 @@
-"""Qwen2, Qwen3 and Llama checkpoints in the Hugging Face layout: into the decoder, and back to a directory that
-`transformers` loads. Used by base and by `--save_hf`."""
+"""Checkpoints of Qwen2, Qwen3 and Llama in the Hugging Face layout: their weights into the decoder, and out of it a
+directory that `transformers` loads. Used by base, which reads every model and keeps the nano base so, and by
+`--save_hf`; knows no task, no hub, and of a tokenizer only its files."""
 
 import contextlib
 import dataclasses
-import functools
 import json
 import math
 import os
@@ -17,131 +17,10 @@ import numpy as np
 from flax import nnx
 
 from common.basics import InputError, read_json
+from common.hf_config import hf_config, read_hf_config, refuse_hf
 from common.hosts import fetch, leads, shard_rule
-from common.model import Decoder, ModelConfig, leaf_names
+from common.model import Decoder, ModelConfig, leaf_name, leaf_names
 from common.tokenizer import Tokenizer
-
-_HF_MODELS = {"qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM", "llama": "LlamaForCausalLM"}
-_HF_SIZES = {
-    "vocab_size": "vocab_size", "hidden_size": "d_model", "intermediate_size": "d_ff", "num_hidden_layers": "n_layers",
-    "num_attention_heads": "n_heads", "num_key_value_heads": "n_kv_heads", "head_dim": "head_dim",
-}  # fmt: skip
-_HF_ROPE = ("rope_theta", "rope_scaling", "rope_parameters", "max_position_embeddings")
-_HF_READ = {*_HF_SIZES, *_HF_ROPE, "model_type", "architectures", "layer_types", "rms_norm_eps", "tie_word_embeddings"}
-_HF_ONLY = {  # field -> the one value that the decoder computes; absent, transformers takes it to be that value
-    "hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "use_sliding_window": False, "pretraining_tp": 1,
-    "partial_rotary_factor": 1, "rope_interleaved": False, "use_mrope": False, "is_llama_config": True,
-    "is_encoder_decoder": False, "add_cross_attention": False, "pruned_heads": {}, "chunk_size_feed_forward": 0,
-}  # fmt: skip
-_HF_HARMLESS = {  # they change no logit: bookkeeping, training, token ids (read with the tokenizer), old sampling flags
-    "_name_or_path", "_attn_implementation_autoset", "attn_implementation", "dtype", "torch_dtype", "use_cache",
-    "transformers_version", "transformers.js_config", "unsloth_version", "unsloth_fixed", "return_dict", "use_bfloat16",
-    "output_attentions", "output_hidden_states", "torchscript", "tf_legacy_loss", "is_decoder", "tie_encoder_decoder",
-    "cross_attention_hidden_size", "finetuning_task", "task_specific_params", "id2label", "label2id", "num_labels",
-    "problem_type", "tokenizer_class", "prefix", "initializer_range", "attention_dropout",
-    "sliding_window", "max_window_layers",  # only read where use_sliding_window is on, which is refused
-    "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id",
-    "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty",
-    "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size",
-    "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "output_scores", "suppress_tokens",
-    "return_dict_in_generate", "forced_bos_token_id", "forced_eos_token_id", "remove_invalid_values",
-    "exponential_decay_length_penalty", "begin_suppress_tokens",
-}  # fmt: skip
-
-
-def refuse_hf(path: pathlib.Path, what: str):
-    raise InputError(f"{path}: {what} is not supported; choose another --model")
-
-
-def hf_number(config: dict[str, Any], field: str, path: pathlib.Path, whole: bool = False):
-    """A number above 0 of config.json, an integer if `whole`; InputError naming the field otherwise."""
-    value = config.get(field)
-    if value is None:
-        raise InputError(f"{path}: {field} is missing; download the file again")
-    if type(value) not in ((int,) if whole else (int, float)) or not 0 < value < math.inf:
-        raise InputError(f"{path}: {field} = {value!r} must be {'an integer' if whole else 'a number'} above 0")
-    return value if whole else float(value)
-
-
-def read_hf_rope(config: dict[str, Any], path: pathlib.Path):
-    """(theta, scaling) of ModelConfig from rope_theta and rope_scaling, or from the rope_parameters that replaced both
-    in transformers 5."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, dict):
-        raise InputError(f"{path}: rope_scaling must be an object; download the file again")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        refuse_hf(path, f"rope_scaling of type {kind!r}")
-    scaled = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *(scaled if kind == "llama3" else ())}
-    for field in rope:
-        if field not in known and rope[field] is not None:
-            refuse_hf(path, f"{field!r} in rope_scaling of type {kind!r}")
-    if rope.get("partial_rotary_factor", 1) not in (1, None):
-        refuse_hf(path, f"partial_rotary_factor = {rope['partial_rotary_factor']}")
-    first = lambda *values: next((value for value in values if value is not None), None)
-    theta = {"rope_theta": first(rope.get("rope_theta"), config.get("rope_theta"), 1e4)}
-    theta = hf_number(theta, "rope_theta", path)
-    if kind == "default":
-        return theta, None
-    original = {scaled[3]: first(rope.get(scaled[3]), config.get("max_position_embeddings"))}
-    factor, low, high = (hf_number(rope, field, path) for field in scaled[:3])
-    if high <= low:
-        raise InputError(f"{path}: high_freq_factor {high} must be above low_freq_factor {low}")
-    return theta, (factor, low, high, hf_number(original, scaled[3], path, whole=True))
-
-
-def check_hf_fields(config: dict[str, Any], path: pathlib.Path) -> None:
-    """InputError naming the first field that the decoder does not compute as the checkpoint means it. A field that is
-    not known here is refused too: whether it matters is not for this program to guess. null is 'not set'."""
-    kind = config.get("model_type")
-    if kind not in tuple(_HF_MODELS):
-        refuse_hf(path, f"model_type {kind!r} (supported: {', '.join(_HF_MODELS)})")
-    if config.get("architectures") not in (None, [_HF_MODELS[kind]]):
-        refuse_hf(path, f"architectures = {config['architectures']}")
-    layer_types = config.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(t != "full_attention" for t in layer_types):
-        refuse_hf(path, f"layer_types = {layer_types} (supported: full_attention)")
-    for field, value in config.items():
-        if value is None or field in _HF_READ or field in _HF_HARMLESS:
-            continue
-        if field not in _HF_ONLY:
-            raise InputError(
-                f"{path}: the field {field!r} is not known; if it does not change what the model computes, remove it"
-                " from the file, else choose another --model"
-            )
-        if value != _HF_ONLY[field]:
-            refuse_hf(path, f"{field} = {value!r}")
-
-
-def read_hf_config(directory: pathlib.Path) -> ModelConfig:
-    """The decoder's shape from config.json; InputError on any field that the decoder would not compute rightly."""
-    path = directory / "config.json"
-    config = read_json(path)
-    check_hf_fields(config, path)
-    kind = config["model_type"]
-    N, D = (hf_number(config, field, path, whole=True) for field in ("num_attention_heads", "hidden_size"))
-    defaults = {}  # where a field may be absent, what transformers makes of it
-    if kind == "llama":
-        defaults["num_key_value_heads"] = N
-    if kind != "qwen3":
-        defaults["head_dim"] = D // N
-    config = defaults | {field: value for field, value in config.items() if value is not None}
-    sizes = {ours: hf_number(config, theirs, path, whole=True) for theirs, ours in _HF_SIZES.items()}
-    if N % sizes["n_kv_heads"] or sizes["head_dim"] % 2 or (sizes["head_dim"] == defaults.get("head_dim") and D % N):
-        raise InputError(
-            f"{path}: num_attention_heads {N}, num_key_value_heads {sizes['n_kv_heads']}, head_dim"
-            f" {sizes['head_dim']} and hidden_size {D} do not go together; download the file again"
-        )
-    tied = config.get("tie_word_embeddings", False)
-    if not isinstance(tied, bool):
-        raise InputError(f"{path}: tie_word_embeddings = {tied!r} must be true or false")
-    theta, scaling = read_hf_rope(config, path)
-    return ModelConfig(
-        **sizes, rope_theta=theta, rope_scaling=scaling, norm_eps=hf_number(config, "rms_norm_eps", path),
-        qkv_bias=kind == "qwen2", qk_norm=kind == "qwen3", tie_embeddings=tied, remat=True,
-    )  # fmt: skip
-
 
 # Where each leaf of the decoder is in a checkpoint: the tensor's name, and which axes of the leaf (of one layer, for
 # stacked leaves) each of the tensor's dimensions holds. Linear weights are stored [out, in], heads flattened.
@@ -212,16 +91,15 @@ def _take_layer(leaf, i):
 
 def hf_tensors(leaves: dict[str, Any]) -> dict[str, HFTensor]:
     """{name in the checkpoint: HFTensor} of the decoder's leaves (by `leaf_names`), in the order of the layers."""
-    stacked = {name: leaves[f"blocks/{name}"].shape for name in _HF_LAYER if f"blocks/{name}" in leaves}
-    n_layers = next(iter(stacked.values()))[0]
-    out = {}
-    for i in range(n_layers):
-        for name, shape in stacked.items():
-            theirs, dims = _HF_LAYER[name]
-            out[f"model.layers.{i}.{theirs}"] = HFTensor(f"blocks/{name}", i, dims, shape[1:])
-    top = {_HF_TOP[n][0]: HFTensor(n, None, _HF_TOP[n][1], leaves[n].shape) for n in _HF_TOP if n in leaves}
+    layers = {
+        f"model.layers.{i}.{theirs}": HFTensor(f"blocks/{name}", i, dims, leaves[f"blocks/{name}"].shape[1:])
+        for i in range(len(leaves["blocks/q"]))
+        for name, (theirs, dims) in _HF_LAYER.items()
+        if f"blocks/{name}" in leaves
+    }
+    top = {theirs: HFTensor(n, None, dims, leaves[n].shape) for n, (theirs, dims) in _HF_TOP.items() if n in leaves}
     embed = _HF_TOP["embed"][0]
-    return {embed: top.pop(embed), **out, **top}
+    return {embed: top.pop(embed), **layers, **top}
 
 
 def open_safetensors(directory: pathlib.Path, stack: contextlib.ExitStack) -> dict[str, tuple[pathlib.Path, Any]]:
@@ -302,18 +180,17 @@ def load_hf_weights(directory: pathlib.Path, cfg: ModelConfig, mesh: jax.shardin
     one leaf's shards beside the model on the devices, and one layer of them in the file's type.
     """
     abstract = nnx.eval_shape(lambda: nnx.state(Decoder(cfg, nnx.Rngs(0)), nnx.Param))
-    leaves, shardings = leaf_names(abstract), leaf_names(shard_rule(mesh, abstract))
-    wanted = hf_tensors(leaves)
+    wanted = hf_tensors(leaf_names(abstract))
     with contextlib.ExitStack() as stack:
         found = open_safetensors(directory, stack)
         check_hf_tensors(found, wanted, directory)
 
-        def load(name: str):
-            shape = leaves[name].shape
+        def load(path, leaf, sharding):
+            name = leaf_name(path)
             parts = {t.layer: (t, found[theirs][1].get_slice(theirs)) for theirs, t in wanted.items() if t.leaf == name}
 
             def shard(index) -> np.ndarray:
-                bounds = [s.indices(n)[:2] for s, n in zip(index, shape)]
+                bounds = [s.indices(n)[:2] for s, n in zip(index, leaf.shape)]
                 out = np.empty([stop - start for start, stop in bounds], np.float32)
                 if None in parts:  # not stacked
                     tensor, stored = parts[None]
@@ -324,12 +201,10 @@ def load_hf_weights(directory: pathlib.Path, cfg: ModelConfig, mesh: jax.shardin
                     row[:] = tensor.read(stored, bounds[1:])
                 return out
 
-            return jax.make_array_from_callback(shape, shardings[name], shard)
+            # waited for: one leaf at a time on the host
+            return jax.block_until_ready(jax.make_array_from_callback(leaf.shape, sharding, shard))
 
-        flat, treedef = jax.tree.flatten(abstract)
-        for name, at in leaf_names(jax.tree.unflatten(treedef, range(len(flat)))).items():
-            flat[at] = jax.block_until_ready(load(name))  # one leaf at a time on the host
-        return jax.tree.unflatten(treedef, flat)
+        return jax.tree_util.tree_map_with_path(load, abstract, shard_rule(mesh, abstract))
 
 
 _HF_TOKENIZER_FILES = (
@@ -346,26 +221,6 @@ def check_save_hf(directory: pathlib.Path) -> None:
         raise InputError(f"--save_hf {directory}: exists and is not empty; choose a new directory")
 
 
-def hf_config(cfg: ModelConfig, tokenizer: Tokenizer) -> dict[str, Any]:
-    """config.json of a decoder that was not read from a checkpoint. rope_theta and rope_scaling are the older spelling,
-    which every version of transformers and vLLM reads."""
-    if cfg.qk_norm and cfg.qkv_bias:
-        raise InputError("--save_hf: no model of transformers has both q/k norms and q/k/v biases")
-    kind = "qwen3" if cfg.qk_norm else "qwen2" if cfg.qkv_bias else "llama"
-    config = {"architectures": [_HF_MODELS[kind]], "model_type": kind, "torch_dtype": "float32", "hidden_act": "silu"}
-    config |= {theirs: getattr(cfg, ours) for theirs, ours in _HF_SIZES.items()}
-    config |= {"rms_norm_eps": cfg.norm_eps, "tie_word_embeddings": cfg.tie_embeddings, "rope_theta": cfg.rope_theta}
-    config["max_position_embeddings"] = 32768  # no limit of the decoder; vLLM asks for one
-    if cfg.rope_scaling is not None:
-        factor, low, high, original = cfg.rope_scaling
-        config["rope_scaling"] = {
-            "rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high,
-            "original_max_position_embeddings": original,
-        }  # fmt: skip
-        config["max_position_embeddings"] = max(32768, int(factor * original))
-    return config | {"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
-
-
 def write_hf_meta(directory: pathlib.Path, cfg: ModelConfig, tokenizer: Tokenizer, source: pathlib.Path | None) -> None:
     """config.json and the tokenizer's files: of `source`, the checkpoint that training began with, or new ones."""
     dump = lambda name, value: (directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
@@ -379,7 +234,7 @@ def write_hf_meta(directory: pathlib.Path, cfg: ModelConfig, tokenizer: Tokenize
         dump("tokenizer_config.json", names | how)
         (directory / "tokenizer.json").write_text(tokenizer.inner.to_str(), encoding="utf-8")
         return
-    if dataclasses.replace(read_hf_config(source), remat=cfg.remat) != cfg:
+    if read_hf_config(source) != cfg:
         raise InputError(f"{source / 'config.json'}: has changed since the weights were read; restore it")
     config = read_json(source / "config.json")
     dump("config.json", config | {"dtype" if "dtype" in config else "torch_dtype": "float32"})
@@ -391,31 +246,22 @@ def write_hf_meta(directory: pathlib.Path, cfg: ModelConfig, tokenizer: Tokenize
 def write_hf_weights(directory: pathlib.Path | None, params, max_shard_bytes: int) -> None:
     """model.safetensors, or numbered files of at most max_shard_bytes each (or one tensor) and their index; without a
     directory only the gathering from all hosts."""
+    import huggingface_hub
     import safetensors.numpy
 
     leaves = leaf_names(params)
     tensors = hf_tensors(leaves)
-    shards, room = [], 0
-    for name, tensor in tensors.items():
-        size = 4 * math.prod(tensor.shape)
-        if not shards or size > room:
-            shards.append([])
-            room = max_shard_bytes
-        shards[-1].append(name)
-        room -= size
-    files = [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-    files = files if len(shards) > 1 else ["model.safetensors"]
-    save = functools.partial(safetensors.numpy.save_file, metadata={"format": "pt"})  # transformers 4 asks for it
-    part = lambda names: {name: tensors[name].write(leaves[tensors[name].leaf]) for name in names}
-    for file, names in zip(files, shards):
-        if directory:  # a part has no name here: it is gone before the next file's is made
-            save(part(names), directory / file)
-        else:
-            part(names)
-    if directory and len(shards) > 1:
-        weight_map = {name: file for file, names in zip(files, shards) for name in names}
-        total = sum(4 * math.prod(tensor.shape) for tensor in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    split = huggingface_hub.split_state_dict_into_shards_factory(
+        tensors, get_storage_size=lambda tensor: 4 * math.prod(tensor.shape), max_shard_size=max_shard_bytes,
+        filename_pattern="model{suffix}.safetensors",
+    )  # fmt: skip
+    for file, names in split.filename_to_tensors.items():
+        part = {name: tensors[name].write(leaves[tensors[name].leaf]) for name in names}
+        if directory:
+            safetensors.numpy.save_file(part, directory / file, {"format": "pt"})  # transformers 4 asks for the format
+        del part  # before the next file's tensors are made
+    if directory and split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -426,17 +272,20 @@ def save_hf(
     tokenizer: Tokenizer,
     source: pathlib.Path | None = None,
     max_shard_bytes: int = 4 * 10**9,
+    flag: str = "--save_hf",
 ) -> None:
     """Write a directory that `transformers` loads with the same logits: float32 weights, config and tokenizer.
 
     `source` is the checkpoint that training began with, whose config and tokenizer files are copied; None for nano. All
-    or nothing: written beside `directory` and renamed. The host's memory holds one file's tensors at a time.
+    or nothing: written beside `directory` and renamed. The host's memory holds one file's tensors at a time. `flag` is
+    what an error tells the user to change.
     """
     import safetensors
 
     directory = pathlib.Path(directory).absolute()
     check_save_hf(directory)
-    tmp = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    # no process id in the name: another host's or container's may be the same
+    tmp = directory.with_name(f".{directory.name}.{os.urandom(4).hex()}.tmp")
     if not leads():  # it only takes part in the gathering
         write_hf_weights(None, params, max_shard_bytes)
         return
@@ -446,6 +295,6 @@ def save_hf(
         write_hf_weights(tmp, params, max_shard_bytes)
         os.replace(tmp, directory)
     except (OSError, safetensors.SafetensorError) as e:
-        raise InputError(f"--save_hf {directory}: cannot be written ({e}); choose another directory") from None
+        raise InputError(f"{flag} {directory}: cannot be written ({e}); choose another directory") from None
     finally:
         shutil.rmtree(tmp, ignore_errors=True)

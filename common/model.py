@@ -308,8 +308,12 @@ def last_tokens(prompt_BP, len_B):
     return jnp.take_along_axis(prompt_BP, (len_B - 1)[:, None], 1)[:, 0]
 
 
+def leaf_name(path) -> str:
+    """The name of a leaf by its path in a parameter tree, e.g. "blocks/q"."""
+    return "/".join(str(k.key) for k in path if hasattr(k, "key"))
+
+
 def leaf_names(tree) -> dict[str, Any]:
     """{"blocks/q": leaf, ...} of a parameter tree, sorted by name."""
-    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
-    named = {"/".join(str(k.key) for k in path if hasattr(k, "key")): leaf for path, leaf in flat}
+    named = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     return dict(sorted(named.items()))

@@ -9,7 +9,9 @@ import pytest
 
 from common.basics import InputError
 from common.chat import load_hf_tokenizer
-from common.checkpoints import read_hf_config
+from common.hf_config import read_hf_config
+from common.hosts import make_mesh
+from common.model import leaf_names
 from common.prompts import CODE_LINE
 from common.replay import Problem, Quadruple, parse_quadruple
 from common.tokenizer import Tokenizer
@@ -167,3 +169,15 @@ def load_tokenizer(directory: pathlib.Path) -> Tokenizer:
 @functools.cache
 def qwen() -> Tokenizer:
     return load_tokenizer(GOLDEN / "qwen2")
+
+
+@functools.cache
+def mesh():
+    return make_mesh("auto")
+
+
+def assert_equal_trees(a, b) -> None:
+    a, b = leaf_names(a), leaf_names(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(np.asarray(a[name]), np.asarray(b[name]), err_msg=name)

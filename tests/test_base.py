@@ -4,15 +4,26 @@ pytest tests/test_base.py
 """
 
 import dataclasses
+import json
+import shutil
 
 import huggingface_hub
+import jax
 import numpy as np
 import pytest
-from examples import GOLDEN, REFERENCE, ROW, WRONG, X, code_quad, math_quad, refused
+import safetensors.numpy
+import tiny
+import tokenizers
+from examples import GOLDEN, REFERENCE, ROW, WRONG, X, assert_equal_trees, code_quad, math_quad, mesh, refused
+from flax import nnx
 from huggingface_hub.errors import HFValidationError
 
-from common.base import BASE_PROSE, base_documents, fetch_model, pack_documents
+from common import base
+from common.base import BASE_PROSE, base_documents, fetch_model, load_model, nano_base, pack_documents
+from common.fingerprint import weights_sha256
+from common.model import Decoder
 from common.prompts import attempt_prompt, revise_prompt
+from common.replay import Quadruple
 from common.tokenizer import train_tokenizer
 
 
@@ -123,3 +134,116 @@ def test_fetch_failure_is_one_line(monkeypatch, error):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     refused(lambda: fetch_model("org/none"), "--model org/none", "HF_TOKEN")
+
+
+# ---- the nano base ------------------------------------------------------------------------------------------------
+QUADS = [
+    Quadruple(
+        x=f"{name} has {i} pens and buys {i + 2}. How many?", y0=f"<<{i}+{i + 2}={i}>>{i}\n#### {i}", f="Add again.",
+        y1=f"<<{i}+{i + 2}={2 * i + 2}>>{2 * i + 2}\n#### {2 * i + 2}",
+        meta={"task_id": f"{name}{i}", "domain": "math", "answer": str(2 * i + 2)},
+    )
+    for name in ("Amy", "Tom")
+    for i in range(20)
+]  # fmt: skip
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Trainings of a nano base that is small and stays as it was drawn: a list that gets an entry for each."""
+    tiny.install(monkeypatch.setattr, monkeypatch.setitem)
+    trainings = []
+
+    def train(task, quads, tokenizer, cfg):
+        trainings.append(cfg)
+        return nnx.state(Decoder(cfg, nnx.Rngs(0)), nnx.Param)
+
+    monkeypatch.setattr(base, "train_base", train)
+    return trainings
+
+
+def start_from(name, out_dir):
+    return load_model(str(name), "fixtures_math", {"train": QUADS}, str(out_dir), mesh())
+
+
+def test_nano_base_is_read_like_any_checkpoint(monkeypatch, tmp_path):
+    """By name and by folder: the very weights that a few steps of training ended with, the configuration (without
+    remat) and the tokenizer."""
+    tiny.install(monkeypatch.setattr, monkeypatch.setitem)
+    held, write = [], base.save_hf
+    monkeypatch.setattr(base, "save_hf", lambda *args, **flags: held.append(args) or write(*args, **flags))
+    cfg, params, tokenizer, folder = start_from("nano", tmp_path)
+    ((_, made_cfg, made, made_tokenizer),) = held
+    assert dataclasses.astuple(made_cfg) == dataclasses.astuple(cfg)
+    assert weights_sha256(made) == weights_sha256(params) and made_tokenizer.sha256() == tokenizer.sha256()
+    assert folder.parent == tmp_path / "base" and folder == nano_base("fixtures_math", QUADS, str(tmp_path))
+    (folder / "report_0123456789abcdef.json").write_text("{}")  # what evaluation caches there
+    cfg_2, params_2, tokenizer_2, cache = start_from(folder, tmp_path / "elsewhere")
+    assert (cfg_2, cfg_2.remat, cfg_2.d_model) == (cfg, False, tiny.TinyConfig.d_model)
+    assert_equal_trees(params, params_2)
+    assert jax.tree.structure(params) == jax.tree.structure(params_2)
+    digest = weights_sha256(params)
+    assert weights_sha256(params_2) == digest and cache == tmp_path / "elsewhere" / "base" / digest[:16]
+    assert tokenizer_2.sha256() == tokenizer.sha256() and tokenizer_2.vocab_size == tokenizer.vocab_size
+    for t in (tokenizer, tokenizer_2):
+        assert (t.prompt_prefix, t.prompt_suffix, t.strip, t.pad_id, t.eos_ids) == ([], [], False, 0, (1,))
+        text = " Ab\n\n12,345 é <eos>"
+        assert t.encode(text) == tokenizer.encode(text) and t.decode([t.encode(text)]) == [text]
+
+
+def test_nano_base_has_what_transformers_asks_for(built, tmp_path):
+    folder = nano_base("fixtures_math", QUADS, str(tmp_path))
+    read = lambda name: json.loads((folder / name).read_text())
+    config, generation, about = (read(f"{n}.json") for n in ("config", "generation_config", "tokenizer_config"))
+    assert (config["model_type"], config["architectures"]) == ("qwen3", ["Qwen3ForCausalLM"])
+    assert (config["eos_token_id"], config["pad_token_id"], config["tie_word_embeddings"]) == (1, 0, True)
+    assert generation == {"eos_token_id": [1], "pad_token_id": 0}
+    assert (about["tokenizer_class"], about["eos_token"], about["pad_token"]) == (
+        "PreTrainedTokenizerFast", "<eos>", "<pad>",
+    )  # fmt: skip
+    inner = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert inner.get_vocab_size() == config["vocab_size"]
+    with safetensors.safe_open(folder / "model.safetensors", "np") as file:
+        assert file.metadata() == {"format": "pt"}
+
+
+def test_nano_base_cut_off_is_made_again(built, tmp_path, monkeypatch):
+    """Killed while its files are written (nothing is tidied up): no folder counts as finished, the next run builds."""
+
+    def die(*args, **flags):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(safetensors.numpy, "save_file", die)
+        patch.setattr(shutil, "rmtree", lambda *args, **flags: None)
+        nano_base("fixtures_math", QUADS, str(tmp_path))
+    (left,) = (tmp_path / "base").iterdir()
+    assert left.name.startswith(".") and (left / "tokenizer.json").is_file()
+    folder = start_from("nano", tmp_path)[3]
+    assert len(built) == 2 and set(left.parent.iterdir()) == {left, folder}
+
+
+def test_nano_base_that_cannot_be_written_is_one_line(built, tmp_path, monkeypatch):
+    def full(*args, **flags):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(safetensors.numpy, "save_file", full)
+    refused(lambda: nano_base("fixtures_math", QUADS, str(tmp_path)), "--out_dir", str(tmp_path), "No space left")
+    assert not [*(tmp_path / "base").iterdir()]
+
+
+def test_two_processes_build_one_nano_base(built, tmp_path, monkeypatch):
+    """The slower one finds the folder there when it is about to write: it takes that one and leaves nothing behind."""
+    train, first = base.train_base, []  # the first: its folder, and when its weights were written
+
+    def overtaken(*args):
+        monkeypatch.setattr(base, "train_base", train)
+        first.append(nano_base("fixtures_math", QUADS, str(tmp_path)))
+        first.append((first[0] / "model.safetensors").stat().st_mtime_ns)
+        return train(*args)
+
+    monkeypatch.setattr(base, "train_base", overtaken)
+    folder = nano_base("fixtures_math", QUADS, str(tmp_path))
+    assert len(built) == 2 and first == [folder, (folder / "model.safetensors").stat().st_mtime_ns]
+    assert [*(tmp_path / "base").iterdir()] == [folder]
+    assert start_from(folder, tmp_path)[0].vocab_size == start_from("nano", tmp_path)[0].vocab_size

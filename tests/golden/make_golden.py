@@ -251,9 +251,11 @@ def save(out: pathlib.Path) -> None:
     from flax import nnx
 
     import cts_common as cts
+    from common.chat import load_hf_tokenizer
+    from common.tokenizer import train_tokenizer
 
     mesh = cts.make_mesh("auto")
-    nano = cts.train_tokenizer([*TEXTS], 280)
+    nano = train_tokenizer([*TEXTS], 280)
     small = dict(d_model=16, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=24)
     shapes = {
         "new_nano": cts.ModelConfig(nano.vocab_size, **small),
@@ -271,7 +273,7 @@ def save(out: pathlib.Path) -> None:
             cfg = cts.read_hf_config(source)
             params = cts.load_hf_weights(source, cfg, mesh)
             has_tokenizer = (source / "tokenizer.json").is_file()
-            tokenizer = cts.load_hf_tokenizer(source, cfg.vocab_size) if has_tokenizer else nano
+            tokenizer = load_hf_tokenizer(source, cfg.vocab_size) if has_tokenizer else nano
         cts.save_hf(out / name, cfg, params, tokenizer, source, max_shard_bytes=20_000)
         model = nnx.merge(nnx.split(nnx.eval_shape(lambda cfg=cfg: cts.Decoder(cfg, nnx.Rngs(0))))[0], params)
         tokens = np.random.default_rng(1).integers(1, cfg.vocab_size, (2, 40)).astype(np.int32)
