@@ -80,9 +80,9 @@ def config_of(size: str) -> cts.ModelConfig:
         return cts.ModelConfig(**wl.SIZES[size], rope_theta=wl.ROPE_THETA, norm_eps=wl.NORM_EPS)
     if pathlib.Path(size).is_dir():
         return cts.read_hf_config(pathlib.Path(size))
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size):
-        raise cts.InputError(f"--size {size}: choose nano, small, WIDTHxLAYERS or the folder of a checkpoint")
-    heads, layers = int(size.split("x")[0]) // 64 or 1, int(size.split("x")[1])
+    if not (shape := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", size)) or int(shape[1]) % 64:
+        raise cts.InputError(f"--size {size}: choose nano, small, a folder, or WIDTHxLAYERS with a multiple of 64")
+    heads, layers = int(shape[1]) // 64, int(shape[2])
     return cts.ModelConfig(512, 64 * heads, layers, 2 * heads, heads, 32, 256 * heads, wl.ROPE_THETA, remat=True)
 
 
