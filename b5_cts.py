@@ -3,7 +3,7 @@
     L  = L_GRPO(B3) + lam_align * L_align + lam_decode * L_decode + lam_energy * L_E
     R        = project(h(y0 | x))     one point per step of the flawed attempt: states that emit its tokens, unit RMS
     ref      = stopgrad(project(h(y1 | x)))         the revision's trajectory
-    U        = sum_j alpha_j E(R_j, e_f)      e_f = project_f(h(f)); alpha falls from y0's flagged step on, is even on y1
+    U        = sum_j alpha_j E(R_j, e_f)     e_f = project_f(h(f)); alpha falls from y0's flagged step on, is even on y1
     R*       = stopgrad(R - edit_eta * dU/dR / max(alpha))
     L_align  = mean over wrong y0 of [ S(R, R*) + S(R, ref) ] / 2     (points with their time): trains policy, project
     L_decode = -log pi(y1_t | x, y0, f, y1_<t), mean over all y1 tokens of the batch, temperature 1: trains the policy

@@ -10,7 +10,7 @@ J reasoning steps of a trajectory, R latent dim. Masks are 0/1 float32 and come 
 # ruff: noqa: F401, I001
 
 # basics: bad input, JSON lines, atomic writes, digests, PRNG streams, the trace counter
-from common.basics import InputError, STREAM_CONTROL, STREAM_INIT, STREAM_ROLLOUT, TRACES, mean, sha256
+from common.basics import InputError, STREAM_CONTROL, STREAM_INIT, STREAM_ROLLOUT, TRACES, mean
 # prompts: the three prompts, for math and for code
 from common.prompts import attempt_prompt, critique_prompt, revise_prompt
 # verifier: math by rules: final answers, steps, which of them hold

@@ -6,6 +6,8 @@ seconds of a batch with endless loops, and how programs are confined on this mac
 """
 
 import dataclasses
+import functools
+import itertools
 import json
 import pathlib
 import sys
@@ -14,7 +16,6 @@ import time
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import tyro
 
 import cts_common as cts
 
@@ -33,53 +34,41 @@ class Args:
     """limit of a test, in seconds of CPU time"""
 
 
-def pairs(path: str | None, n: int) -> list[tuple[str, dict]]:
+def programs(path: str | None, n: int) -> list[tuple[str, dict]]:
     """n programs with their tests, all different."""
-    if path is None:
-        body = "import math\ndef f(n):\n    return sum(math.gcd(n, i) for i in range(n))  # {}\n"
-        asserts = ["assert f(1) == 1", "assert f(6) == 15", "assert f(10) == 27"]
-        return [(body.format(i), {"asserts": asserts}) for i in range(n)]
-    rows = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
-    found = [(r["code"], {"setup": r["test_setup_code"], "asserts": r["test_list"]}) for r in rows]
-    return [
-        (f"{code}\n# {i // len(found)}", tests) for i, (code, tests) in zip(range(n), found * (n // len(found) + 1))
-    ]
+    code = "import math\ndef f(n):\n    return sum(math.gcd(n, i) for i in range(n))"
+    known = [(code, {"asserts": ["assert f(1) == 1", "assert f(6) == 15", "assert f(10) == 27"]})]
+    if path:
+        rows = [json.loads(line) for line in pathlib.Path(path).read_text().splitlines()]
+        known = [(r["code"], {"setup": r["test_setup_code"], "asserts": r["test_list"]}) for r in rows]
+    return [(f"{code}\n# {i}", tests) for i, (code, tests) in zip(range(n), itertools.cycle(known))]
+
+
+def timed(run, *args):
+    """(what run returns, seconds)."""
+    began = time.perf_counter()
+    return run(*args), time.perf_counter() - began
 
 
 def main(args: Args) -> None:
-    mode = cts.check_sandbox()
-    found = pairs(args.mbpp, 974)
-    cts.run_programs(found[:4])
-    single = []
-    for program, tests in found[:200]:
-        began = time.perf_counter()
-        cts.run_program(program, tests)
-        single.append(time.perf_counter() - began)
-    began = time.perf_counter()
-    verdicts = cts.run_programs(found, workers=args.workers, timeout_s=args.timeout_s)
-    rate = len(found) / (time.perf_counter() - began)
-    mixed = pairs(args.mbpp, args.batch)
+    mode, found = cts.check_sandbox(), programs(args.mbpp, 974)
+    batch = functools.partial(cts.run_programs, workers=args.workers, timeout_s=args.timeout_s)
+    cts.run_programs(found[:4])  # the first ones start the server
+    single_ms = [1000 * timed(cts.run_program, *one)[1] for one in found[:200]]
+    verdicts, seconds = timed(batch, found)
+    mixed = programs(args.mbpp, args.batch)
     for i in range(0, args.batch, round(1 / args.loops)):
         mixed[i] = (f"{mixed[i][0]}\nwhile True:\n    pass", mixed[i][1])
-    began = time.perf_counter()
-    mixed_verdicts = cts.run_programs(mixed, workers=args.workers, timeout_s=args.timeout_s)
-    print(
-        json.dumps(
-            {
-                "mode": mode,
-                "workers": args.workers,
-                "single_median_ms": round(1000 * float(np.median(single)), 2),
-                "single_p90_ms": round(1000 * float(np.quantile(single, 0.9)), 2),
-                "programs_per_s": round(rate, 1),
-                "passed": sum(v.outcome == "pass" for v in verdicts),
-                "of": len(found),
-                "mixed_s": round(time.perf_counter() - began, 2),
-                "mixed_timeouts": sum(v.outcome == "timeout" for v in mixed_verdicts),
-                "mixed_passed": sum(v.outcome == "pass" for v in mixed_verdicts),
-            }
-        )
-    )
+    mixed_verdicts, mixed_seconds = timed(batch, mixed)
+    count = lambda outcome, verdicts: sum(v.outcome == outcome for v in verdicts)
+    line = {
+        "mode": mode, "workers": args.workers, "single_median_ms": round(float(np.median(single_ms)), 2),
+        "single_p90_ms": round(float(np.quantile(single_ms, 0.9)), 2), "programs_per_s": round(len(found) / seconds, 1),
+        "passed": count("pass", verdicts), "of": len(found), "mixed_s": round(mixed_seconds, 2),
+        "mixed_timeouts": count("timeout", mixed_verdicts), "mixed_passed": count("pass", mixed_verdicts),
+    }  # fmt: skip
+    print(json.dumps(line))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Args))
+    cts.cli(main, Args)
