@@ -2,8 +2,10 @@
 signals, so safe in any thread. Used by rewards, critique, mistakes; knows nothing of programs, models or replay files.
 """
 
+import ast
 import dataclasses
 import difflib
+import operator
 import re
 from collections import Counter
 from fractions import Fraction
@@ -84,61 +86,44 @@ def score_math(completion: str, answer: str, *, lenient: bool = False) -> float:
 
 
 _TOKENS = re.compile(rf"\s*(?:({_NUMBER})\s*(%?)|([-+*/()x\u00d7\u00f7]))")
+_IN_PYTHON = {"x": "*", "\u00d7": "*", "\u00f7": "/", "(": "_("}  # a bracket is a call: then the tree keeps it
+_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
 def evaluate_arithmetic(expr: str) -> Fraction | None:
-    """The exact value of `+ - * / ( ) %` arithmetic, or None where it is not that. Never eval.
+    """The exact value of `+ - * / ( ) %` arithmetic, or None where it is not that. Never eval: Python parses the
+    expression with names in place of its numbers, and of the tree only these operations are known here.
 
     >>> str(evaluate_arithmetic("2*(3+4)/4")), evaluate_arithmetic("9**9"), evaluate_arithmetic("1/0")
     ('7/2', None, None)
     """
-    expr = expr.replace("$", "").replace("\u2212", "-").strip()
-    tokens, at = [], 0
-    while at < len(expr) and len(expr) <= 200:
-        m = _TOKENS.match(expr, at)
-        if not m:
-            return None
-        number, percent, op = m.groups()
-        value = to_fraction(number) if number else None
-        tokens.append(
-            value / 100 if percent else value if number else {"x": "*", "\u00d7": "*", "\u00f7": "/"}.get(op, op)
-        )
-        at = m.end()
+    expr, numbers = expr.replace("$", "").replace("\u2212", "-").strip(), []
+    if len(expr) > 200 or _TOKENS.sub("", expr):
+        return None
 
-    def atom(i: int, depth: int) -> tuple[Fraction, int]:
-        if tokens[i] == "-":
-            value, i = atom(i + 1, depth + 1)
-            return -value, i
-        if tokens[i] == "(":
-            value, i = total(i + 1, depth + 1)
-            if tokens[i] != ")":
-                raise ValueError
-            return value, i + 1
-        if not isinstance(tokens[i], Fraction):
-            raise ValueError
-        return tokens[i], i + 1
+    def in_python(m: re.Match) -> str:
+        number, percent, sign = m.groups()
+        if sign:
+            return _IN_PYTHON.get(sign, sign)
+        numbers.append(to_fraction(number) / (100 if percent else 1))
+        return f"n{len(numbers) - 1} "  # the space keeps two numbers in a row an error
 
-    def product(i: int, depth: int) -> tuple[Fraction, int]:
-        value, i = atom(i, depth)
-        while i < len(tokens) and tokens[i] in ("*", "/"):
-            right, j = atom(i + 1, depth)
-            value, i = (value * right if tokens[i] == "*" else value / right), j
-        return value, i
-
-    def total(i: int, depth: int) -> tuple[Fraction, int]:
-        if depth > 20:
-            raise ValueError
-        value, i = product(i, depth)
-        while i < len(tokens) and tokens[i] in ("+", "-"):
-            right, j = product(i + 1, depth)
-            value, i = (value + right if tokens[i] == "+" else value - right), j
-        return value, i
+    def value(node: ast.AST, depth: int) -> Fraction:
+        match node:
+            case ast.Name():
+                return numbers[int(node.id[1:])]
+            case ast.UnaryOp(ast.USub()):
+                return -value(node.operand, depth + 1)
+            case ast.BinOp() if type(node.op) in _OPERATIONS:
+                return _OPERATIONS[type(node.op)](value(node.left, depth), value(node.right, depth))
+            case ast.Call() if depth < 20:
+                return value(node.args[0], depth + 1)
+        raise ValueError
 
     try:
-        value, end = total(0, 0)
-    except (ValueError, IndexError, ZeroDivisionError, RecursionError):
+        return value(ast.parse(_TOKENS.sub(in_python, expr), mode="eval").body, 0)
+    except (SyntaxError, ValueError, IndexError, ZeroDivisionError, RecursionError, MemoryError):
         return None
-    return value if end == len(tokens) else None
 
 
 ANNOTATION = re.compile(r"<<([^<>=\n]{1,200})=\s*([^<>=\n]{1,40})>>")
