@@ -1,6 +1,5 @@
 """Verdicts on hostile programs."""
 
-import dataclasses
 import difflib
 import functools
 import json
@@ -13,20 +12,7 @@ from common import sandbox_server
 from common.basics import InputError, sha256
 from common.plans import TestPlan, count_tests, one_test, parse_program, plan_tests
 from common.sandbox import Job, _sandbox, _sandbox_lock
-
-
-# What: hostile programs run against tests. `sandbox.py` is the process they are forked from; here is the side that
-# knows the expected outputs and alone makes verdicts. Used by: tasks whose answers are programs.
-# Tested in: tests/test_sandbox.py.
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What the tests said of a program. `outcome` is that of the first test that did not pass."""
-
-    outcome: str  # pass | wrong | timeout | oom | crash | harness_error
-    passed: int  # tests passed
-    total: int
-    detail: str  # which test, and what it returned or raised; "" of a pass
-
+from common.verifier import Verdict
 
 _BLOCK = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
 _STARTS = re.compile(  # a line that starts a program, unlike one of prose

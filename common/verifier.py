@@ -5,6 +5,8 @@ signals, so safe in any thread. Used by rewards, critique, mistakes; knows nothi
 import ast
 import dataclasses
 import difflib
+import functools
+import math
 import operator
 import re
 from collections import Counter
@@ -12,8 +14,27 @@ from fractions import Fraction
 
 from common.basics import InputError
 
-# What: scores of final answers and of single steps, by rules, without eval and without signals (safe in any thread).
-# Used by: teacher, trainers, evaluation. Tested in: tests/test_verifier.py.
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What rules say of a solution (`grade_math`) or tests of a program (room `programs`)."""
+
+    outcome: str  # pass | wrong, and of programs also timeout | oom | crash | harness_error
+    passed: int  # tests passed, or steps that hold
+    total: int
+    detail: str = ""  # of programs: which test did not pass first, and what it returned or raised
+
+    @property
+    def reward(self) -> float:
+        """1.0 for a pass, else 0.0; NaN where the harness failed: such a sample is no 0."""
+        return math.nan if self.outcome == "harness_error" else float(self.outcome == "pass")
+
+    @property
+    def process(self) -> float:
+        """The share that passed, in [0, 1]; NaN where the harness failed."""
+        return math.nan if self.outcome == "harness_error" else self.passed / self.total
+
+
 _NUMBER = r"(?>(?:\d{1,3}(?:,\d{3}){1,9}(?!\d)|\d{1,30})(?:\.\d{1,30})?|\.\d{1,30})"  # atomic: all of a number or none
 NUMBER = re.compile(rf"(?<![A-Za-z0-9_^])([-\u2212]?)\s?\$?\s?({_NUMBER})(?:\s?/\s?({_NUMBER}))?+(?!\d|[eE]\d|\^)")
 _LATEX = (  # LaTeX forms a boxed answer takes, rewritten to plain text
@@ -143,7 +164,8 @@ class Step:
     is_final: bool  # the line that states the final answer; its one "equation" has an empty expression
 
 
-def split_steps(y: str) -> list[Step]:
+@functools.lru_cache(4096)  # of one text several scores are made, and a reference has many attempts
+def split_steps(y: str) -> tuple[Step, ...]:
     """The non-empty lines of a solution as steps; `<<48/2=24>>` annotations are read, else plain `48 / 2 = 24`.
 
     >>> [(s.start, s.end, [(e, str(v)) for e, v in s.equations]) for s in split_steps("So <<2+3=5>>5.\\n#### 5")]
@@ -161,7 +183,7 @@ def split_steps(y: str) -> list[Step]:
             equations = tuple((expr, value[0]) for expr, value in values if value)
         if line.strip():
             steps.append(Step(m.start(), m.end(), equations, bool(finals)))
-    return steps
+    return tuple(steps)
 
 
 def equation_holds(expr: str, value: Fraction) -> bool:
@@ -182,8 +204,7 @@ def first_wrong_step(y: str, reference: str) -> int | None:
     whose value is none of the reference's values (each used once) is wrong too: from there on the attempt has left the
     path that leads to the answer. A right final answer by another path is not punished.
     """
-    steps = split_steps(y)
-    gold = split_steps(reference)
+    steps, gold = split_steps(y), split_steps(reference)
     left = Counter(value for step in gold for expr, value in step.equations if not step.is_final)
     gold_final = [step.equations[0][1] for step in gold if step.is_final]
     finals = [value for step in steps if step.is_final for _, value in step.equations]
@@ -202,16 +223,18 @@ def first_wrong_step(y: str, reference: str) -> int | None:
     return None
 
 
-def process_score(y: str, reference: str) -> float:
-    """Share of the steps that hold up to the first that does not (prefix form), in [0, 1].
+def grade_math(y: str, answer: str, reference: str) -> Verdict:
+    """The verdict on a solution: pass if its final answer is right; passed are its steps up to the first that does not
+    hold (prefix form).
 
-    The share is of the attempt's or the reference's steps, whichever are more, so neither stopping early nor padding
-    with true trivia pays. Prefix form because summed step rewards collapse training (https://arxiv.org/abs/2504.15275).
+    The total is that of the attempt's or the reference's steps, whichever are more, so neither stopping early nor
+    padding with true trivia pays. Prefix form because summed step rewards collapse training
+    (https://arxiv.org/abs/2504.15275).
     """
     steps, wrong = split_steps(y), first_wrong_step(y, reference)
-    held = sum(bool(step.equations) for step in steps[:wrong])
-    checkable, needed = (sum(bool(step.equations) for step in s) for s in (steps, split_steps(reference)))
-    return held / max(checkable, needed, 1)
+    checkable = lambda steps: sum(bool(step.equations) for step in steps)
+    total = max(checkable(steps), checkable(split_steps(reference)), 1)
+    return Verdict("pass" if score_math(y, answer) else "wrong", checkable(steps[:wrong]), total)
 
 
 def uptake(completion: str, y0: str, span: tuple[int, int] | None, reference: str) -> float:

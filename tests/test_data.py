@@ -26,7 +26,7 @@ from common.replay import (
 )
 from common.tasks import get_task, gsm8k
 from common.tokenizer import Tokenizer, train_tokenizer
-from common.verifier import process_score, score_math
+from common.verifier import Verdict, grade_math, score_math
 
 META = {
     "task_id": "own/1", "domain": "math", "split": "train", "horizon": 2, "edit_distance": 1,
@@ -216,7 +216,8 @@ def test_fixtures_math(fixtures):
     for p in fixtures:
         assert max(int(n) for n in re.findall(r"\d+", p.x + p.reference)) <= 100
         assert score_math(p.reference, p.answer) == 1
-        assert process_score(p.reference, p.reference) == 1
+        n = len(p.reference.split("\n"))
+        assert grade_math(p.reference, p.answer, p.reference) == Verdict("pass", n, n)
 
 
 def test_fixtures_math_arithmetic_by_python(fixtures):
