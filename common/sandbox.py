@@ -312,6 +312,13 @@ def _sandbox(purpose: str) -> Sandbox:
     return _sandboxes[purpose]
 
 
+def run_jobs(purpose: str, jobs: list[Job], workers: int, timeout_s: float, memory_mb: int) -> None:
+    """Run all jobs to their ends in the sandbox for "programs" or in the one for "checks"."""
+    with _sandbox_lock:
+        if jobs:
+            _sandbox(purpose).run(jobs, workers, timeout_s, memory_mb)
+
+
 @atexit.register
 def close_sandboxes() -> None:
     """End the server processes; the next program starts new ones."""
