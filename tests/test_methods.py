@@ -1,6 +1,5 @@
 """Advantages, losses and the pieces of CTS: worked examples, numbers computed by hand, naive oracles in NumPy."""
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -19,8 +18,7 @@ import b2_grpo as b2
 import b3_grpo_verifier as b3
 import b4_grpo_critique as b4
 import b5_cts as b5
-from common.basics import InputError
-from common.critique import ORDINALS, redact, with_attempt, write_critique
+from common.critique import ORDINALS, redact, with_attempts, write_critique
 from common.distances import l2_distance, pool_steps, sinkhorn_distance, soft_dtw, soft_dtw_distance
 from common.model import Decoder, ModelConfig, Reading
 from common.prompts import revise_prompt
@@ -823,9 +821,12 @@ def test_redact_leaves_no_number_and_no_step():
 
 Y1 = "Buys <<2+3=5>>5 pens.\nGives <<5-1=4>>4 away.\n#### 4"
 WRONG = "Buys <<2+3=6>>6 pens.\nGives <<6-1=5>>5 away.\n#### 5"
-QUAD = Quadruple(
-    "How many pens?", "old", "old f", Y1, {"answer": "4", "error_span": [0, 3], "y0_correct": True, "k": 1}
-)
+META = {"domain": "math", "answer": "4", "error_span": [0, 3], "y0_correct": True, "k": 1}
+QUAD = Quadruple("How many pens?", "old", "old f", Y1, META)
+
+
+def with_attempt(q, y0, fits):
+    return with_attempts([q], [y0], fits)[0]
 
 
 def test_with_attempt():
@@ -834,7 +835,7 @@ def test_with_attempt():
     out = with_attempt(QUAD, WRONG, lambda prompt: True)
     assert (out.x, out.y0, out.y1) == (QUAD.x, WRONG, Y1)
     assert out.f == "The first step is wrong: 2+3 is not 6."
-    assert out.meta == {"answer": "4", "error_span": [0, WRONG.index("\n")], "y0_correct": False, "k": 1}
+    assert out.meta == {**META, "error_span": [0, WRONG.index("\n")], "y0_correct": False}
     right = with_attempt(QUAD, Y1, lambda prompt: True)
     assert right.f == "No step is found wrong." and right.meta["y0_correct"] and right.meta["error_span"] is None
     assert dataclasses.asdict(QUAD) == before
@@ -856,6 +857,6 @@ def test_with_attempt_ends_where_nothing_fits():
         calls.append(prompt)
         if len(calls) > 1000:
             pytest.fail("cuts for ever")
+        return False
 
-    with contextlib.suppress(InputError):
-        with_attempt(QUAD, WRONG, fits)
+    assert with_attempt(QUAD, WRONG, fits) == QUAD
