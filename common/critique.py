@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from common.plans import parse_program
-from common.programs import code_lines, first_failures, grade, line_changes, program_of
+from common.programs import code_lines, grade, line_changes, program_of
 from common.prompts import revise_prompt
 from common.replay import Quadruple
 from common.verifier import equation_holds, final_answers, first_wrong_step, grade_math, numbers_in, show, split_steps
@@ -109,11 +109,9 @@ def criticise(texts: list[str], quads: list[Quadruple]) -> list[tuple[str, list[
     if quads[0].meta["domain"] == "math":
         outcome = lambda y, q: grade_math(y, q.meta["answer"], q.y1).outcome
         return [(outcome(y, q), [check_critique(y, q.y1)]) for y, q in zip(texts, quads)]
-    tests = [q.meta["tests"] for q in quads]
-    verdicts = grade(texts, tests)
     found = []
-    for y, q, verdict, i in zip(texts, quads, verdicts, first_failures(texts, tests, verdicts)):
-        calls = [describe_call(q.meta["tests"], j) for j in (i, None)]  # the first may have many tokens
+    for y, q, verdict in zip(texts, quads, grade(texts, [q.meta["tests"] for q in quads])):
+        calls = [describe_call(q.meta["tests"], i) for i in (verdict.failed, None)]  # the first may have many tokens
         found.append((verdict.outcome, [check_program(y, q.y1, verdict.outcome, call) for call in calls]))
     return found
 

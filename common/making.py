@@ -18,7 +18,7 @@ from common.hosts import on_leader, say
 from common.mistakes import TAG_OF_KIND, attempts, equations_in, lines_of
 from common.mutants import FLAWS, MOST_MUTANTS, Mutant, count_statements, mutants
 from common.plans import parse_program
-from common.programs import Verdict, first_failures, grade
+from common.programs import Verdict, grade
 from common.replay import Problem, Quadruple, assign_split, check_leakage, read_replay, replay_report, write_replay
 from common.sandbox import check_sandbox
 from common.tasks import TASKS, get_task
@@ -140,18 +140,16 @@ def perturb_programs(problems: list[Problem], seed: int = 0, keep_unverified: bo
         spare = [i for i in first if i not in chosen]
         some = grade([first[i].program for i in spare], [problems[i].tests for i in spare])
         chosen |= {i: (first[i], verdict) for i, verdict in zip(spare, some) if verdict.outcome != "harness_error"}
-    programs, results = [m.program for m, _ in chosen.values()], [verdict for _, verdict in chosen.values()]
-    failing = dict(zip(chosen, first_failures(programs, [problems[i].tests for i in chosen], results)))
     for i, (mutant, verdict) in chosen.items():
-        done[i] = code_quadruple(problems[i], mutant, verdict, verdicts[i], failing[i])
+        done[i] = code_quadruple(problems[i], mutant, verdict, verdicts[i])
     return ["no mutant fails a test" if made is None else made for made in done]
 
 
-def code_quadruple(problem: Problem, mutant: Mutant, verdict: Verdict, reference: Verdict, failing: int | None):
-    """The quadruple of a mutant, its verdict, the reference's and the number of a test that the mutant fails."""
+def code_quadruple(problem: Problem, mutant: Mutant, verdict: Verdict, reference: Verdict) -> Quadruple:
+    """The quadruple of a mutant, its verdict and the reference's."""
     tag, flaw = FLAWS[mutant.kind]
     line = mutant.program.count("\n", 0, mutant.span[0]) + 1
-    f = write_code_critique(line, flaw, describe_call(problem.tests, failing))
+    f = write_code_critique(line, flaw, describe_call(problem.tests, verdict.failed))
     y0_correct, y1_correct = verdict.outcome == "pass", reference.outcome == "pass"
     verified = y1_correct and verdict.outcome in ("wrong", "crash")
     return quadruple(problem, "code", mutant.program, f, tag, list(mutant.span), count_statements(problem.reference),

@@ -46,16 +46,6 @@ def flaw_of_tests(tests: Any) -> str | None:
     return None if texts(inputs) and texts(outputs) else "needs inputs and outputs that are strings"
 
 
-def one_test(tests: dict[str, Any], i: int) -> dict[str, Any]:
-    """The i-th test alone: {"asserts": [a, b]}, 1 -> {"asserts": [b]}."""
-    return {k: [v[i]] if k in ("asserts", "inputs", "outputs") else v for k, v in tests.items()}
-
-
-def count_tests(tests: dict[str, Any]) -> int:
-    """How many tests there are."""
-    return len(tests["asserts"] if "asserts" in tests else tests["inputs"])
-
-
 def bound_names(node: ast.AST) -> set[str]:
     """Names that a piece of code gives a value: assignments, imports, definitions, arguments, loop variables."""
     names = set()

@@ -44,7 +44,7 @@ from typing import Any
 
 from common import sandbox_server
 from common.basics import InputError, sha256
-from common.plans import TestPlan, count_tests, one_test, parse_program, plan_tests
+from common.plans import TestPlan, parse_program, plan_tests
 from common.sandbox import Job, run_jobs
 from common.verifier import Verdict
 
@@ -211,7 +211,8 @@ def sum_up(results: list[tuple[str, str]], total: int) -> Verdict:
         return Verdict("pass", passed, total)
     assert failed, "fewer results than tests, and none of them says why"
     i, outcome, words = failed[0]
-    return Verdict(outcome, passed, total, f"test {i}: {''.join(c if c.isprintable() else ' ' for c in words[:200])}")
+    words = "".join(c if c.isprintable() else " " for c in words[:200])
+    return Verdict(outcome, passed, total, f"test {i}: {words}", i)
 
 
 def grade_test(plan: TestPlan, frame_index: int, frame: bytes) -> tuple[str, str] | bytes:
@@ -279,21 +280,6 @@ def grade(texts: list[str], tests: list[dict[str, Any]]) -> list[Verdict]:
         raise InputError(f"none of {len(failed)} programs could be run: {failed[0].detail}")
     _VERDICTS.update({key: v for key, v in verdicts.items() if v.outcome != "harness_error"})
     return [_VERDICTS[key] if key in _VERDICTS else verdicts[key] for key in keys]
-
-
-def first_failures(texts: list[str], tests: list[dict[str, Any]], verdicts: list[Verdict]) -> list[int | None]:
-    """The first test that each program fails, given its verdict on all of them; None if it fails none.
-
-    One that passes some is run on the first eight, each alone: a verdict does not say which of them it counts.
-    """
-    found: list[int | None] = [None if v.passed else 0 for v in verdicts]
-    for at in range(8):
-        unknown = [i for i, v in enumerate(verdicts) if v.outcome != "pass" and found[i] is None]
-        rows = [i for i in unknown if at < count_tests(tests[i])]
-        for i, verdict in zip(rows, grade([texts[i] for i in rows], [one_test(tests[i], at) for i in rows])):
-            if verdict.outcome not in ("pass", "harness_error"):
-                found[i] = at
-    return found
 
 
 def code_lines(program: str) -> list[tuple[int, int, str]]:

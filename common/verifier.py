@@ -23,6 +23,7 @@ class Verdict:
     passed: int  # tests passed, or steps that hold
     total: int
     detail: str = ""  # of programs: which test did not pass first, and what it returned or raised
+    failed: int | None = None  # the number of that test
 
     @property
     def reward(self) -> float:
