@@ -5,6 +5,7 @@ import gc
 import json
 import os
 import pathlib
+import resource
 import signal
 import socket
 import subprocess
@@ -1029,6 +1030,21 @@ def test_a_lost_server_is_a_harness_error():
         Sandbox._look = monkey
     assert verdicts[0].outcome == "harness_error" and "server" in verdicts[0].detail
     assert run_program("def f(x): return 4", VALUE(4)).outcome == "pass"
+
+
+def test_a_caller_with_many_open_files():
+    """Descriptors above 1023, which select.select cannot take."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip("no more than 2047 open files allowed")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    held = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        assert run_program("def f(x): return 4", VALUE(4)).outcome == "pass"
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_the_same_set_order_in_every_run():
