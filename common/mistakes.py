@@ -15,13 +15,9 @@ from common.critique import write_critique
 from common.replay import Problem
 from common.verifier import ANNOTATION, equation_holds, evaluate_arithmetic, numbers_in, show
 
-TAG_OF_KIND = {
-    "wrong_result": "local_arithmetic",
-    "wrong_operator": "wrong_decomposition",
-    "dropped_step": "missing_case",
-    "stale_value": "state_tracking",
-    "wrong_quantity": "invalid_assumption",
-}
+TAG_OF_KIND = {"wrong_result": "local_arithmetic", "wrong_operator": "wrong_decomposition",
+               "dropped_step": "missing_case", "stale_value": "state_tracking",
+               "wrong_quantity": "invalid_assumption"}  # fmt: skip
 _N = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+(?:\.\d+)?|\.\d+)"
 NUMERAL = re.compile(_N)
 SHOWN = re.compile(rf">>\s*\$?\s*({_N})")  # the result once more, right behind its annotation
@@ -35,9 +31,8 @@ _TERM = rf"\$?{_N}%?(?:{UNIT}){{0,4}}+"
 PLAIN = re.compile(
     rf"(?<![-\w+*/.=])({_TERM}(?:\s?[-+*/xX\u00d7\u2212\u2013]\s?{_TERM}){{1,6}})\s?=\s?\$?({_N})(?!\s?[-+*/=\d])"
 )
-NUMBER_WORDS = dict(
-    zip(["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"], range(2, 13))
-)
+_WORDS = "two three four five six seven eight nine ten eleven twelve"
+NUMBER_WORDS = {word: Fraction(n) for n, word in enumerate(_WORDS.split(), 2)}
 # A step that says its operation in words would contradict itself if only its numbers were corrupted.
 OPERATION_WORDS = re.compile(
     r"\b(plus|minus|times|divid\w*|multipl\w*|add\w*|sum|subtract\w*|differen\w*|half|halves|twice|doubl\w*|tripl\w*"
@@ -101,14 +96,13 @@ def results(lines: list[str]) -> set[Fraction]:
 
 
 def word_values(text: str) -> set[Fraction]:
-    return {Fraction(NUMBER_WORDS[word]) for word in re.findall(r"[a-z]+", text.lower()) if word in NUMBER_WORDS}
+    return {NUMBER_WORDS[word] for word in re.findall(r"[a-z]+", text.lower()) if word in NUMBER_WORDS}
 
 
 def operators(expr: str) -> list[re.Match]:
     """The two-place operators of an expression, in order: in "-3+(4*5)" the + and the *."""
-    return [
-        m for m in MARK.finditer(expr) if not m.group()[-1].isdigit() and re.search(r"[\d)]\s*$", expr[: m.start()])
-    ]
+    marks = [m for m in MARK.finditer(expr) if not m.group()[-1].isdigit()]
+    return [m for m in marks if re.search(r"[\d)]\s*$", expr[: m.start()])]
 
 
 @functools.lru_cache(20_000)
@@ -153,6 +147,8 @@ class Ledger:
 
 def write_number(new: Fraction, old: str) -> str:
     """`new` in the style of the numeral it replaces: 1250 for "1,000" is "1,250", 3 for "2.50" is "3.00"."""
+    if new == value_of(old):
+        return old
     text = f"{float(new):.2f}" if re.search(r"\.\d0$", old) else show(new)
     whole, point, rest = text.partition(".")
     return f"{int(whole):,}{point}{rest}" if "," in old else text
@@ -169,7 +165,7 @@ def swap(text: str, ledger: Ledger) -> str:
         new = ledger.changed.get(old, old)
         if new != old and (before.isalpha() or behind.isalpha()):
             raise UnfitError
-        return m.group() if new == old else write_number(new, m.group())
+        return write_number(new, m.group())
 
     if word_values(text) & ledger.touched:
         raise UnfitError
@@ -199,15 +195,10 @@ def rewrite(line: str, ledger: Ledger, value: Fraction | None = None, redo: bool
         if new != old and numerals(front).count(old) > numerals(eq.group(1)).count(old):
             raise UnfitError  # the sentence names its result before it computes it
         ledger.record(old, new)
-        out += [
-            new_front,
-            expr,
-            line[eq.end(1) : eq.start(2)],
-            eq.group(2) if new == old else write_number(new, eq.group(2)),
-        ]
+        out += [new_front, expr, line[eq.end(1) : eq.start(2)], write_number(new, eq.group(2))]
         at, again = eq.end(2), SHOWN.match(line, eq.end(2))
         if again and value_of(again.group(1)) == old:
-            out += [line[at : again.start(1)], again.group(1) if new == old else write_number(new, again.group(1))]
+            out += [line[at : again.start(1)], write_number(new, again.group(1))]
             at = again.end()
     return "".join([*out, swap(line[at:], ledger)])
 
@@ -265,12 +256,8 @@ def choices(problem: Problem, kind: str, step: int, rng: random.Random) -> list[
         return [(v,) for v in wrong if not equation_holds(show(evaluate(expr)), v)]  # no mere rounding
     if kind == "wrong_operator":  # the bar of a fraction ("2/3*15") is no operation of its own
         marks = [(i, SAME.get(m.group(), m.group())) for i, m in enumerate(operators(expr))]
-        found = [
-            (i, new)
-            for i, m in marks
-            for new in {"+": "-", "-": "+", "*": "+/", "/": "*-"}[m]
-            if m != "/" or len(marks) == 1
-        ]
+        marks = [(i, m) for i, m in marks if m != "/" or len(marks) == 1]
+        found = [(i, new) for i, m in marks for new in {"+": "-", "-": "+", "*": "+/", "/": "*-"}[m]]
     else:
         given = set(numerals(problem.x))
         found = [(v, new) for v in once if v in given - known for new in sorted(given - set(operands))]
@@ -320,12 +307,11 @@ def corrupt(problem: Problem, kind: str, step: int, choice: tuple, strict: bool 
     if flagged is None or (strict and "####" in y0[flagged]):
         raise UnfitError
     for i, (new, old) in enumerate(twins):
-        held, holds_now = text_agrees(old), text_agrees(new)
+        held, chain = text_agrees(old), len(text_agrees(old)) > 1
         if kind == "wrong_result" and i == flagged:
-            broken = len(held) > 1
+            broken = chain
         else:
-            chain = len(held) > 1 and not all(held) and new != old
-            broken = chain or any(a and not b for a, b in zip(held, holds_now))
+            broken = (chain and not all(held) and new != old) or any(a > b for a, b in zip(held, text_agrees(new)))
         if broken:
             raise UnfitError
     return "\n".join(y0), flagged, describe(kind, choice, expr, after)
