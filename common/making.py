@@ -98,7 +98,7 @@ def quadruple(
     return Quadruple(problem.x, y0, f, problem.reference, meta)
 
 
-def unfit(problem: Problem, verdict: Verdict | None) -> str | None:
+def unfit(problem: Problem, verdict: Verdict | None = None) -> str | None:
     """Why a problem yields no quadruple before any mutant is tried, or None; `verdict` is the reference's."""
     if problem.tests is None:
         return "no usable tests"
@@ -106,9 +106,9 @@ def unfit(problem: Problem, verdict: Verdict | None) -> str | None:
         return "no reference program"
     if parse_program(problem.reference) is None:
         return "reference is not Python 3"
-    if verdict is not None and verdict.outcome != "pass":
-        return "harness error" if verdict.outcome == "harness_error" else "reference fails its tests"
-    return None
+    if verdict is None or verdict.outcome == "pass":
+        return None
+    return "harness error" if verdict.outcome == "harness_error" else "reference fails its tests"
 
 
 def perturb_programs(problems: list[Problem], seed: int = 0, keep_unverified: bool = False) -> list[Quadruple | str]:
