@@ -1,5 +1,5 @@
-"""Critiques by rules: the sentences of the keyless teacher, the critique of any attempt by the step checker, and the
-control arms that redact it or put another attempt in y0's place. Used by mistakes, mutants, making and b5."""
+"""Critiques by rules: the sentences of the keyless teacher, the critique of any attempt, and what control arms need: a
+critique redacted, another attempt in y0's place. Used by mistakes, making and b5; knows no model."""
 
 import builtins
 import dataclasses

@@ -1,5 +1,6 @@
 """From problems to replay files: the keyless teacher's quadruples, verified, and the report of what was kept and why
-not. Used by `teacher.py` and by every script whose task has no replay yet."""
+not. Used by `teacher.py` and by every script whose task has no replay yet; what a mistake looks like is known to
+mistakes and mutants."""
 
 import hashlib
 import itertools
@@ -16,13 +17,16 @@ from common.basics import InputError, normalize_x, write_atomic
 from common.critique import describe_call, write_code_critique
 from common.hosts import on_leader, say
 from common.mistakes import TAG_OF_KIND, attempts, equations_in, lines_of
-from common.mutants import FLAWS, MOST_MUTANTS, Mutant, count_statements, mutants
+from common.mutants import FLAWS, Mutant, count_statements, mutants
 from common.plans import parse_program
 from common.programs import Verdict, grade
 from common.replay import Problem, Quadruple, assign_split, check_leakage, read_replay, replay_report, write_replay
 from common.sandbox import check_sandbox
 from common.tasks import TASKS, get_task
 from common.verifier import first_wrong_step, score_math, split_steps
+
+MOST_MUTANTS = 48  # tried on one problem
+BATCH = 128  # problems whose programs run together
 
 
 def load_replay(task: str, replay_dir: str | None, data_dir: str | None, unsafe_sandbox: str = "refuse"):
@@ -186,9 +190,6 @@ def split_problems(problems: list[Problem]) -> dict[str, list[Problem]]:
     for split in ("train", "val"):
         by_split[split] = [p for p in by_split[split] if normalize_x(p.x) not in tested]
     return by_split
-
-
-BATCH = 128  # problems whose programs run together
 
 
 def make_quadruples(by_split: dict[str, list[Problem]], domain: str, seed: int, keep_unverified: bool):

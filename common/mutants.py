@@ -215,6 +215,3 @@ def count_statements(program: str) -> int:
     """The horizon of a program: its statements, without imports and the heads of functions and classes."""
     heads = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom
     return sum(isinstance(n, ast.stmt) and not isinstance(n, heads) for n in ast.walk(parse_program(program)))
-
-
-MOST_MUTANTS = 48  # tried on one problem

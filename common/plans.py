@@ -1,5 +1,6 @@
-"""The tests of a program as data: what of them the program may see, and what is done with the values it hands back.
-Used by programs; runs nothing itself."""
+"""The tests of a program as data: what of them the program may see, and what is done with the values it hands back; and
+what has to be known of source text for that. Used by programs, by critique (which call a test makes) and wherever tests
+or programs are read; runs nothing itself."""
 
 import ast
 import builtins

@@ -1,5 +1,5 @@
-"""The quadruple (x, y0, f, y1), the only currency: its file format, its splits, the check that no problem leaks between
-them. Used by the makers of replay and by all trainers; knows no model."""
+"""Problems and the quadruple (x, y0, f, y1), the only currency: its file format, its splits, the check that no problem
+leaks between them. Used by all that makes, reads or scores quadruples; knows no model and runs nothing."""
 
 import dataclasses
 import hashlib

@@ -1,6 +1,6 @@
 """Scores of completions against their quadruples: outcome, process, uptake, single steps; each host scores its own
-rows. NaN where the harness failed: such a sample is no 0. Used by the scripts and the evaluation; everything that it
-passes through is in the fingerprint's verifier digest."""
+rows. NaN where the harness failed: such a sample is no 0. Used by the scripts, run and evaluation; knows no model.
+Every room that a score passes through is in the fingerprint's verifier digest."""
 
 import math
 

@@ -1,5 +1,6 @@
 """The sandbox's client: starts the server process, hands it programs, collects their frames and how they ended. Used by
-programs, which alone makes verdicts; what the frames mean is not known here."""
+programs, which alone makes verdicts, and by making, which asks early whether this machine can confine; what the frames
+mean is not known here."""
 
 import atexit
 import collections

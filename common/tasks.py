@@ -1,5 +1,5 @@
 """The tasks: GSM8K, MBPP and APPS from local files or the hub, the generated ones, and the table of them all. Used by
-making and by the scripts; gives Problems, never quadruples."""
+making, base and the scripts; gives Problems, never quadruples, and runs no program."""
 
 import ast
 import dataclasses

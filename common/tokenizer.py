@@ -1,5 +1,5 @@
 """Byte-level tokenizers, the nano model's own and a checkpoint's behind one interface, with the byte offsets that place
-steps and spans among tokens. Used by batches, base, chat; knows no model."""
+steps and spans among tokens. Used by batches, rewards, base, chat and what takes a tokenizer; knows no model."""
 
 import codecs
 import itertools

@@ -1,6 +1,6 @@
-"""The rules of math: the final answer of a completion, its steps, and which of them hold. Without eval and without
-signals, so safe in any thread. Used by rewards, critique, mistakes; knows nothing of programs, models or replay files.
-"""
+"""Math by rules: the final answer of a completion, its steps, which of them hold; and the Verdict, which programs get
+too. Without eval and without signals, so safe in any thread. Used by all rooms that score, criticise or make solutions;
+knows nothing of programs, models or replay files."""
 
 import ast
 import dataclasses
