@@ -132,8 +132,6 @@ def apps_tests(row: dict, where: str) -> tuple[dict[str, Any] | None, int]:
     where inputs and outputs do not go together."""
     source = json_field(row, "input_output", dict, where) or {}
     inputs, outputs = source.get("inputs") or [], source.get("outputs") or []
-    if not inputs and not outputs:
-        return None, 0
     call = {"fn_name": source["fn_name"]} if source.get("fn_name") else {}
     if not call:  # some rows hold a text as the list of its lines
         inputs, outputs = ([joined(text) for text in part] for part in (inputs, outputs))
