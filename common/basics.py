@@ -61,16 +61,13 @@ def write_atomic(path: str | os.PathLike, text: str) -> None:
     os.replace(tmp, path)
 
 
-# What: proof that two runs may stand in one table; every field is computed from what was loaded or counted.
-# Used by: all trainers. Tested in: tests/test_eval.py.
 def sha256(text: str | bytes) -> str:
     """Hex digest of a text."""
     return hashlib.sha256(text.encode() if isinstance(text, str) else text).hexdigest()
 
 
-STREAM_INIT, STREAM_DATA, STREAM_ROLLOUT, STREAM_EVAL, STREAM_BASE, STREAM_CONTROL = range(
-    6
-)  # PRNG streams: fold_in(root, STREAM)
+# PRNG streams: fold_in(root, STREAM)
+STREAM_INIT, STREAM_DATA, STREAM_ROLLOUT, STREAM_EVAL, STREAM_BASE, STREAM_CONTROL = range(6)
 
 
 def normalize_x(x: str) -> str:

@@ -78,15 +78,14 @@ def perturb(problem: Problem, seed: int = 0, keep_unverified: bool = False) -> Q
         y0_correct = score_math(y0, problem.answer) == 1
         verified = y1_correct and not y0_correct and first_wrong_step(y0, problem.reference) == flagged
         if verified or chosen is None:
-            chosen = kind, y0, flagged, f, y0_correct, verified
+            place, horizon = split_steps(y0)[flagged], sum("####" not in line for line in lines_of(problem.reference))
+            chosen = quadruple(problem, "math", y0, f, TAG_OF_KIND[kind], [place.start, place.end], horizon, y0_correct,
+                               y1_correct, answer=problem.answer, verified=verified)  # fmt: skip
         if verified or (keep_unverified and not y1_correct):
             break
-    if chosen is None or not (chosen[-1] or keep_unverified):
+    if chosen is None or not (chosen.meta["verified"] or keep_unverified):
         return "no verified perturbation" if y1_correct else "reference not verified"
-    kind, y0, flagged, f, y0_correct, verified = chosen
-    place, horizon = split_steps(y0)[flagged], sum("####" not in line for line in lines_of(problem.reference))
-    return quadruple(problem, "math", y0, f, TAG_OF_KIND[kind], [place.start, place.end], horizon, y0_correct,
-                     y1_correct, answer=problem.answer, verified=verified)  # fmt: skip
+    return chosen
 
 
 def quadruple(

@@ -447,18 +447,6 @@ PRELUDE |= {name: getattr(importlib.import_module(m), name) for m, names in _NAM
 CHECK_MODULES = ("math", "cmath", "re", "sys", "itertools", "collections")  # what an assert may use without an import
 
 
-def read_exactly(fd: int, n: int) -> bytes:
-    """n bytes from a descriptor; EOFError if it ends before."""
-    parts = []
-    while n:
-        part = os.read(fd, min(n, 1 << 20))
-        if not part:
-            raise EOFError
-        parts.append(part)
-        n -= len(part)
-    return b"".join(parts)
-
-
 def send(message: dict) -> None:
     """One frame: what a test gave. The other end trusts it to be nothing but a value."""
     data = json.dumps(message, separators=(",", ":")).encode()
@@ -568,8 +556,9 @@ def child() -> None:
     """Read a job, run its tests, send a frame for each: all that a candidate's process does."""
     sys.set_int_max_str_digits(0)
     random.seed(0)  # the same program prints the same numbers in every run
-    (length,) = struct.unpack("!I", read_exactly(CHANNEL, 4))
-    job = json.loads(read_exactly(CHANNEL, length))
+    with open(CHANNEL, "rb", closefd=False) as channel:
+        (length,) = struct.unpack("!I", channel.read(4))
+        job = json.loads(channel.read(length))
     try:
         tests = prepared(job)
     except BaseException as e:

@@ -44,12 +44,10 @@ _LATEX = (  # LaTeX forms a boxed answer takes, rewritten to plain text
 )
 
 
-def to_fraction(text: str) -> Fraction | None:
-    """A plain decimal ("1,234.50", ".5") as an exact Fraction; None if it is not one."""
-    try:
-        return Fraction(text.replace(",", ""))
-    except (ValueError, ZeroDivisionError):
-        return None
+@functools.lru_cache(100_000)
+def to_fraction(numeral: str) -> Fraction:
+    """A plain decimal ("1,234.50", ".5") as an exact Fraction."""
+    return Fraction(numeral.replace(",", ""))
 
 
 def show(value: Fraction) -> str:
@@ -73,12 +71,8 @@ def numbers_in(text: str) -> list[Fraction]:
     >>> [str(n) for n in numbers_in("from $1,234.50 to -3, 1/2 of H2O")]
     ['2469/2', '-3', '1/2']
     """
-    found = []
-    for sign, whole, under in NUMBER.findall(text):
-        value, divisor = to_fraction(whole), to_fraction(under) if under else Fraction(1)
-        if value is not None and divisor:
-            found.append((-value if sign else value) / divisor)
-    return found
+    parts = [(sign, to_fraction(whole), to_fraction(under or "1")) for sign, whole, under in NUMBER.findall(text)]
+    return [(-whole if sign else whole) / under for sign, whole, under in parts if under]
 
 
 def final_answers(completion: str) -> list[Fraction]:
@@ -176,12 +170,9 @@ def split_steps(y: str) -> tuple[Step, ...]:
     for m in re.finditer(r"[^\n]+", y):
         line = m.group()
         finals = final_answers(line)
-        if finals:
-            equations = tuple(("", value) for value in finals)
-        else:
-            pairs = ANNOTATION.findall(line) or _PLAIN_EQUATION.findall(line)
-            values = [(expr.strip(), numbers_in(value)) for expr, value in pairs]
-            equations = tuple((expr, value[0]) for expr, value in values if value)
+        pairs = [] if finals else ANNOTATION.findall(line) or _PLAIN_EQUATION.findall(line)
+        stated = [(expr.strip(), value) for expr, text in pairs for value in numbers_in(text)[:1]]
+        equations = tuple(("", value) for value in finals) or tuple(stated)
         if line.strip():
             steps.append(Step(m.start(), m.end(), equations, bool(finals)))
     return tuple(steps)
