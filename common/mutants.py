@@ -95,14 +95,6 @@ class Source:
         a, b = self.head(node)
         return Mutant(kind, self.text[:start] + new + self.text[end:], (a, b + len(new) - (end - start)))
 
-    def blocks(self) -> Iterator[list[ast.stmt]]:
-        """All lists of statements."""
-        for node in self.nodes:
-            for field in ("body", "orelse", "finalbody"):
-                block = getattr(node, field, None)
-                if isinstance(block, list) and block and isinstance(block[0], ast.stmt):
-                    yield block
-
     def alone(self, statement: ast.stmt) -> bool:
         """Does it stand on lines of its own?"""
         before = self.text[: self.start(statement)].rpartition("\n")[2]
@@ -172,7 +164,8 @@ def statement_mutants(source: Source) -> Iterator[Mutant]:
     """A statement or a branch left out; a return moved into the loop before it."""
     text = source.text
     line_start = lambda node: text.rfind("\n", 0, source.start(node)) + 1
-    for block in source.blocks():
+    lists = [getattr(node, field, None) for node in source.nodes for field in ("body", "orelse", "finalbody")]
+    for block in [part for part in lists if isinstance(part, list)]:  # a lambda's body is none
         for i, statement in enumerate(block):
             start, end = line_start(statement), source.end(statement)
             whole = source.alone(statement)
