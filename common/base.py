@@ -13,7 +13,7 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from common.basics import STREAM_BASE, InputError, sha256
+from common.basics import STREAM_BASE, InputError, from_hub, sha256
 from common.chat import load_hf_tokenizer
 from common.checkpoints import load_hf_weights, save_hf
 from common.fingerprint import sources_sha256, weights_sha256
@@ -182,15 +182,9 @@ def fetch_model(name: str) -> pathlib.Path:
     directory = pathlib.Path(name).expanduser()
     if directory.is_dir():
         return directory
-    import huggingface_hub
-
-    try:
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
-        )
-    except Exception as e:  # the hub's client raises its own errors and those of httpx, of the disk and of name checks
-        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        raise InputError(
-            f"--model {name}: no such directory, and not fetched from the hub ({reason});"
-            " check the name, the network and HF_TOKEN, or give a directory with config.json"
-        ) from None
+    fetched = from_hub(
+        "huggingface_hub:snapshot_download", name, allow_patterns=["*.json", "*.safetensors", "*.jinja"],
+        what=f"--model {name}: no such directory, and not fetched from the hub",
+        way_out="check the name, the network and HF_TOKEN, or give a directory with config.json",
+    )  # fmt: skip
+    return pathlib.Path(fetched)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pathlib
+import pkgutil
 from collections import Counter
 from typing import Any
 
@@ -39,6 +40,16 @@ def read_json(path: pathlib.Path, default: dict[str, Any] | None = None) -> dict
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object; download it again")
     return value
+
+
+def from_hub(client: str, *args: Any, what: str, way_out: str, **kwargs: Any) -> Any:
+    """What a function of a hub client answers ("datasets:load_dataset"; imported here alone, it takes seconds);
+    InputError of `what` failed, why, and the way out, where it does not."""
+    try:
+        return pkgutil.resolve_name(client)(*args, **kwargs)
+    except Exception as e:  # the clients raise errors of their own and those of httpx, of the disk and of name checks
+        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        raise InputError(f"{what} ({reason}); {way_out}") from None
 
 
 def write_atomic(path: str | os.PathLike, text: str) -> None:

@@ -1,18 +1,17 @@
-"""Critiques by rules: the sentences of the keyless teacher, the critique of any attempt by the step checker, and the
-control arms that redact it or put another attempt in y0's place. Used by mistakes, mutants, making and b5."""
+"""Critiques by rules: the sentences of the keyless teacher, the critique of any attempt, and what control arms need: a
+critique redacted, another attempt in y0's place. Used by mistakes, making and b5; knows no model."""
 
-import ast
 import builtins
 import dataclasses
-import difflib
+import json
 import re
 from typing import Any
 
-from common.plans import parse_program
-from common.programs import Verdict, code_lines, first_failures, grade, line_changes, program_of
+from common.plans import plan_tests
+from common.programs import code_lines, grade, line_changes, program_of
 from common.prompts import revise_prompt
 from common.replay import Quadruple
-from common.verifier import equation_holds, final_answers, first_wrong_step, numbers_in, score_math, show, split_steps
+from common.verifier import equation_holds, final_answers, first_wrong_step, grade_math, numbers_in, show, split_steps
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
@@ -50,17 +49,6 @@ def redact(f: str) -> str:
     return re.sub(rf"\d+(?:[.,]\d+)*(?:th)?|\b(?:{'|'.join(ORDINALS)})\b", "_", f, flags=re.IGNORECASE)
 
 
-def with_attempt(q: Quadruple, y0: str, fits) -> Quadruple:
-    """The quadruple with another attempt in place of its y0, criticised by the step checker. An attempt that makes the
-    revise prompt too long (`fits(prompt)` says) loses its end."""
-    f, span = check_critique(y0, q.y1)
-    while y0 and not fits(revise_prompt(q.x, y0, f)):
-        y0 = y0[: int(0.9 * len(y0))]
-        f, span = check_critique(y0, q.y1)
-    right = score_math(y0, q.meta["answer"]) == 1.0
-    return dataclasses.replace(q, y0=y0, f=f, meta={**q.meta, "error_span": span, "y0_correct": right})
-
-
 def write_code_critique(line: int | None, flaw: str, call: str) -> str:
     """The critique sentences of the rule-based teachers on a program: the line, the flaw and the call that fails.
 
@@ -70,7 +58,7 @@ def write_code_critique(line: int | None, flaw: str, call: str) -> str:
     return f"{call} fails: {flaw}." if line is None else f"Line {line} is wrong: {flaw}. {call} fails."
 
 
-def describe_call(tests: dict[str, Any], i: int | None, longest: int = 60) -> str:
+def describe_call(tests: dict[str, Any], i: int | None) -> str:
     """What the i-th test calls, without what it expects; long ones are cut. "A test" where none is known or read.
 
     >>> describe_call({"asserts": ["assert f([3], 1) == 4"]}, 0), describe_call({"inputs": ["1 2"], "outputs": [""]}, 0)
@@ -78,60 +66,65 @@ def describe_call(tests: dict[str, Any], i: int | None, longest: int = 60) -> st
     """
     if i is None:
         return "A test"
-    if "asserts" not in tests:
+    if "asserts" in tests:
+        plan = plan_tests(json.dumps(tests, sort_keys=True))
+        text = "" if plan.problem else plan.job["tests"][plan.checks[i][0]]
+        if not text or text.partition("(")[0] in dir(builtins):  # "sum(1, 2) fails" would be said of Python's own
+            return "A test"
+    else:
         given = tests["inputs"][i]
         text = f"{tests['fn_name']}({', '.join(map(repr, given))})" if "fn_name" in tests else f"the input {given!r}"
-    else:
-        tree = parse_program(tests["asserts"][i])
-        own = lambda n: isinstance(n, ast.Call) and not (isinstance(n.func, ast.Name) and n.func.id in dir(builtins))
-        compared = lambda n: n.left if isinstance(n, ast.Compare) else n
-        asserted = [compared(n.test) for n in ast.walk(tree or ast.Module([], [])) if isinstance(n, ast.Assert)]
-        calls = [n for part in asserted for n in ast.walk(part) if own(n)]
-        if not calls:
-            return "A test"
-        inner = [n for n in calls if isinstance(n.func, ast.Name)] or calls  # f(...) in math.isclose(f(...), 0.5)
-        text = ast.unparse(inner[0])
-    return text if len(text) <= longest else f"{text[:longest]}..."
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
-def check_program(y0: str, y1: str, verdict: Verdict, call: str) -> tuple[str, list[int] | None]:
-    """(critique, error_span) of any attempt at a program, from its verdict and the call that fails.
+def check_program(y0: str, y1: str, outcome: str, call: str) -> tuple[str, list[int] | None]:
+    """(critique, error_span) of any attempt at a program, from its outcome and the call that fails.
 
     The line is the first that differs from the reference y1. Where the two share less than half of their lines the
     attempt goes another way and no rule says where it is wrong: the critique names the call alone and span is None.
     """
-    if verdict.outcome == "pass":
+    if outcome == "pass":
         return "No line is found wrong.", None
-    flaw = {"wrong": "the result is wrong", "timeout": "it does not end in time", "oom": "it needs too much memory"}
-    flaw = flaw.get(verdict.outcome, "it stops with an error")
+    flaws = {"wrong": "the result is wrong", "timeout": "it does not end in time", "oom": "it needs too much memory"}
+    flaw = flaws.get(outcome, "it stops with an error")
     program = program_of(y0).rstrip()
     at, old, new = y0.find(program), code_lines(program), code_lines(y1)
-    matcher = difflib.SequenceMatcher(None, [k for *_, k in old], [k for *_, k in new], autojunk=False)
     changes = line_changes(old, new)
-    if at < 0 or not old or not changes or matcher.ratio() < 0.5:
+    shared = len(old) - sum(j - i for i, j in changes)
+    if at < 0 or not old or not changes or 4 * shared < len(old) + len(new):
         return write_code_critique(None, flaw, call), None
     start, end, _ = old[min(changes[0][0], len(old) - 1)]
-    flaw = flaw if verdict.outcome != "wrong" else "it leaves the way to the result"
+    flaw = flaw if outcome != "wrong" else "it leaves the way to the result"
     return write_code_critique(y0[: at + start].count("\n") + 1, flaw, call), [at + start, at + end]
 
 
+def criticise(texts: list[str], quads: list[Quadruple]) -> list[tuple[str, list[tuple[str, list[int] | None]]]]:
+    """Of each text as an attempt at its quadruple's problem, all of one domain: its outcome and the (critique, span) to
+    choose from, the fullest first. Programs run in one batch."""
+    if quads[0].meta["domain"] == "math":
+        outcome = lambda y, q: grade_math(y, q.meta["answer"], q.y1).outcome
+        return [(outcome(y, q), [check_critique(y, q.y1)]) for y, q in zip(texts, quads)]
+    found = []
+    for y, q, verdict in zip(texts, quads, grade(texts, [q.meta["tests"] for q in quads])):
+        calls = [describe_call(q.meta["tests"], i) for i in (verdict.failed, None)]  # the first may have many tokens
+        found.append((verdict.outcome, [check_program(y, q.y1, verdict.outcome, call) for call in calls]))
+    return found
+
+
 def with_attempts(quads: list[Quadruple], attempts: list[str], fits) -> list[Quadruple]:
-    """`with_attempt` for a batch. Programs run in one batch and are criticised by `check_program`; one whose verdict is
-    a harness error, or that fits in no way, leaves its quadruple as it was."""
-    if any(q.meta["domain"] == "math" for q in quads):
-        return [with_attempt(q, y0, fits) for q, y0 in zip(quads, attempts)]
-    cut, room = [], write_code_critique(999, "it leaves the way to the result", "7" * 66)
+    """The quadruples with other attempts in place of their y0, criticised by rules. An attempt that makes the revise
+    prompt too long (`fits(prompt)` says) loses its end. One whose verdict is a harness error, or that fits in no way,
+    leaves its quadruple as it was."""
+    longest = write_code_critique(999, "it leaves the way to the result", "7" * 66)  # that of a program needs a run
+    expected = lambda q, y0: check_critique(y0, q.y1)[0] if q.meta["domain"] == "math" else longest
+    cut, out = [], []
     for q, y0 in zip(quads, attempts):
-        while y0 and not fits(revise_prompt(q.x, y0, room)):
+        while y0 and not fits(revise_prompt(q.x, y0, expected(q, y0))):
             y0 = y0[: int(0.9 * len(y0))]
         cut.append(y0)
-    tests = [q.meta["tests"] for q in quads]
-    verdicts, out = grade(cut, tests), []
-    for q, y0, verdict, i in zip(quads, cut, verdicts, first_failures(cut, tests, verdicts)):
-        f, span = check_program(y0, q.y1, verdict, describe_call(q.meta["tests"], i))
-        if not fits(revise_prompt(q.x, y0, f)):  # a call of many tokens
-            f, span = check_program(y0, q.y1, verdict, describe_call(q.meta["tests"], None))
-        known = verdict.outcome != "harness_error" and fits(revise_prompt(q.x, y0, f))
-        meta = {**q.meta, "error_span": span, "y0_correct": verdict.outcome == "pass"}
+    for q, y0, (outcome, critiques) in zip(quads, cut, criticise(cut, quads)):
+        f, span = next((c for c in critiques if fits(revise_prompt(q.x, y0, c[0]))), (None, None))
+        meta = {**q.meta, "error_span": span, "y0_correct": outcome == "pass"}
+        known = f is not None and outcome != "harness_error"
         out.append(dataclasses.replace(q, y0=y0, f=f, meta=meta) if known else q)
     return out

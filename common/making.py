@@ -1,10 +1,10 @@
 """From problems to replay files: the keyless teacher's quadruples, verified, and the report of what was kept and why
-not. Used by `teacher.py` and by every script whose task has no replay yet."""
+not. Used by `teacher.py` and by every script whose task has no replay yet; what a mistake looks like is known to
+mistakes and mutants."""
 
 import hashlib
 import itertools
 import json
-import os
 import pathlib
 from collections import Counter
 from typing import Any
@@ -12,22 +12,23 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from common.basics import InputError, normalize_x, write_atomic
+from common.basics import InputError, normalize_x, writable, write_atomic
 from common.critique import describe_call, write_code_critique
 from common.hosts import on_leader, say
 from common.mistakes import TAG_OF_KIND, attempts, equations_in, lines_of
-from common.mutants import FLAWS, MOST_MUTANTS, Mutant, count_statements, mutants
+from common.mutants import FLAWS, Mutant, count_statements, mutants
 from common.plans import parse_program
-from common.programs import Verdict, first_failures, grade
+from common.programs import Verdict, grade
 from common.replay import Problem, Quadruple, assign_split, check_leakage, read_replay, replay_report, write_replay
 from common.sandbox import check_sandbox
 from common.tasks import TASKS, get_task
 from common.verifier import first_wrong_step, score_math, split_steps
 
+MOST_MUTANTS = 48  # tried on one problem
+BATCH = 128  # problems whose programs run together
 
-def load_replay(
-    task: str, replay_dir: str | None, data_dir: str | None, unsafe_sandbox: str = "refuse"
-) -> dict[str, list[Quadruple]]:
+
+def load_replay(task: str, replay_dir: str | None, data_dir: str | None, unsafe_sandbox: str = "refuse"):
     """{"train", "val", "test"} quadruples of a task; where none exist yet they are made with the keyless teacher. For a
     code task InputError where its programs cannot be confined, unless `unsafe_sandbox` is "allow"."""
     if get_task(task).domain == "code":
@@ -35,14 +36,11 @@ def load_replay(
     directory = pathlib.Path(replay_dir or f"data/replay/{task}")
     missing = [s for s in ("train", "val", "test") if not (directory / f"{s}.jsonl").is_file()]
     if missing and replay_dir:
-        raise InputError(
-            f"--replay {replay_dir}: {missing[0]}.jsonl is missing; make it with:"
-            f" python teacher.py --task {task} --out {replay_dir}"
-        )
+        way_out = f"make it with: python teacher.py --task {task} --out {replay_dir}"
+        raise InputError(f"--replay {replay_dir}: {missing[0]}.jsonl is missing; {way_out}")
     if missing:
         say(f"No replay for {task} in {directory} yet: making it with the keyless perturb teacher (teacher.py --help).")
-        flags = dict(task=task, data_dir=data_dir, out=str(directory), unsafe_sandbox=unsafe_sandbox)
-        on_leader(lambda: make_replay(**flags))
+        on_leader(lambda: make_replay(task, data_dir=data_dir, out=str(directory), unsafe_sandbox=unsafe_sandbox))
     replay = {split: read_replay(directory / f"{split}.jsonl") for split in ("train", "val", "test")}
     domains = sorted({q.meta["domain"] for quads in replay.values() for q in quads})
     if domains != [TASKS[task].domain]:
@@ -79,24 +77,30 @@ def perturb(problem: Problem, seed: int = 0, keep_unverified: bool = False) -> Q
         y0_correct = score_math(y0, problem.answer) == 1
         verified = y1_correct and not y0_correct and first_wrong_step(y0, problem.reference) == flagged
         if verified or chosen is None:
-            chosen = kind, y0, flagged, f, y0_correct, verified
+            place, horizon = split_steps(y0)[flagged], sum("####" not in line for line in lines_of(problem.reference))
+            chosen = quadruple(problem, "math", y0, f, TAG_OF_KIND[kind], [place.start, place.end], horizon, y0_correct,
+                               y1_correct, answer=problem.answer, verified=verified)  # fmt: skip
         if verified or (keep_unverified and not y1_correct):
             break
-    if chosen is None or not (chosen[-1] or keep_unverified):
+    if chosen is None or not (chosen.meta["verified"] or keep_unverified):
         return "no verified perturbation" if y1_correct else "reference not verified"
-    kind, y0, flagged, f, y0_correct, verified = chosen
-    place = split_steps(y0)[flagged]
+    return chosen
+
+
+def quadruple(
+    problem: Problem, domain: str, y0: str, f: str, tag: str, span: list[int], horizon: int, y0_correct: bool,
+    y1_correct: bool, **more: Any,
+) -> Quadruple:  # fmt: skip
+    """The quadruple of a problem and a flawed attempt; `more` are the fields of meta that only its domain has."""
     meta = {
-        "task_id": problem.task_id, "domain": "math", "split": assign_split(problem),
-        "horizon": sum("####" not in line for line in lines_of(problem.reference)),
-        "edit_distance": edit_distance(y0, problem.reference), "error_tags": [TAG_OF_KIND[kind]],
-        "error_span": [place.start, place.end], "teacher": "perturb", "y0_correct": y0_correct,
-        "y1_correct": y1_correct, "is_human_audited": False, "answer": problem.answer, "verified": verified,
+        "task_id": problem.task_id, "domain": domain, "split": assign_split(problem), "horizon": horizon,
+        "edit_distance": edit_distance(y0, problem.reference), "error_tags": [tag], "error_span": span,
+        "teacher": "perturb", "y0_correct": y0_correct, "y1_correct": y1_correct, "is_human_audited": False, **more,
     }  # fmt: skip
     return Quadruple(problem.x, y0, f, problem.reference, meta)
 
 
-def unfit(problem: Problem, verdict: Verdict | None) -> str | None:
+def unfit(problem: Problem, verdict: Verdict | None = None) -> str | None:
     """Why a problem yields no quadruple before any mutant is tried, or None; `verdict` is the reference's."""
     if problem.tests is None:
         return "no usable tests"
@@ -104,14 +108,12 @@ def unfit(problem: Problem, verdict: Verdict | None) -> str | None:
         return "no reference program"
     if parse_program(problem.reference) is None:
         return "reference is not Python 3"
-    if verdict is not None and verdict.outcome != "pass":
-        return "harness error" if verdict.outcome == "harness_error" else "reference fails its tests"
-    return None
+    if verdict is None or verdict.outcome == "pass":
+        return None
+    return "harness error" if verdict.outcome == "harness_error" else "reference fails its tests"
 
 
-def perturb_programs(
-    problems: list[Problem], seed: int = 0, keep_unverified: bool = False
-) -> list[Quadruple | str]:
+def perturb_programs(problems: list[Problem], seed: int = 0, keep_unverified: bool = False) -> list[Quadruple | str]:
     """For each problem its first mutant that fails a test, as a quadruple, else why there is none.
 
     Programs run in batches over all problems: references, then of each open problem its next 1, 2, 4, ... mutants. A
@@ -140,109 +142,90 @@ def perturb_programs(
         spare = [i for i in first if i not in chosen]
         some = grade([first[i].program for i in spare], [problems[i].tests for i in spare])
         chosen |= {i: (first[i], verdict) for i, verdict in zip(spare, some) if verdict.outcome != "harness_error"}
-    programs, results = [m.program for m, _ in chosen.values()], [verdict for _, verdict in chosen.values()]
-    failing = dict(zip(chosen, first_failures(programs, [problems[i].tests for i in chosen], results)))
     for i, (mutant, verdict) in chosen.items():
-        done[i] = code_quadruple(problems[i], mutant, verdict, verdicts[i], failing[i])
+        done[i] = code_quadruple(problems[i], mutant, verdict, verdicts[i])
     return ["no mutant fails a test" if made is None else made for made in done]
 
 
-def code_quadruple(
-    problem: Problem, mutant: Mutant, verdict: Verdict, reference: Verdict, failing: int | None
-) -> Quadruple:
-    """The quadruple of a mutant, its verdict, the reference's and the number of a test that the mutant fails."""
+def code_quadruple(problem: Problem, mutant: Mutant, verdict: Verdict, reference: Verdict) -> Quadruple:
+    """The quadruple of a mutant, its verdict and the reference's."""
     tag, flaw = FLAWS[mutant.kind]
     line = mutant.program.count("\n", 0, mutant.span[0]) + 1
-    f = write_code_critique(line, flaw, describe_call(problem.tests, failing))
+    f = write_code_critique(line, flaw, describe_call(problem.tests, verdict.failed))
     y0_correct, y1_correct = verdict.outcome == "pass", reference.outcome == "pass"
-    meta = {
-        "task_id": problem.task_id, "domain": "code", "split": assign_split(problem),
-        "horizon": count_statements(problem.reference),
-        "edit_distance": edit_distance(mutant.program, problem.reference),
-        "error_tags": [tag], "error_span": list(mutant.span), "teacher": "perturb", "y0_correct": y0_correct,
-        "y1_correct": y1_correct, "is_human_audited": False, "tests": problem.tests,
-        "verified": y1_correct and verdict.outcome in ("wrong", "crash"), "mutation": mutant.kind, **problem.notes,
-    }  # fmt: skip
-    return Quadruple(problem.x, mutant.program, f, problem.reference, meta)
-
-
-def check_writable(out: pathlib.Path) -> None:
-    """Find out before the work, not after it, that nothing can be written."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise InputError(f"--out {out}: cannot be made a folder ({e.strerror}); choose another") from None
-    if not os.access(out, os.W_OK | os.X_OK):
-        raise InputError(f"--out {out}: no permission to write there; choose another")
+    verified = y1_correct and verdict.outcome in ("wrong", "crash")
+    return quadruple(problem, "code", mutant.program, f, tag, list(mutant.span), count_statements(problem.reference),
+                     y0_correct, y1_correct, tests=problem.tests, verified=verified, mutation=mutant.kind,
+                     **problem.notes)  # fmt: skip
 
 
 def print_report(report: dict[str, Any], out: pathlib.Path) -> None:
-    kept, total = report["kept"], report["problems"]
+    kept, total, replay = report["kept"], report["problems"], {"rejected": report["rejected"], **report["replay"]}
     print(f"{report['task']}: {kept} of {total} problems kept ({kept / max(1, total):.1%})")
-    for name, counts in {
-        "rejected": report["rejected"],
-        **{k: report["replay"][k] for k in ("tags", "horizons")},
-    }.items():
-        print(f"  {name:9s} " + (", ".join(f"{key} {n}" for key, n in counts.items()) or "none"))
+    for name in ("rejected", "tags", "horizons"):
+        print(f"  {name:9s} " + (", ".join(f"{key} {n}" for key, n in replay[name].items()) or "none"))
     print("  splits    " + ", ".join(f"{split} {n['kept']}/{n['total']}" for split, n in report["splits"].items()))
-    print(f"  leak rate {report['replay']['leak_rate']:.3f} (critiques that say what the revision has to say)")
+    print(f"  leak rate {replay['leak_rate']:.3f} (critiques that say what the revision has to say)")
     print(f"  written to {out}/")
 
 
-BATCH = 128  # problems whose programs run together
+def split_problems(problems: list[Problem]) -> dict[str, list[Problem]]:
+    """Problems by split. A source may hold a problem twice: test keeps it."""
+    by_split: dict[str, list[Problem]] = {"train": [], "val": [], "test": []}
+    for problem in problems:
+        by_split[assign_split(problem)].append(problem)
+    tested = {normalize_x(p.x) for p in by_split["test"]}
+    for split in ("train", "val"):
+        by_split[split] = [p for p in by_split[split] if normalize_x(p.x) not in tested]
+    return by_split
+
+
+def make_quadruples(by_split: dict[str, list[Problem]], domain: str, seed: int, keep_unverified: bool):
+    """({split: quadruples}, how many problems yielded none, by reason)."""
+    replay: dict[str, list[Quadruple]] = {split: [] for split in by_split}
+    rejected: Counter[str] = Counter()
+    todo = [(split, problem) for split, problems in by_split.items() for problem in problems]
+    with tqdm(total=len(todo), desc="perturb", unit="problem") as bar:
+        for i in range(0, len(todo), BATCH):
+            splits, some = zip(*todo[i : i + BATCH])
+            if domain == "math":
+                made = [perturb(problem, seed, keep_unverified) for problem in some]
+            else:
+                made = perturb_programs(some, seed, keep_unverified)
+            for split, one in zip(splits, made):
+                if isinstance(one, str):
+                    rejected[one] += 1
+                else:
+                    replay[split].append(one)
+            bar.update(len(some))
+    return replay, rejected
 
 
 def make_replay(
-    task: str,
-    teacher: str = "perturb",
-    data_dir: str | None = None,
-    out: str | None = None,
-    seed: int = 0,
-    limit: int = 0,
-    keep_unverified: str = "no",
-    unsafe_sandbox: str = "refuse",
-) -> dict[str, Any]:
+    task: str, teacher: str = "perturb", data_dir: str | None = None, out: str | None = None, seed: int = 0,
+    limit: int = 0, keep_unverified: str = "no", unsafe_sandbox: str = "refuse",
+) -> dict[str, Any]:  # fmt: skip
     """Write {train,val,test}.jsonl and report.json of a task into `out`; returns the report."""
     if limit < 0:
         raise InputError(f"--limit {limit}: must be 0 (all) or more")
     source, out = get_task(task), pathlib.Path(out or f"data/replay/{task}")
     if source.domain == "code":
         check_sandbox(unsafe_sandbox)
-    check_writable(out)
-    by_split: dict[str, list[Problem]] = {"train": [], "val": [], "test": []}
-    digest, problems = hashlib.sha256(), source.load(data_dir)
-    rejected: Counter[str] = Counter()
-    tested = {normalize_x(p.x) for p in problems if assign_split(p) == "test"}
-    for problem in problems:
-        split = assign_split(problem)
-        if split != "test" and normalize_x(problem.x) in tested:
-            rejected["stands in test too"] += 1  # a source may hold a problem twice; test keeps it
-        else:
-            by_split[split].append(problem)
-        digest.update(json.dumps([problem.x, problem.reference, *([problem.tests] if problem.tests else [])]).encode())
-    by_split = {split: problems[: limit or None] for split, problems in by_split.items()}
-    replay: dict[str, list[Quadruple]] = {split: [] for split in by_split}
-    todo = [(split, problem) for split, problems in by_split.items() for problem in problems]
-    with tqdm(total=len(todo), desc="perturb", unit="problem") as bar:
-        for i in range(0, len(todo), BATCH):
-            some, keep = [problem for _, problem in todo[i : i + BATCH]], keep_unverified == "yes"
-            if source.domain == "math":
-                made = [perturb(problem, seed, keep) for problem in some]
-            else:
-                made = perturb_programs(some, seed, keep)
-            for (split, _), one in zip(todo[i : i + BATCH], made):
-                if isinstance(one, str):
-                    rejected[one] += 1
-                else:
-                    replay[split].append(one)
-            bar.update(len(some))
+    writable(out, "out")
+    problems, digest = source.load(data_dir), hashlib.sha256()
+    for p in problems:
+        digest.update(json.dumps([p.x, p.reference, *([p.tests] if p.tests else [])]).encode())
+    by_split = split_problems(problems)
+    twice = len(problems) - sum(map(len, by_split.values()))
+    by_split = {split: some[: limit or None] for split, some in by_split.items()}
+    replay, rejected = make_quadruples(by_split, source.domain, seed, keep_unverified == "yes")
+    rejected += Counter({"stands in test too": twice})  # a count of 0 is dropped
     check_leakage(replay)
-    quads = list(itertools.chain(*replay.values()))
+    quads, total = list(itertools.chain(*replay.values())), {s: len(some) for s, some in by_split.items()}
     report = {
-        "task": task, "teacher": teacher, "seed": seed,
-        "problems": len(todo) + rejected["stands in test too"], "kept": len(quads),
-        "unverified": sum(not q.meta["verified"] for q in quads), "rejected": dict(sorted((+rejected).items())),
-        "splits": {s: {"kept": len(replay[s]), "total": len(problems)} for s, problems in by_split.items()},
+        "task": task, "teacher": teacher, "seed": seed, "problems": sum(total.values()) + twice, "kept": len(quads),
+        "unverified": sum(not q.meta["verified"] for q in quads), "rejected": dict(sorted(rejected.items())),
+        "splits": {s: {"kept": len(kept), "total": total[s]} for s, kept in replay.items()},
         "replay": replay_report(quads), "source_sha256": digest.hexdigest(),
     }  # fmt: skip
     for split, kept in replay.items():

@@ -13,15 +13,11 @@ from fractions import Fraction
 
 from common.critique import write_critique
 from common.replay import Problem
-from common.verifier import ANNOTATION, equation_holds, evaluate_arithmetic, numbers_in, show
+from common.verifier import ANNOTATION, equation_holds, evaluate_arithmetic, numbers_in, show, to_fraction
 
-TAG_OF_KIND = {
-    "wrong_result": "local_arithmetic",
-    "wrong_operator": "wrong_decomposition",
-    "dropped_step": "missing_case",
-    "stale_value": "state_tracking",
-    "wrong_quantity": "invalid_assumption",
-}
+TAG_OF_KIND = {"wrong_result": "local_arithmetic", "wrong_operator": "wrong_decomposition",
+               "dropped_step": "missing_case", "stale_value": "state_tracking",
+               "wrong_quantity": "invalid_assumption"}  # fmt: skip
 _N = r"(?:\d{1,3}(?:,\d{3})+(?:\.\d+)?(?![\d,])|\d+(?:\.\d+)?|\.\d+)"
 NUMERAL = re.compile(_N)
 SHOWN = re.compile(rf">>\s*\$?\s*({_N})")  # the result once more, right behind its annotation
@@ -35,9 +31,8 @@ _TERM = rf"\$?{_N}%?(?:{UNIT}){{0,4}}+"
 PLAIN = re.compile(
     rf"(?<![-\w+*/.=])({_TERM}(?:\s?[-+*/xX\u00d7\u2212\u2013]\s?{_TERM}){{1,6}})\s?=\s?\$?({_N})(?!\s?[-+*/=\d])"
 )
-NUMBER_WORDS = dict(
-    zip(["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"], range(2, 13))
-)
+_WORDS = "two three four five six seven eight nine ten eleven twelve"
+NUMBER_WORDS = {word: Fraction(n) for n, word in enumerate(_WORDS.split(), 2)}
 # A step that says its operation in words would contradict itself if only its numbers were corrupted.
 OPERATION_WORDS = re.compile(
     r"\b(plus|minus|times|divid\w*|multipl\w*|add\w*|sum|subtract\w*|differen\w*|half|halves|twice|doubl\w*|tripl\w*"
@@ -54,15 +49,10 @@ class UnfitError(Exception):
     """This corruption cannot be written as a consistent and natural text; the caller tries another."""
 
 
-@functools.lru_cache(100_000)
-def value_of(numeral: str) -> Fraction:
-    return Fraction(numeral.replace(",", ""))
-
-
 @functools.lru_cache(20_000)
 def numerals(text: str) -> tuple[Fraction, ...]:
     """Unsigned numbers of a text, operators ignored: "48/2-3" is 48, 2, 3 (numbers_in reads a fraction and -3)."""
-    return tuple(value_of(m) for m in NUMERAL.findall(text))
+    return tuple(to_fraction(m) for m in NUMERAL.findall(text))
 
 
 @functools.lru_cache(20_000)
@@ -88,7 +78,7 @@ def equations_in(line: str) -> tuple[re.Match, ...]:
 def holds(eq: re.Match) -> bool:
     """Can the equation be read, and is it true as it stands (up to rounding)?"""
     exact = evaluate(eq.group(1))
-    return exact is not None and exact >= 0 and equation_holds(show(exact), value_of(eq.group(2)))
+    return exact is not None and exact >= 0 and equation_holds(show(exact), to_fraction(eq.group(2)))
 
 
 def lines_of(solution: str) -> list[str]:
@@ -97,18 +87,17 @@ def lines_of(solution: str) -> list[str]:
 
 def results(lines: list[str]) -> set[Fraction]:
     """Values that the steps in `lines` compute."""
-    return {value_of(eq.group(2)) for line in lines for eq in equations_in(line)}
+    return {to_fraction(eq.group(2)) for line in lines for eq in equations_in(line)}
 
 
 def word_values(text: str) -> set[Fraction]:
-    return {Fraction(NUMBER_WORDS[word]) for word in re.findall(r"[a-z]+", text.lower()) if word in NUMBER_WORDS}
+    return {NUMBER_WORDS[word] for word in re.findall(r"[a-z]+", text.lower()) if word in NUMBER_WORDS}
 
 
 def operators(expr: str) -> list[re.Match]:
     """The two-place operators of an expression, in order: in "-3+(4*5)" the + and the *."""
-    return [
-        m for m in MARK.finditer(expr) if not m.group()[-1].isdigit() and re.search(r"[\d)]\s*$", expr[: m.start()])
-    ]
+    marks = [m for m in MARK.finditer(expr) if not m.group()[-1].isdigit()]
+    return [m for m in marks if re.search(r"[\d)]\s*$", expr[: m.start()])]
 
 
 @functools.lru_cache(20_000)
@@ -153,6 +142,8 @@ class Ledger:
 
 def write_number(new: Fraction, old: str) -> str:
     """`new` in the style of the numeral it replaces: 1250 for "1,000" is "1,250", 3 for "2.50" is "3.00"."""
+    if new == to_fraction(old):
+        return old
     text = f"{float(new):.2f}" if re.search(r"\.\d0$", old) else show(new)
     whole, point, rest = text.partition(".")
     return f"{int(whole):,}{point}{rest}" if "," in old else text
@@ -162,14 +153,14 @@ def swap(text: str, ledger: Ledger) -> str:
     """`text` with every changed value replaced, if each can be: not "2nd", not 30% where 0.3 changed, not "two"."""
 
     def one(m: re.Match) -> str:
-        old, before, behind = value_of(m.group()), text[: m.start()][-1:], text[m.end() :][:1]
+        old, before, behind = to_fraction(m.group()), text[: m.start()][-1:], text[m.end() :][:1]
         other_unit = {old / 100} if behind == "%" else {old * 100} if old < 1 else set()
         if other_unit & ledger.touched or (old in ledger.touched and old in ledger.doubt):
             raise UnfitError
         new = ledger.changed.get(old, old)
         if new != old and (before.isalpha() or behind.isalpha()):
             raise UnfitError
-        return m.group() if new == old else write_number(new, m.group())
+        return write_number(new, m.group())
 
     if word_values(text) & ledger.touched:
         raise UnfitError
@@ -184,7 +175,7 @@ def rewrite(line: str, ledger: Ledger, value: Fraction | None = None, redo: bool
     """
     out, at = [], 0
     for eq in equations_in(line):
-        front, expr, old = line[at : eq.start(1)], swap(eq.group(1), ledger), value_of(eq.group(2))
+        front, expr, old = line[at : eq.start(1)], swap(eq.group(1), ledger), to_fraction(eq.group(2))
         new_front, new = swap(front, ledger), old
         if value is not None:
             new, expr = value, expr if operators(expr) else show(value)
@@ -199,15 +190,10 @@ def rewrite(line: str, ledger: Ledger, value: Fraction | None = None, redo: bool
         if new != old and numerals(front).count(old) > numerals(eq.group(1)).count(old):
             raise UnfitError  # the sentence names its result before it computes it
         ledger.record(old, new)
-        out += [
-            new_front,
-            expr,
-            line[eq.end(1) : eq.start(2)],
-            eq.group(2) if new == old else write_number(new, eq.group(2)),
-        ]
+        out += [new_front, expr, line[eq.end(1) : eq.start(2)], write_number(new, eq.group(2))]
         at, again = eq.end(2), SHOWN.match(line, eq.end(2))
-        if again and value_of(again.group(1)) == old:
-            out += [line[at : again.start(1)], again.group(1) if new == old else write_number(new, again.group(1))]
+        if again and to_fraction(again.group(1)) == old:
+            out += [line[at : again.start(1)], write_number(new, again.group(1))]
             at = again.end()
     return "".join([*out, swap(line[at:], ledger)])
 
@@ -220,7 +206,7 @@ def edit_step(line: str, kind: str, choice: tuple) -> str:
     """
 
     def read(marks: list[re.Match]) -> list:
-        return [value_of(m.group()) if m.group()[-1].isdigit() else SAME.get(m.group(), m.group()) for m in marks]
+        return [to_fraction(m.group()) if m.group()[-1].isdigit() else SAME.get(m.group(), m.group()) for m in marks]
 
     eq, annotated = equations_in(line)[0], "<<" in line
     front, expr = line[: eq.start(1)], eq.group(1)
@@ -233,7 +219,7 @@ def edit_step(line: str, kind: str, choice: tuple) -> str:
         at = operators(expr)[choice[0]].start()
         spots = {eq.start(1) + at} | {m.start() for m, term in zip(marks, terms) if spelled and term.start() == at}
         return "".join(choice[1] if i in spots else c for i, c in enumerate(line))
-    if value_of(eq.group(2)) == choice[0]:
+    if to_fraction(eq.group(2)) == choice[0]:
         raise UnfitError  # operand or result? the text behind the equation does not say
     ledger = Ledger(set(), Fraction(1), False, dict([choice]), {choice[0]})
     again = SHOWN.match(line, eq.end(2))
@@ -247,14 +233,14 @@ def choices(problem: Problem, kind: str, step: int, rng: random.Random) -> list[
     equations, known = equations_in(lines[step]), results(lines[:step])
     if len(equations) != 1 or not holds(equations[0]):
         return []
-    expr, value = equations[0].group(1), value_of(equations[0].group(2))
+    expr, value = equations[0].group(1), to_fraction(equations[0].group(2))
     operands = numerals(expr)
     once = [v for v in operands if operands.count(v) == 1]
     if kind == "dropped_step":  # its main operand stands in for the result that was never computed
         return [(v,) for v in sorted(dict.fromkeys(operands), key=lambda v: v not in known) if v != value]
     if kind == "stale_value":  # what an earlier result was computed from
-        earlier = [eq for line in lines[:step] for eq in equations_in(line) if value_of(eq.group(2)) in once]
-        pairs = [(value_of(eq.group(2)), old) for eq in earlier for old in numerals(eq.group(1))]
+        earlier = [eq for line in lines[:step] for eq in equations_in(line) if to_fraction(eq.group(2)) in once]
+        pairs = [(to_fraction(eq.group(2)), old) for eq in earlier for old in numerals(eq.group(1))]
         return [(v, old) for v, old in pairs if v != old and v not in numerals(problem.x)]
     if kind == "wrong_result":  # slips of a unit or a digit first, then whatever lets later divisions come out even
         unit = Fraction(1, 10 ** len(show(value).partition(".")[2]))
@@ -265,12 +251,8 @@ def choices(problem: Problem, kind: str, step: int, rng: random.Random) -> list[
         return [(v,) for v in wrong if not equation_holds(show(evaluate(expr)), v)]  # no mere rounding
     if kind == "wrong_operator":  # the bar of a fraction ("2/3*15") is no operation of its own
         marks = [(i, SAME.get(m.group(), m.group())) for i, m in enumerate(operators(expr))]
-        found = [
-            (i, new)
-            for i, m in marks
-            for new in {"+": "-", "-": "+", "*": "+/", "/": "*-"}[m]
-            if m != "/" or len(marks) == 1
-        ]
+        marks = [(i, m) for i, m in marks if m != "/" or len(marks) == 1]
+        found = [(i, new) for i, m in marks for new in {"+": "-", "-": "+", "*": "+/", "/": "*-"}[m]]
     else:
         given = set(numerals(problem.x))
         found = [(v, new) for v in once if v in given - known for new in sorted(given - set(operands))]
@@ -307,7 +289,7 @@ def corrupt(problem: Problem, kind: str, step: int, choice: tuple, strict: bool 
     ledger = Ledger(explained | results(lines[:step]), largest, strict)
     y0, after = lines[:step], expr
     if kind == "dropped_step":
-        ledger.record(value_of(value), choice[0])
+        ledger.record(to_fraction(value), choice[0])
     else:
         line = lines[step] if kind == "wrong_result" else edit_step(lines[step], kind, choice)
         y0.append(rewrite(line, ledger, choice[0] if kind == "wrong_result" else None, redo=True))
@@ -320,12 +302,11 @@ def corrupt(problem: Problem, kind: str, step: int, choice: tuple, strict: bool 
     if flagged is None or (strict and "####" in y0[flagged]):
         raise UnfitError
     for i, (new, old) in enumerate(twins):
-        held, holds_now = text_agrees(old), text_agrees(new)
+        held, chain = text_agrees(old), len(text_agrees(old)) > 1
         if kind == "wrong_result" and i == flagged:
-            broken = len(held) > 1
+            broken = chain
         else:
-            chain = len(held) > 1 and not all(held) and new != old
-            broken = chain or any(a and not b for a, b in zip(held, holds_now))
+            broken = (chain and not all(held) and new != old) or any(a > b for a, b in zip(held, text_agrees(new)))
         if broken:
             raise UnfitError
     return "\n".join(y0), flagged, describe(kind, choice, expr, after)
@@ -346,7 +327,7 @@ def attempts(problem: Problem, seed: int) -> Iterator[tuple[str, int, str, str]]
                 y0, flagged, (flaw, plain) = corrupt(problem, kind, step, choice, strict)
             except UnfitError:
                 continue
-            right = value_of(equations_in(lines[step])[0].group(2))
+            right = to_fraction(equations_in(lines[step])[0].group(2))
             leaks = answer in numbers_in(flaw) or right in numerals(flaw)
             f = write_critique(flagged, plain if leaks or len(flaw) > 60 else flaw)
             if answer not in numbers_in(f):  # "the 11th step" where 11 is the answer

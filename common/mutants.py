@@ -62,14 +62,11 @@ class Source:
     def end(self, node) -> int:
         return self.at(node.end_lineno, node.end_col_offset)
 
-    def cut(self, node) -> str:
-        return self.text[self.start(node) : self.end(node)]
+    def span(self, node) -> tuple[int, int]:
+        return self.start(node), self.end(node)
 
-    def statement(self, node) -> ast.stmt:
-        """The innermost statement around a node."""
-        while not isinstance(node, ast.stmt):
-            node = self.parent[node]
-        return node
+    def cut(self, node) -> str:
+        return self.text[slice(*self.span(node))]
 
     def head(self, statement: ast.stmt) -> tuple[int, int]:
         """The span of a statement, of a compound one (`if`, `for`, ...) that of its head."""
@@ -93,16 +90,10 @@ class Source:
 
     def replaced(self, kind: str, node, start: int, end: int, new: str) -> Mutant:
         """The mutant with text [start, end), inside the head of the statement around `node`, replaced."""
-        a, b = self.head(self.statement(node))
+        while not isinstance(node, ast.stmt):
+            node = self.parent[node]
+        a, b = self.head(node)
         return Mutant(kind, self.text[:start] + new + self.text[end:], (a, b + len(new) - (end - start)))
-
-    def blocks(self) -> Iterator[list[ast.stmt]]:
-        """All lists of statements."""
-        for node in self.nodes:
-            for field in ("body", "orelse", "finalbody"):
-                block = getattr(node, field, None)
-                if isinstance(block, list) and block and isinstance(block[0], ast.stmt):
-                    yield block
 
     def alone(self, statement: ast.stmt) -> bool:
         """Does it stand on lines of its own?"""
@@ -126,11 +117,10 @@ def expression_mutants(source: Source) -> Iterator[Mutant]:
             if isinstance(node, ast.BinOp) and not isinstance(node.op, ast.Add | ast.Mult):
                 yield from swapped(source, node, left, right)
         elif isinstance(node, ast.Constant) and type(node.value) in (int, bool):
-            start, end = source.start(node), source.end(node)
-            news = [node.value + 1, max(node.value - 1, 0)] if type(node.value) is int else [not node.value]
+            truth = type(node.value) is bool
+            news = [not node.value] if truth else [node.value + 1, max(node.value - 1, 0)]
             for new in dict.fromkeys(n for n in news if n != node.value):
-                yield source.replaced("condition" if new in (True, False) and type(new) is bool else "off_by_one", node,
-                                      start, end, str(new))  # fmt: skip
+                yield source.replaced("condition" if truth else "off_by_one", node, *source.span(node), str(new))
         elif isinstance(node, ast.BoolOp):
             start, end = source.end(node.values[0]), source.start(node.values[1])
             new = re.sub(r"\b(and|or)\b", lambda m: {"and": "or", "or": "and"}[m.group()], source.text[start:end])
@@ -167,14 +157,15 @@ def other_names(source: Source, node: ast.Name) -> Iterator[Mutant]:
     own += [n.id for n in inside if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
     if node.id in own and isinstance(source.parent[node], ast.expr | ast.stmt):
         for new in sorted(set(own) - {node.id}):
-            yield source.replaced("wrong_variable", node, source.start(node), source.end(node), new)
+            yield source.replaced("wrong_variable", node, *source.span(node), new)
 
 
 def statement_mutants(source: Source) -> Iterator[Mutant]:
     """A statement or a branch left out; a return moved into the loop before it."""
     text = source.text
     line_start = lambda node: text.rfind("\n", 0, source.start(node)) + 1
-    for block in source.blocks():
+    lists = [getattr(node, field, None) for node in source.nodes for field in ("body", "orelse", "finalbody")]
+    for block in [part for part in lists if isinstance(part, list)]:  # a lambda's body is none
         for i, statement in enumerate(block):
             start, end = line_start(statement), source.end(statement)
             whole = source.alone(statement)
@@ -217,6 +208,3 @@ def count_statements(program: str) -> int:
     """The horizon of a program: its statements, without imports and the heads of functions and classes."""
     heads = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Import | ast.ImportFrom
     return sum(isinstance(n, ast.stmt) and not isinstance(n, heads) for n in ast.walk(parse_program(program)))
-
-
-MOST_MUTANTS = 48  # tried on one problem

@@ -1,5 +1,6 @@
-"""The tests of a program as data: what of them the program may see, and what is done with the values it hands back.
-Used by programs; runs nothing itself."""
+"""The tests of a program as data: what of them the program may see, and what is done with the values it hands back; and
+what has to be known of source text for that. Used by programs, by critique (which call a test makes) and wherever tests
+or programs are read; runs nothing itself."""
 
 import ast
 import builtins
@@ -46,28 +47,17 @@ def flaw_of_tests(tests: Any) -> str | None:
     return None if texts(inputs) and texts(outputs) else "needs inputs and outputs that are strings"
 
 
-def one_test(tests: dict[str, Any], i: int) -> dict[str, Any]:
-    """The i-th test alone: {"asserts": [a, b]}, 1 -> {"asserts": [b]}."""
-    return {k: [v[i]] if k in ("asserts", "inputs", "outputs") else v for k, v in tests.items()}
-
-
-def count_tests(tests: dict[str, Any]) -> int:
-    """How many tests there are."""
-    return len(tests["asserts"] if "asserts" in tests else tests["inputs"])
-
-
 def bound_names(node: ast.AST) -> set[str]:
     """Names that a piece of code gives a value: assignments, imports, definitions, arguments, loop variables."""
     names = set()
     for n in ast.walk(node):
-        if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load):
-            names.add(n.id)
-        elif isinstance(n, ast.arg):
-            names.add(n.arg)
-        elif isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-            names.add(n.name)
-        elif isinstance(n, ast.alias):
-            names.add((n.asname or n.name).split(".")[0])
+        match n:
+            case ast.alias():
+                names.add((n.asname or n.name).split(".")[0])
+            case ast.Name(name, ast.Store() | ast.Del()) | ast.arg(name) | ast.ClassDef(name):
+                names.add(name)
+            case ast.FunctionDef(name) | ast.AsyncFunctionDef(name):
+                names.add(name)
     return names
 
 
@@ -128,8 +118,7 @@ def split_setup(setup: str, asserts: list[str]) -> tuple[str, str, str, set[str]
     What needs the program (`root = Node(1)`) runs after it; imports and classes run before it. Other values go to
     the program only if something there reads them: a constant that asserts compare with is none of its business.
     """
-    modules = {"math", "cmath", "re", "sys", "itertools", "collections"}
-    known, before, after, checks, waiting = set(dir(builtins)) | modules, [], [], [], []
+    known, before, after, checks, waiting = {*dir(builtins), *sandbox_server.CHECK_MODULES}, [], [], [], []
     for statement in ast.parse(setup).body:
         if used_names(statement) - bound_names(statement) - known:
             after.append(statement)
@@ -138,16 +127,13 @@ def split_setup(setup: str, asserts: list[str]) -> tuple[str, str, str, set[str]
         known |= bound_names(statement)
         early = isinstance(statement, (ast.Import, ast.ImportFrom, ast.ClassDef))
         (before if early else waiting).append(statement)
-    needed = set().union(*map(used_names, [*before, *after]))
-    for text in asserts:
-        for expression in split_assert(text, known)[0]:
-            needed |= used_names(ast.parse(expression))
+    expressions = [ast.parse(expression) for text in asserts for expression in split_assert(text, known)[0]]
+    needed = set().union(*map(used_names, [*before, *after, *expressions]))
     for statement in reversed(waiting):
         if bound_names(statement) & needed:
             before.append(statement)
             needed |= used_names(statement)
-    order = {id(s): i for i, s in enumerate(checks)}
-    before.sort(key=lambda s: order[id(s)])
+    before.sort(key=checks.index)
     source = lambda statements: "\n".join(map(ast.unparse, statements))
     return source(before), source(after), source(checks), known
 

@@ -1,8 +1,41 @@
-"""Verdicts on hostile programs."""
+"""Programs of completions: found in the text, run against tests, compared line by line. Of the sandbox's two sides this
+is the one that knows the expected outputs, and it alone makes verdicts. Used by rewards, critique and making.
 
-import dataclasses
+What agrees. Asserts: Python's == on plain data, and all else of an assert is evaluated in a process that never saw the
+program. Printed output: `same_output`. Returned values: `same_value`, also with an expected [value] for value. As
+APPS's own evaluator does, except that lines or words in another order do not agree, that whole numbers have no
+tolerance, and that of an expected list only a list of one may stand for what it contains. Plain data is None, bool,
+int, float, complex, str, bytes, list, tuple, set, frozenset, dict (and Counter, OrderedDict, defaultdict as dict),
+deque, range, array, Fraction, Decimal, by exact type; a value of any other type is wrong.
+
+Covered. A program gets the inputs, never an expected output, in a process forked from one that never held any program,
+input or output. It answers with values; comparing them is done elsewhere, so what it does to its own interpreter
+(exits, builtins, frames, `__eq__`, its channel) can at most change its values. Its process has no network, no other
+process in sight, no file but the standard library (read-only) and an empty temp directory of 32 MB, no environment, no
+privileges, a user id of its own where the caller is root, and system calls from a list: no sockets, processes,
+programs, signals (it dies), mounts, ptrace or IPC. CPU, address space, threads (64), open files (64), file size
+(32 MB), output (4 MB a test) and values (8 MB) are limited. The process, and the tree and mounts of which it is the
+first, end before `run_program` returns, and with the caller if that is killed.
+
+Not covered:
+
+- bugs of the kernel; side channels of CPU and memory;
+- time: near the limit a program may fall to either side, and so may, beside many endless loops or on a busy machine,
+  one that needs much CPU time;
+- asserts that show the program what they expect (`f(1).__eq__(2)`) or that any value fulfils, and programs that know
+  the answers by heart; tests and set-up code are trusted;
+- what a program leaves in its own process between the tests of one call;
+- with Landlock instead of namespaces: the temp directory is on disk, takes plain files only and has no limit as a
+  whole; names and sizes of other files can be asked for, their content cannot; where the caller is root and its Python
+  is not for others to read, only the modules of `sandbox_server.WARM` are there;
+- with neither (`unsafe`): files, network and processes, but for what seccomp, if it is there, and limits refuse.
+
+Honest programs that start processes or import installed packages (NumPy) fail.
+"""
+
 import difflib
 import functools
+import itertools
 import json
 import math
 import os
@@ -11,29 +44,16 @@ from typing import Any
 
 from common import sandbox_server
 from common.basics import InputError, sha256
-from common.plans import TestPlan, count_tests, one_test, parse_program, plan_tests
-from common.sandbox import Job, _sandbox, _sandbox_lock
+from common.plans import TestPlan, parse_program, plan_tests
+from common.sandbox import Job, run_jobs
+from common.verifier import Verdict
 
-
-@dataclasses.dataclass(frozen=True)
-class Verdict:
-    """What the tests said of a program. `outcome` is that of the first test that did not pass."""
-
-    outcome: str  # pass | wrong | timeout | oom | crash | harness_error
-    passed: int  # tests passed
-    total: int
-    detail: str  # which test, and what it returned or raised; "" of a pass
-
-
+_DECIMAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
 _BLOCK = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
-_STARTS = re.compile(  # a line that starts a program, unlike one of prose
-    r"(?:async )?def \w+\(|class \w+ ?[(:]|(?:for|while|if|try|with)\b.*:[ \t]*+(?:#.*)?$"
-    r"|from [\w.]+ import\b|import [\w., ]++$|@\w"
-)
-_CODE = re.compile(  # a line that goes on with one
-    rf"{_STARTS.pattern}|\s+\S|[\])}}#]|(?:else|finally) ?:|(?:elif|except)\b.*:"
-    r"|[\w.\[\], ]++[-+*/|&]?=[^=]|[\w.]++\(.*\) *$"
-)
+_STARTS = (r"(?:async )?def \w+\(|class \w+ ?[(:]|(?:for|while|if|try|with)\b.*:[ \t]*+(?:#.*)?$|"
+           r"from [\w.]+ import\b|import [\w., ]++$|@\w")  # of a line that starts a program, unlike one of prose
+_CODE = (rf"{_STARTS}|\s+\S|[\])}}#]|(?:else|finally) ?:|(?:elif|except)\b.*:|[\w.\[\], ]++[-+*/|&]?=[^=]|"
+         r"[\w.]++\(.*\) *$")  # of a line that goes on with one
 
 
 def extract_program(completion: str) -> str:
@@ -53,10 +73,10 @@ def extract_program(completion: str) -> str:
         longest = max(map(len, texts))
         return [text for text in texts if 2 * len(text) >= longest][-1]
     lines = completion.splitlines()
-    begin = next((i for i, line in enumerate(lines) if _STARTS.match(line)), None)
+    begin = next((i for i, line in enumerate(lines) if re.match(_STARTS, line)), None)
     if begin is None:
         return completion
-    end = max(i for i, line in enumerate(lines) if i == begin or (i > begin and _CODE.match(line)))
+    end = max(i for i, line in enumerate(lines) if i == begin or (i > begin and re.match(_CODE, line)))
     return "\n".join(lines[begin : end + 1]) + "\n"
 
 
@@ -78,16 +98,14 @@ def same_output(printed: str, expected: str) -> bool:
     (True, False, False)
     """
     mine, wanted = ([line.split() for line in text.splitlines() if line.strip()] for text in (printed, expected))
-    return list(map(len, mine)) == list(map(len, wanted)) and all(
-        a == b or _same_number(a, b) for x, y in zip(mine, wanted) for a, b in zip(x, y)
-    )
+    words = itertools.chain.from_iterable
+    return list(map(len, mine)) == list(map(len, wanted)) and all(map(_same_word, words(mine), words(wanted)))
 
 
-def _same_number(word: str, expected: str) -> bool:
-    decimal = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-    if not decimal.fullmatch(expected) or re.fullmatch(r"[-+]?\d+", expected) or not decimal.fullmatch(word):
-        return False
-    return close_numbers(float(word), float(expected))
+def _same_word(word: str, expected: str) -> bool:
+    if word == expected or re.fullmatch(r"[-+]?\d+", expected):
+        return word == expected
+    return all(map(_DECIMAL.fullmatch, (expected, word))) and close_numbers(float(word), float(expected))
 
 
 def same_value(value, expected) -> bool:
@@ -125,15 +143,12 @@ def grade_frame(kind: str, frame: bytes, expected) -> tuple[str, str]:
             value = sandbox_server.decode(got)
             if kind == "asserts" and value == expected:
                 return "pass", ""
-            if kind == "call" and (same_value(value, expected) or _wrapped(value, expected)):
+            wrapped = isinstance(expected, list) and len(expected) == 1  # as APPS wraps some
+            if kind == "call" and (same_value(value, expected) or (wrapped and same_value(value, expected[0]))):
                 return "pass", ""
         return "wrong", f"returned {frame[5:-1][:80].decode(errors='replace')}"
     except Exception as e:  # no frame of ours, or a value that cannot be compared
         return "wrong", f"returned what is no value ({type(e).__name__})"
-
-
-def _wrapped(value, expected) -> bool:
-    return isinstance(expected, list) and len(expected) == 1 and same_value(value, expected[0])
 
 
 CHECKED_MAX = 1 << 18  # bytes of a value that an assert other than `f(x) == literal` is evaluated on
@@ -152,37 +167,6 @@ def run_program(program: str, tests: dict[str, Any], *, timeout_s: float = 4.0, 
     rest is not run); oom (more than `memory_mb` MB of address space); crash (an exception, a signal, an exit before all
     values were handed over, too much output); harness_error: not the program's fault, so no 0 either. Raises InputError
     on tests of another form, and where this machine cannot confine programs (`check_sandbox`).
-
-    What agrees. Asserts: Python's == on plain data, and all else of an assert is evaluated in a process that never saw
-    the program. Printed output: `same_output`. Returned values: `same_value`, also with an expected [value] for value.
-    As APPS's own evaluator does, except that lines or words in another order do not agree, that whole numbers have no
-    tolerance, and that of an expected list only a list of one may stand for what it contains. Plain data is None,
-    bool, int, float, complex, str, bytes, list, tuple, set, frozenset, dict (and Counter, OrderedDict, defaultdict as
-    dict), deque, range, array, Fraction, Decimal, by exact type; a value of any other type is wrong.
-
-    Covered. A program gets the inputs, never an expected output, in a process forked from one that never held any
-    program, input or output. It answers with values; comparing them is done elsewhere, so what it does to its own
-    interpreter (exits, builtins, frames, `__eq__`, its channel) can at most change its values. Its process has no
-    network, no other process in sight, no file but the standard library (read-only) and an empty temp directory of 32
-    MB, no environment, no privileges, a user id of its own where the caller is root, and system calls from a list:
-    no sockets, processes, programs, signals (it dies), mounts, ptrace or IPC. CPU, address space, threads (64), open
-    files (64), file size (32 MB), output (4 MB a test) and values (8 MB) are limited. The process, and the tree and
-    mounts of which it is the first, end before this call returns, and with the caller if that is killed.
-
-    Not covered:
-
-    - bugs of the kernel; side channels of CPU and memory;
-    - time: near the limit a program may fall to either side, and so may, beside many endless loops or on a busy
-      machine, one that needs much CPU time;
-    - asserts that show the program what they expect (`f(1).__eq__(2)`) or that any value fulfils, and programs that
-      know the answers by heart; tests and set-up code are trusted;
-    - what a program leaves in its own process between the tests of one call;
-    - with Landlock instead of namespaces: the temp directory is on disk, takes plain files only and has no limit as a
-      whole; names and sizes of other files can be asked for, their content cannot; where the caller is root and its
-      Python is not for others to read, only the modules of `sandbox_server.WARM` are there;
-    - with neither (`unsafe`): files, network and processes, but for what seccomp, if it is there, and limits refuse.
-
-    Honest programs that start processes or import installed packages (NumPy) fail.
     """
     return run_programs([(program, tests)], workers=1, timeout_s=timeout_s, memory_mb=memory_mb)[0]
 
@@ -203,40 +187,32 @@ def run_programs(
     except TypeError as e:
         raise InputError(f"tests of a program have to be plain JSON: {e}") from None
     plans = {key: plan_tests(key[1]) for key in keys}
-    jobs = {
-        key: Job({**plan.job, "program": key[0]}, functools.partial(grade_test, plan))
-        for key, plan in plans.items()
-        if not plan.problem
-    }
-    with _sandbox_lock:
-        if jobs:
-            _sandbox("programs").run(list(jobs.values()), workers, timeout_s, memory_mb)
-        results = {key: grade_job(plans[key], job) for key, job in jobs.items()}
-        checks = {}  # (key, test) -> job of the trusted side
-        for key, result in results.items():
-            for test, entry in enumerate(result):
-                if isinstance(entry, dict):
-                    checks[key, test] = Job(entry)
-        if checks:
-            _sandbox("checks").run(list(checks.values()), workers, timeout_s, memory_mb)
-    for (key, test), job in checks.items():
-        results[key][test] = grade_check(job)
-    verdicts = {}
-    for key, plan in plans.items():
-        total = len(plan.checks)
-        result = results.get(key, [("harness_error", plan.problem)])
-        worst = next(((i, *entry) for i, entry in enumerate(result) if entry[0] != "pass"), None)
-        passed = sum(outcome == "pass" for outcome, _ in result)
-        harness = next((text for outcome, text in result if outcome == "harness_error"), None)
-        if harness is not None:
-            verdicts[key] = Verdict("harness_error", passed, total, harness)
-        elif worst is None and passed == total:
-            verdicts[key] = Verdict("pass", passed, total, "")
-        else:
-            assert worst is not None, "fewer results than tests, and none of them says why"
-            words = "".join(c if c.isprintable() else " " for c in worst[2][:200])
-            verdicts[key] = Verdict(worst[1], passed, total, f"test {worst[0]}: {words}")
+    fine = {key: plan for key, plan in plans.items() if not plan.problem}
+    jobs = {k: Job({**plan.job, "program": k[0]}, functools.partial(grade_test, plan)) for k, plan in fine.items()}
+    run_jobs("programs", list(jobs.values()), workers, timeout_s, memory_mb)
+    results = {key: [("harness_error", plan.problem)] for key, plan in plans.items()}
+    results |= {key: grade_job(plans[key], job) for key, job in jobs.items()}
+    entries = [(key, i, entry) for key, result in results.items() for i, entry in enumerate(result)]
+    checks = {(key, i): Job(entry) for key, i, entry in entries if isinstance(entry, dict)}  # for the trusted side
+    run_jobs("checks", list(checks.values()), workers, timeout_s, memory_mb)
+    for (key, i), job in checks.items():
+        results[key][i] = grade_check(job)
+    verdicts = {key: sum_up(result, len(plans[key].checks)) for key, result in results.items()}
     return [verdicts[key] for key in keys]
+
+
+def sum_up(results: list[tuple[str, str]], total: int) -> Verdict:
+    """The verdict from the (outcome, words) of the tests that were run; a harness error anywhere is the verdict."""
+    failed = [(i, outcome, words) for i, (outcome, words) in enumerate(results) if outcome != "pass"]
+    passed, harness = len(results) - len(failed), [words for _, outcome, words in failed if outcome == "harness_error"]
+    if harness:
+        return Verdict("harness_error", passed, total, harness[0])
+    if passed == total:
+        return Verdict("pass", passed, total)
+    assert failed, "fewer results than tests, and none of them says why"
+    i, outcome, words = failed[0]
+    words = "".join(c if c.isprintable() else " " for c in words[:200])
+    return Verdict(outcome, passed, total, f"test {i}: {words}", i)
 
 
 def grade_test(plan: TestPlan, frame_index: int, frame: bytes) -> tuple[str, str] | bytes:
@@ -280,8 +256,6 @@ def grade_check(job: Job) -> tuple[str, str]:
     return "wrong", f"the value returned does not fit the assert: {words[:120]}"
 
 
-# Programs. A verdict comes from running them: `run_programs` says what is covered. What it says of the harness and not
-# of the program (`harness_error`) is no score: it is NaN or None here, is masked in training and counted.
 CODE_LIMITS = {"timeout_s": 4.0, "memory_mb": 512}
 _VERDICTS: dict[str, Verdict] = {}  # of programs that this process has run, so that no second score runs them again
 
@@ -306,23 +280,6 @@ def grade(texts: list[str], tests: list[dict[str, Any]]) -> list[Verdict]:
         raise InputError(f"none of {len(failed)} programs could be run: {failed[0].detail}")
     _VERDICTS.update({key: v for key, v in verdicts.items() if v.outcome != "harness_error"})
     return [_VERDICTS[key] if key in _VERDICTS else verdicts[key] for key in keys]
-
-
-def first_failures(
-    texts: list[str], tests: list[dict[str, Any]], verdicts: list[Verdict], tried: int = 8
-) -> list[int | None]:
-    """The first test that each program fails, given its verdict on all of them; None if it fails none.
-
-    One that passes some is run on the first `tried`, each alone: a verdict does not say which of them it counts.
-    """
-    found: list[int | None] = [None if v.passed else 0 for v in verdicts]
-    for at in range(tried):
-        rows = [i for i, t in enumerate(tests) if verdicts[i].outcome != "pass" and found[i] is None]
-        rows = [i for i in rows if at < count_tests(tests[i])]
-        for i, verdict in zip(rows, grade([texts[i] for i in rows], [one_test(tests[i], at) for i in rows])):
-            if verdict.outcome not in ("pass", "harness_error"):
-                found[i] = at
-    return found
 
 
 def code_lines(program: str) -> list[tuple[int, int, str]]:

@@ -6,15 +6,12 @@ from common.basics import sha256
 # The last line of every code problem. It asks for a program and tells the prompts' wording; no math problem ends so.
 CODE_LINE = "\nAnswer in Python."
 ATTEMPT_TEMPLATE = "Problem:\n{x}\nSolve it step by step. End with #### and the answer.\nSolution:\n"
-REVISE_TEMPLATE = (
-    "Problem:\n{x}\nAttempt:\n{y0}\nCritique:\n{f}\nRevise the attempt. End with #### and the answer.\nSolution:\n"
-)
-CRITIQUE_TEMPLATE = "Problem:\n{x}\nAttempt:\n{y0}\nSay which step is wrong and why.\nCritique:\n"
 CODE_ATTEMPT_TEMPLATE = "Problem:\n{x}\nWrite the program.\nSolution:\n"
-CODE_REVISE_TEMPLATE = (
-    "Problem:\n{x}\nAttempt:\n{y0}\nCritique:\n{f}\nRevise the attempt. Write the whole program.\nSolution:\n"
-)
-CODE_CRITIQUE_TEMPLATE = "Problem:\n{x}\nAttempt:\n{y0}\nSay which line is wrong and why.\nCritique:\n"
+_GIVEN = "Problem:\n{x}\nAttempt:\n{y0}\n"
+REVISE_TEMPLATE = f"{_GIVEN}Critique:\n{{f}}\nRevise the attempt. End with #### and the answer.\nSolution:\n"
+CODE_REVISE_TEMPLATE = f"{_GIVEN}Critique:\n{{f}}\nRevise the attempt. Write the whole program.\nSolution:\n"
+CRITIQUE_TEMPLATE = f"{_GIVEN}Say which step is wrong and why.\nCritique:\n"
+CODE_CRITIQUE_TEMPLATE = f"{_GIVEN}Say which line is wrong and why.\nCritique:\n"
 
 
 def attempt_prompt(x: str) -> str:

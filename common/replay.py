@@ -1,5 +1,5 @@
-"""The quadruple (x, y0, f, y1), the only currency: its file format, its splits, the check that no problem leaks between
-them. Used by the makers of replay and by all trainers; knows no model."""
+"""Problems and the quadruple (x, y0, f, y1), the only currency: its file format, its splits, the check that no problem
+leaks between them. Used by all that makes, reads or scores quadruples; knows no model and runs nothing."""
 
 import dataclasses
 import hashlib
@@ -63,42 +63,30 @@ def parse_quadruple(line: str, where: str) -> Quadruple:
     row = parse_line(line, where)
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected a JSON object with x, y0, f, y1, meta, got {type(row).__name__}")
-    for field in ("x", "y0", "f", "y1"):
-        need(isinstance(row.get(field), str), field, "must be a string")
-        need(not re.search("[\ud800-\udfff]", row[field]), field, "holds half a surrogate pair")
-    need(bool(row["x"].strip()), "x", "is empty")
-    meta = row.get("meta")
+    x, y0, f, y1, meta = (row.get(field) for field in ("x", "y0", "f", "y1", "meta"))
+    for field, text in {"x": x, "y0": y0, "f": f, "y1": y1}.items():
+        need(isinstance(text, str), field, "must be a string")
+        need(not re.search("[\ud800-\udfff]", text), field, "holds half a surrogate pair")
+    need(bool(x.strip()), "x", "is empty")
     need(isinstance(meta, dict), "meta", "must be an object")
     for key, kind in META_TYPES.items():
-        bool_as_int = kind is int and isinstance(meta.get(key), bool)
-        need(
-            key in meta and isinstance(meta[key], kind) and not bool_as_int, f"meta.{key}", f"is missing or not {kind}"
-        )
-    need(meta["domain"] in ("math", "code"), "meta.domain", "must be math or code")
+        fits = isinstance(meta.get(key), kind) and not (kind is int and isinstance(meta[key], bool))
+        need(key in meta and fits, f"meta.{key}", f"is missing or not {kind}")
+    domain, span, answer = meta["domain"], meta["error_span"], meta.get("answer")
+    need(domain in ("math", "code"), "meta.domain", "must be math or code")
     need(meta["split"] in SPLITS, "meta.split", f"must be one of {', '.join(SPLITS)}")
-    need(
-        all(tag in ERROR_TAGS for tag in meta["error_tags"]),
-        "meta.error_tags",
-        f"must be among {', '.join(ERROR_TAGS)}",
-    )
-    span = meta["error_span"]
-    in_y0 = span is None or (
-        len(span) == 2 and all(type(i) is int for i in span) and 0 <= span[0] < span[1] <= len(row["y0"])
-    )
+    tags_known = all(tag in ERROR_TAGS for tag in meta["error_tags"])
+    need(tags_known, "meta.error_tags", f"must be among {', '.join(ERROR_TAGS)}")
+    pair = span is None or (len(span) == 2 and all(type(i) is int for i in span))
+    in_y0 = pair and (span is None or 0 <= span[0] < span[1] <= len(y0))
     need(in_y0, "meta.error_span", "must be null or [start, end] inside y0")
-    if meta["domain"] == "math":
-        answer = meta.get("answer")
-        need(
-            isinstance(answer, str) and len(numbers_in(answer)) == 1,
-            "meta.answer",
-            "must be a string with one number (math)",
-        )
-    else:
-        wrong = flaw_of_tests(meta.get("tests"))
-        need(wrong is None, "meta.tests", f"{wrong} (code)")
-    ends = row["x"].endswith(CODE_LINE)  # the prompts take their wording from it
-    need(ends == (meta["domain"] == "code"), "x", f"must end with {CODE_LINE.strip()!r} if and only if domain is code")
-    return Quadruple(row["x"], row["y0"], row["f"], row["y1"], meta)
+    one_number = isinstance(answer, str) and len(numbers_in(answer)) == 1
+    need(domain == "code" or one_number, "meta.answer", "must be a string with one number (math)")
+    flaw = flaw_of_tests(meta.get("tests")) if domain == "code" else None
+    need(flaw is None, "meta.tests", f"{flaw} (code)")
+    ends = x.endswith(CODE_LINE)  # the prompts take their wording from it
+    need(ends == (domain == "code"), "x", f"must end with {CODE_LINE.strip()!r} if and only if domain is code")
+    return Quadruple(x, y0, f, y1, meta)
 
 
 def read_replay(path: str | os.PathLike) -> list[Quadruple]:
@@ -141,10 +129,8 @@ def check_leakage(replay: dict[str, list[Quadruple]]) -> None:
         for q in quads:
             first = seen.setdefault(normalize_x(q.x), (split, q.meta["task_id"]))
             if first[0] != split:
-                raise InputError(
-                    f"leakage: problem {q.meta['task_id']} of split {split} is also {first[1]} of split {first[0]};"
-                    " remove it from one of them"
-                )
+                other = f"is also {first[1]} of split {first[0]}; remove it from one of them"
+                raise InputError(f"leakage: problem {q.meta['task_id']} of split {split} {other}")
 
 
 def replay_report(quads: list[Quadruple]) -> dict[str, Any]:
@@ -158,12 +144,10 @@ def replay_report(quads: list[Quadruple]) -> dict[str, Any]:
         return any(len(line) > 5 and line in " ".join(q.f.split()) for line in lines(q.y1) - lines(q.y0))
 
     leaks = [leak(q) for q in quads if q.meta["domain"] == "code" or "answer" in q.meta]
-    return {
-        "quadruples": len(quads),
-        "leak_rate": sum(leaks) / max(1, len(leaks)),
-        "tags": dict(sorted(Counter(tag for q in quads for tag in q.meta["error_tags"]).items())),
-        "horizons": dict(sorted(Counter(q.meta["horizon"] for q in quads).items())),
-    }
+    counts = lambda values: dict(sorted(Counter(values).items()))
+    return {"quadruples": len(quads), "leak_rate": sum(leaks) / max(1, len(leaks)),
+            "tags": counts(tag for q in quads for tag in q.meta["error_tags"]),
+            "horizons": counts(q.meta["horizon"] for q in quads)}  # fmt: skip
 
 
 def replay_sha256(quads: list[Quadruple]) -> str:

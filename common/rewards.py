@@ -1,6 +1,6 @@
 """Scores of completions against their quadruples: outcome, process, uptake, single steps; each host scores its own
-rows. NaN where the harness failed: such a sample is no 0. Used by the scripts and the evaluation; everything that it
-passes through is in the fingerprint's verifier digest."""
+rows. NaN where the harness failed: such a sample is no 0. Used by the scripts, run and evaluation; knows no model.
+Every room that a score passes through is in the fingerprint's verifier digest."""
 
 import math
 
@@ -8,11 +8,11 @@ import numpy as np
 
 from common.basics import InputError
 from common.hosts import by_host
-from common.plans import count_tests, parse_program
-from common.programs import Verdict, code_lines, grade, line_changes, program_of
+from common.plans import parse_program
+from common.programs import code_lines, grade, line_changes, program_of
 from common.replay import Quadruple
 from common.tokenizer import Tokenizer
-from common.verifier import final_answers, first_wrong_step, process_score, score_math, split_steps, uptake
+from common.verifier import Verdict, final_answers, first_wrong_step, grade_math, split_steps, uptake
 
 
 def format_valid(completion: str, domain: str) -> bool:
@@ -41,23 +41,19 @@ def code_uptake(completion: str, y0: str, span: list[int] | None, now: Verdict, 
     return float(any(touched(i, j) for i, j in line_changes(old, new)))
 
 
-def verdicts_of(texts: list[str], quads: list[Quadruple]) -> list[Verdict | None]:
-    """The verdict of each text's program under its own quadruple, in one batch; None for a math problem."""
+def verdicts_of(texts: list[str], quads: list[Quadruple]) -> list[Verdict]:
+    """The verdict on each text under its own quadruple: by `grade_math` against the replay's revision, or by the tests,
+    all programs in one batch."""
     code = [i for i, q in enumerate(quads) if q.meta["domain"] == "code"]
     found = dict(zip(code, grade([texts[i] for i in code], [quads[i].meta["tests"] for i in code])))
-    return [found.get(i) for i in range(len(texts))]
+    pairs = enumerate(zip(texts, quads))
+    return [found[i] if i in found else grade_math(text, q.meta["answer"], q.y1) for i, (text, q) in pairs]
 
 
 def score_outcomes(texts: list[str], quads: list[Quadruple]) -> list[float]:
     """The outcome of each text under its own quadruple: 1.0 if the final answer is right (math) or all tests pass
     (code), else 0.0; NaN if the harness failed."""
-
-    def one(text: str, q: Quadruple, verdict: Verdict | None) -> float:
-        if verdict is None:
-            return score_math(text, q.meta["answer"])
-        return math.nan if verdict.outcome == "harness_error" else float(verdict.outcome == "pass")
-
-    return list(map(one, texts, quads, verdicts_of(texts, quads)))
+    return [verdict.reward for verdict in verdicts_of(texts, quads)]
 
 
 def outcome_scores(texts: list[str], quads: list[Quadruple]) -> np.ndarray:
@@ -66,24 +62,19 @@ def outcome_scores(texts: list[str], quads: list[Quadruple]) -> np.ndarray:
 
 
 def process_scores(texts: list[str], quads: list[Quadruple]) -> np.ndarray:
-    """Process reward [B, G] of B*G completions, in [0, 1]: `process_score` against the replay's revision (math), the
-    fraction of tests passed, NaN if the harness failed (code)."""
-
-    def one(text: str, q: Quadruple, verdict: Verdict | None) -> float:
-        if verdict is None:
-            return process_score(text, q.y1)
-        return math.nan if verdict.outcome == "harness_error" else verdict.passed / count_tests(q.meta["tests"])
-
-    return by_host(lambda some, owners: list(map(one, some, owners, verdicts_of(some, owners))), texts, quads)
+    """Process reward [B, G] of B*G completions, in [0, 1]: the share of steps that hold (math) or of tests passed
+    (code), NaN if the harness failed."""
+    return by_host(lambda some, owners: [verdict.process for verdict in verdicts_of(some, owners)], texts, quads)
 
 
 def uptake_scores(texts: list[str], quads: list[Quadruple]) -> np.ndarray:
     """Uptake reward [B, G] of B*G completions, in {0, 1}, or NaN: `uptake` or `code_uptake` of the quadruple's own
     critique."""
 
-    def one(text: str, q: Quadruple, now: Verdict | None, before: Verdict | None) -> float:
-        span = q.meta["error_span"]
-        return uptake(text, q.y0, span, q.y1) if now is None else code_uptake(text, q.y0, span, now, before)
+    def one(text: str, q: Quadruple, now: Verdict, before: Verdict) -> float:
+        if q.meta["domain"] == "math":
+            return uptake(text, q.y0, q.meta["error_span"], q.y1)
+        return code_uptake(text, q.y0, q.meta["error_span"], now, before)
 
     def all_of(some: list[str], owners: list[Quadruple]) -> list[float]:
         verdicts = verdicts_of([*some, *(q.y0 for q in owners)], [*owners, *owners])

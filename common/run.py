@@ -96,15 +96,14 @@ def cli(main, args_type):
 def open_out_dir(out_dir: str, save_hf_dir: str | None = None) -> None:
     """Make sure `out_dir` can be written and that nothing is at `save_hf_dir` yet. Compiled programs are kept in
     `out_dir`, so that the next run starts at once."""
-    directory = pathlib.Path(out_dir).absolute()
 
     def check():
         if save_hf_dir:
             check_save_hf(pathlib.Path(save_hf_dir))
-        writable(directory, "out_dir")
+        writable(out_dir, "out_dir")
 
     on_leader(check)
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(directory / "xla_cache"))
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(out_dir).absolute() / "xla_cache"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

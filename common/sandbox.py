@@ -1,5 +1,6 @@
 """The sandbox's client: starts the server process, hands it programs, collects their frames and how they ended. Used by
-programs, which alone makes verdicts; what the frames mean is not known here."""
+programs, which alone makes verdicts, and by making, which asks early whether this machine can confine; what the frames
+mean is not known here."""
 
 import atexit
 import collections
@@ -9,7 +10,7 @@ import math
 import os
 import pathlib
 import re
-import select
+import selectors
 import shutil
 import signal
 import socket
@@ -41,6 +42,7 @@ class Job:
         self.end, self.why = "", ""  # done | fail | timeout | oom | crash | harness_error, and a word on it
         self.confined = self.killed = self.closed = self.slow = False
         self.began = self.test_began = self.look_at = self.cpu = 0.0
+        self.slot, self.channel = -1, None  # while it runs: its number at the server, our end of its socket
 
 
 class Sandbox:
@@ -72,10 +74,9 @@ class Sandbox:
         if self.mode == "refused":
             self.close()
             lacks = "; ".join(hello["missing"])
-            raise InputError(
-                f"programs cannot be confined on this machine ({lacks}): it needs user, mount, process and network "
-                "namespaces, or Landlock and seccomp; --unsafe_sandbox allow runs them under limits alone"
-            )
+            needs = "it needs user, mount, process and network namespaces, or Landlock and seccomp"
+            way_out = "--unsafe_sandbox allow runs them under limits alone"
+            raise InputError(f"programs cannot be confined on this machine ({lacks}): {needs}; {way_out}")
 
     def _hear(self) -> dict[str, Any] | None:
         """The server's next message; None if it is gone."""
@@ -115,76 +116,67 @@ class Sandbox:
         free = re.search(r"MemAvailable:\s+(\d+) kB", pathlib.Path("/proc/meminfo").read_text())
         room = int(free[1]) // 2048 // (memory_mb + sandbox_server.FILES_MB) if free else workers
         limit = min(max(workers, min(LIVE, room)), sandbox_server.UIDS)
-        live: dict[int, tuple[Job, socket.socket]] = {}  # by slot
-        by_fd: dict[int, int] = {}
-        poll = select.poll()
-        poll.register(self.control, select.POLLIN)
+        live: dict[int, Job] = {}  # by slot
+        channels = selectors.PollSelector()
+        channels.register(self.control, selectors.EVENT_READ)
         try:
             while waiting or live:
-                while waiting and len(live) < limit and sum(not job.slow for job, _ in live.values()) < workers:
-                    job, slot = waiting.popleft(), self.slots.pop()
-                    channel = self._fork(slot, job, timeout_s, memory_mb)
-                    live[slot], by_fd[channel.fileno()] = (job, channel), slot
-                    poll.register(channel, select.POLLIN | select.POLLOUT)
+                while waiting and len(live) < limit and sum(not job.slow for job in live.values()) < workers:
+                    job = waiting.popleft()
+                    self._fork(job, timeout_s, memory_mb)
+                    live[job.slot] = job
+                    channels.register(job.channel, selectors.EVENT_READ | selectors.EVENT_WRITE, job)
                 now = time.monotonic()
-                wait = min((job.look_at for job, _ in live.values()), default=now) - now
-                for fd, event in poll.poll(max(0, math.ceil(1000 * wait))):
-                    if fd == self.control.fileno():
-                        self._ended(live, by_fd, poll, timeout_s)
-                    elif fd in by_fd:
-                        slot = by_fd[fd]
-                        if not self._exchange(*live[slot], event, poll):
-                            poll.unregister(fd)
-                            del by_fd[fd]
-                            self._hang_up(slot, live[slot][0])
+                wait = min((job.look_at for job in live.values()), default=now) - now
+                for (channel, _, _, job), event in channels.select(max(0, wait)):
+                    if channel is self.control:
+                        self._ended(live, channels, timeout_s)
+                    elif channel.fileno() >= 0 and not self._exchange(job, event, channels):  # < 0: it has ended by now
+                        channels.unregister(channel)
+                        if job.end:
+                            self._kill(job)
+                        else:  # about to be gone, and how it ended is worth a wait
+                            job.look_at, job.closed = time.monotonic() + 0.5, True
                 now = time.monotonic()
-                for slot, (job, _) in live.items():
+                for job in live.values():
                     if job.look_at <= now:
-                        self._look(slot, job, now, timeout_s, bool(waiting))
+                        self._look(job, now, timeout_s, bool(waiting))
         finally:
-            for _, channel in live.values():
-                channel.close()
+            for job in live.values():
+                job.channel.close()
 
-    def _tell(self, slot: int, op: str, **more) -> None:
-        self.control.send(json.dumps({"op": op, "slot": slot, **more}).encode())
+    def _tell(self, job: Job, op: str) -> None:
+        self.control.send(json.dumps({"op": op, "slot": job.slot}).encode())
 
-    def _fork(self, slot: int, job: Job, timeout_s: float, memory_mb: int) -> socket.socket:
-        """Start a job in a slot; its channel."""
-        channel, theirs = socket.socketpair()
+    def _fork(self, job: Job, timeout_s: float, memory_mb: int) -> None:
+        """Start a job in a free slot."""
+        job.channel, theirs = socket.socketpair()
+        job.slot = self.slots.pop()
         # The kernel's own limit is the last resort, should this process stand still.
         cpu_s = math.ceil((job.tests + 1) * PATIENCE * timeout_s) + 5
-        order = json.dumps({"op": "fork", "slot": slot, "memory_mb": memory_mb, "cpu_s": cpu_s})
-        socket.send_fds(self.control, [order.encode()], [theirs.fileno()])
+        order = {"op": "fork", "slot": job.slot, "memory_mb": memory_mb, "cpu_s": cpu_s}
+        socket.send_fds(self.control, [json.dumps(order).encode()], [theirs.fileno()])
         theirs.close()
-        channel.setblocking(False)
+        job.channel.setblocking(False)
         job.began = job.test_began = time.monotonic()
         job.look_at = job.began + min(QUICK_S, timeout_s)
-        return channel
 
-    def _kill(self, slot: int, job: Job) -> None:
+    def _kill(self, job: Job) -> None:
         if not job.killed:
-            job.killed = True
-            self._tell(slot, "kill")
-        job.look_at = time.monotonic() + 60
+            self._tell(job, "kill")
+        job.killed, job.look_at = True, time.monotonic() + 60
 
-    def _hang_up(self, slot: int, job: Job) -> None:
-        """A channel gives no more: its process is not needed, or about to be gone, and how it ended is worth a wait."""
-        if job.end:
-            self._kill(slot, job)
-        else:
-            job.look_at, job.closed = time.monotonic() + 0.5, True
-
-    def _exchange(self, job: Job, channel: socket.socket, event: int, poll) -> bool:
+    def _exchange(self, job: Job, event: int, channels: selectors.BaseSelector) -> bool:
         """Send and receive what can be; False when there is nothing more to come."""
-        if event & select.POLLOUT and job.outgoing:
+        if event & selectors.EVENT_WRITE and job.outgoing:
             with contextlib.suppress(ConnectionError, BlockingIOError):  # a lost one is seen below
-                job.outgoing = job.outgoing[channel.send(job.outgoing[: 1 << 20]) :]
+                job.outgoing = job.outgoing[job.channel.send(job.outgoing[: 1 << 20]) :]
             if not job.outgoing:
-                poll.modify(channel, select.POLLIN)
-        if not event & ~select.POLLOUT:
+                channels.modify(job.channel, selectors.EVENT_READ, job)
+        if not event & selectors.EVENT_READ:
             return True
         try:
-            data = channel.recv(1 << 20)
+            data = job.channel.recv(1 << 20)
         except BlockingIOError:
             return True
         except ConnectionError:
@@ -198,8 +190,7 @@ class Sandbox:
         if not job.confined and buffer:
             if buffer[:1] != b"R":
                 return True  # the reason follows; the end of the process ends it
-            job.confined = True
-            job.test_began = time.monotonic()
+            job.confined, job.test_began = True, time.monotonic()
             del buffer[:1]
         while len(job.kept) < job.tests and len(buffer) >= head.size:
             length, cpu = head.unpack_from(buffer)
@@ -220,54 +211,53 @@ class Sandbox:
             return False
         return True
 
-    def _look(self, slot: int, job: Job, now: float, timeout_s: float, hurry: bool) -> None:
+    def _look(self, job: Job, now: float, timeout_s: float, hurry: bool) -> None:
         """A job is still there at the time it was to be looked at; `hurry`: others wait."""
         if job.killed:
             raise ConnectionError  # killed and not gone in a minute: the server does not answer
         if job.closed:
-            self._kill(slot, job)
+            self._kill(job)
             return
         if not job.slow and now - job.began >= min(QUICK_S, timeout_s):
             job.slow = True
             if hurry:
-                self._tell(slot, "nice")
+                self._tell(job, "nice")
         used = now - job.test_began
         if not job.confined:
             if now - job.began > 60:
-                self._kill(slot, job)
+                self._kill(job)
             job.look_at = now + 0.2
             return
         if used >= PATIENCE * timeout_s:
             job.end = "timeout"
-            self._kill(slot, job)
+            self._kill(job)
             return
         if used >= timeout_s:
-            self._tell(slot, "cpu")  # the answer may end it
+            self._tell(job, "cpu")  # the answer may end it
         job.look_at = min(job.test_began + PATIENCE * timeout_s, max(job.test_began + timeout_s, now + 0.1))
 
-    def _ended(self, live, by_fd, poll, timeout_s: float) -> None:
+    def _ended(self, live: dict[int, Job], channels: selectors.BaseSelector, timeout_s: float) -> None:
         """One message of the server: a process has ended, or its CPU time."""
         message = self._hear()
         if message is None:
             raise ConnectionError
-        slot = message["slot"]
-        job, channel = live.get(slot, (None, None))
+        job = live.get(message["slot"])
         if job is None:
             return
         if "cpu" in message:
             late = time.monotonic() - job.test_began >= timeout_s
             if late and not job.killed and not message["cpu"] - job.cpu < 0.95 * timeout_s:  # `not <`: NaN is a lie
                 job.end = "timeout"
-                self._kill(slot, job)
+                self._kill(job)
             return
-        while channel.fileno() in by_fd and self._exchange(job, channel, select.POLLIN, poll):
-            if not select.select([channel], [], [], 0)[0]:
-                break
-        if by_fd.pop(channel.fileno(), None) is not None:
-            poll.unregister(channel)
-        channel.close()
-        del live[slot]
-        self.slots.append(slot)
+        unread = lambda: any(k.data is job and event & selectors.EVENT_READ for k, event in channels.select(0))
+        while unread() and self._exchange(job, selectors.EVENT_READ, channels):
+            pass
+        with contextlib.suppress(KeyError):  # no longer listened to
+            channels.unregister(job.channel)
+        job.channel.close()
+        del live[job.slot]
+        self.slots.append(job.slot)
         if "error" in message or not job.confined:
             job.end = "harness_error"
             job.why = f"not confined: {message.get('error') or job.buffer[1:200].decode(errors='replace')}"
@@ -294,13 +284,8 @@ _sandbox_lock = threading.Lock()
 def _sandbox(purpose: str) -> Sandbox:
     """The one for "programs" or the one for "checks"; started if there is none or it ended."""
     box = _sandboxes.get(purpose)
-    if (
-        box is None
-        or box.control.fileno() < 0
-        or box.owner != os.getpid()
-        or box.process.poll() is not None
-        or (box.mode == "none" and UNSAFE_SANDBOX != "allow")
-    ):
+    gone = box is None or box.control.fileno() < 0 or box.owner != os.getpid() or box.process.poll() is not None
+    if gone or (box.mode == "none" and UNSAFE_SANDBOX != "allow"):
         if box is not None:
             box.close()
         try:
@@ -310,6 +295,13 @@ def _sandbox(purpose: str) -> Sandbox:
                 raise
             _sandboxes[purpose] = Sandbox("none")
     return _sandboxes[purpose]
+
+
+def run_jobs(purpose: str, jobs: list[Job], workers: int, timeout_s: float, memory_mb: int) -> None:
+    """Run all jobs to their ends in the sandbox for "programs" or in the one for "checks"."""
+    with _sandbox_lock:
+        if jobs:
+            _sandbox(purpose).run(jobs, workers, timeout_s, memory_mb)
 
 
 @atexit.register

@@ -11,24 +11,17 @@ MODE is "namespaces" (a file system, process tree and network of their own, and 
 """
 
 import array
-import bisect
 import builtins
-import cmath
 import collections
 import contextlib
-import copy
 import ctypes
 import decimal
 import errno
 import fractions
 import functools
 import gc
-import heapq
 import importlib
-import itertools
 import json
-import math
-import operator
 import os
 import platform
 import random
@@ -38,14 +31,12 @@ import select
 import shutil
 import signal
 import socket
-import string
 import struct
 import sys
 import tempfile
 import threading
 import time
 import types
-import typing
 
 CHANNEL, STDIN, STDOUT = 3, 4, 5  # a child's descriptors beside 0, 1, 2: its socket, its input, its output
 FRAME = struct.Struct("!Id")  # length of the payload, CPU seconds used so far
@@ -157,8 +148,7 @@ SYSCALLS = """
     rmdir 84 -, unlink 87 -, link 86 -, symlink 88 -, getdents 78 -, epoll_create 213 -, epoll_wait 232 -,
     time 201 -, alarm 37 -, pause 34 -, getpgrp 111 -, arch_prctl 158 -, eventfd 284 -, creat 85 -
 """  # fmt: skip
-# kill and its kin: the caller dies
-SIGNALLING = ((62, 129), (200, 130), (234, 131), (129, 138), (297, 240), (424, 424))
+SIGNALLING = ((62, 129), (200, 130), (234, 131), (129, 138), (297, 240), (424, 424))  # kill and its kin: fatal
 CLONE3 = (435, 435)
 # Calls of which one argument decides: (number, argument, values that are allowed or refused, is it allowed). prlimit64
 # is for the caller itself; a descriptor may not be made to signal others (F_SETOWN, F_SETSIG, F_SETOWN_EX, FIOSETOWN).
@@ -326,6 +316,13 @@ def enter_root() -> None:
     mount("none", "/", None, MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV)
 
 
+def enter_root_as_first() -> None:
+    """`enter_root` in a child, after `enter_namespaces`: the first process of the new tree."""
+    trouble = works(enter_root)
+    if trouble:
+        raise OSError(f"mounts in a mount namespace: {trouble}")
+
+
 # ---- the child: confinement ---------------------------------------------------------------------------------------
 class Confinement:
     """What every child is put under; made once, before the first fork."""
@@ -342,7 +339,7 @@ class Confinement:
         if self.mode in ("auto", "namespaces"):
             kinds = ("range", "", "single") if self.uids and self.mode == mode else ("single",)
             for self.user in kinds:
-                trouble = works(lambda: enter_namespaces(self.user, self.uids), self._in_new_tree)
+                trouble = works(lambda: enter_namespaces(self.user, self.uids), enter_root_as_first)
                 if not trouble:
                     self.mode = "namespaces"
                     break
@@ -357,18 +354,6 @@ class Confinement:
         if self.mode == "namespaces" and self.user == "single":
             self.uids = 0
         self.base = None  # directory of the children's directories where they have no file system of their own
-
-    def _in_new_tree(self) -> None:
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                enter_root()
-                code = 0
-            finally:
-                os._exit(code)
-        if os.waitpid(pid, 0)[1]:
-            raise OSError("mounts in a mount namespace")
 
     def start(self) -> None:
         """Enter what the server shares with its children. In a process tree of its own this call forks: the caller
@@ -450,34 +435,16 @@ class Confinement:
 
 
 # ---- the child: running a program ---------------------------------------------------------------------------------
-# Names that programs of the APPS kind use without importing them.
-PRELUDE = {
-    m.__name__: m for m in (math, re, sys, itertools, collections, heapq, bisect, functools, string, random, time)
-}
-PRELUDE |= {name: getattr(typing, name) for name in ("Any", "Dict", "List", "Optional", "Set", "Tuple", "Union")}
-PRELUDE |= {name: getattr(collections, name) for name in ("Counter", "OrderedDict", "defaultdict", "deque")}
-PRELUDE |= {name: getattr(functools, name) for name in ("lru_cache", "reduce", "cmp_to_key")}
-PRELUDE |= {name: getattr(heapq, name) for name in ("heappush", "heappop", "heapify")}
-PRELUDE |= {
-    "accumulate": itertools.accumulate,
-    "permutations": itertools.permutations,
-    "gcd": math.gcd,
-    "inf": math.inf,
-}
-PRELUDE |= {"combinations": itertools.combinations, "product": itertools.product, "copy": copy, "operator": operator}
-PRELUDE |= {"bisect_left": bisect.bisect_left, "bisect_right": bisect.bisect_right, "cmath": cmath, "sqrt": math.sqrt}
-
-
-def read_exactly(fd: int, n: int) -> bytes:
-    """n bytes from a descriptor; EOFError if it ends before."""
-    parts = []
-    while n:
-        part = os.read(fd, min(n, 1 << 20))
-        if not part:
-            raise EOFError
-        parts.append(part)
-        n -= len(part)
-    return b"".join(parts)
+# What programs of the APPS kind use without importing it: modules, and names of modules.
+_MODULES = "math cmath re sys itertools collections heapq bisect functools string random time copy operator"
+_NAMES = {
+    "typing": "Any Dict List Optional Set Tuple Union", "collections": "Counter OrderedDict defaultdict deque",
+    "functools": "lru_cache reduce cmp_to_key", "itertools": "accumulate combinations permutations product",
+    "heapq": "heapify heappop heappush", "bisect": "bisect_left bisect_right", "math": "gcd inf sqrt",
+}  # fmt: skip
+PRELUDE = {name: importlib.import_module(name) for name in _MODULES.split()}
+PRELUDE |= {name: getattr(importlib.import_module(m), name) for m, names in _NAMES.items() for name in names.split()}
+CHECK_MODULES = ("math", "cmath", "re", "sys", "itertools", "collections")  # what an assert may use without an import
 
 
 def send(message: dict) -> None:
@@ -566,8 +533,7 @@ def prepared(job: dict) -> list:
     """The job's tests as functions without arguments that make a frame each; raises what the program raises."""
     kind = job["kind"]
     if kind == "values":  # the trusted side: expressions over values that candidates returned
-        modules = ("math", "cmath", "re", "sys", "itertools", "collections")
-        names = new_module("checks", {m: PRELUDE[m] for m in modules})
+        names = new_module("checks", {m: PRELUDE[m] for m in CHECK_MODULES})
         exec(compile(job["setup"], "<setup>", "exec"), names)
         names.update({name: decode(json.loads(text)["v"]) for name, text in job["values"].items()})
         return [evaluated(source, names, bool) for source in job["tests"]]
@@ -590,8 +556,9 @@ def child() -> None:
     """Read a job, run its tests, send a frame for each: all that a candidate's process does."""
     sys.set_int_max_str_digits(0)
     random.seed(0)  # the same program prints the same numbers in every run
-    (length,) = struct.unpack("!I", read_exactly(CHANNEL, 4))
-    job = json.loads(read_exactly(CHANNEL, length))
+    with open(CHANNEL, "rb", closefd=False) as channel:
+        (length,) = struct.unpack("!I", channel.read(4))
+        job = json.loads(channel.read(length))
     try:
         tests = prepared(job)
     except BaseException as e:

@@ -1,5 +1,5 @@
 """The tasks: GSM8K, MBPP and APPS from local files or the hub, the generated ones, and the table of them all. Used by
-making and by the scripts; gives Problems, never quadruples."""
+making, base and the scripts; gives Problems, never quadruples, and runs no program."""
 
 import ast
 import dataclasses
@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from common.basics import InputError, parse_line
+from common.basics import InputError, from_hub, parse_line
 from common.fixtures import fixtures_code, fixtures_math
 from common.plans import flaw_of_tests, joined, parse_program
 from common.prompts import CODE_LINE
@@ -16,30 +16,23 @@ from common.replay import Problem
 from common.verifier import final_answers, show
 
 
+def ask_hub(task: str, files: str, client: str, *args: Any, **kwargs: Any) -> Any:
+    """`from_hub` for a task that is also read from `files` in --data_dir."""
+    way_out = f"pass --data_dir with {files}"
+    return from_hub(client, *args, what=f"{task}: no answer from the hub", way_out=way_out, **kwargs)
+
+
 def gsm8k(data_dir: str | None) -> list[Problem]:
     """GSM8K from `data_dir`/{train,test}.jsonl, else from the hub (openai/gsm8k, main). https://arxiv.org/abs/2110.14168"""
-    problems = []
+    problems, hub = [], ("gsm8k", "train.jsonl, test.jsonl", "datasets:load_dataset", "openai/gsm8k", "main")
     for split in ("train", "test"):
-        if data_dir:
-            rows = read_jsonl(pathlib.Path(data_dir) / f"{split}.jsonl", ("question", "answer"))
-        else:
-            try:
-                import datasets
-
-                rows = datasets.load_dataset("openai/gsm8k", "main", split=split)
-            except Exception as e:  # whatever the hub client raises, the user needs the one way out
-                raise InputError(
-                    f"gsm8k: no answer from the hub ({type(e).__name__}); pass --data_dir with train.jsonl, test.jsonl"
-                ) from None
+        path = data_dir and pathlib.Path(data_dir) / f"{split}.jsonl"
+        rows = read_jsonl(path, ("question", "answer")) if path else ask_hub(*hub, split=split)
         for i, row in enumerate(rows):
-            answer = final_answers(row["answer"])
+            x, reference, answer = row["question"].strip(), row["answer"].strip(), final_answers(row["answer"])
             if len(answer) != 1:
                 raise InputError(f"gsm8k {split} row {i + 1}: field 'answer' has no single number after ####")
-            problems.append(
-                Problem(
-                    f"gsm8k/{split}/{i:05d}", row["question"].strip(), row["answer"].strip(), show(answer[0]), split
-                )
-            )
+            problems.append(Problem(f"gsm8k/{split}/{i:05d}", x, reference, show(answer[0]), split))
     return problems
 
 
@@ -68,14 +61,7 @@ def mbpp(data_dir: str | None) -> list[Problem]:
         path = pathlib.Path(data_dir) / "mbpp.jsonl"
         rows = [(f"{path}:{i}", row) for i, row in enumerate(read_jsonl(path, ("text", "code")), 1)]
     else:
-        try:
-            import datasets
-
-            parts = datasets.load_dataset("google-research-datasets/mbpp", "full")
-        except Exception as e:  # whatever the hub client raises, the user needs the one way out
-            raise InputError(
-                f"mbpp: no answer from the hub ({type(e).__name__}); pass --data_dir with mbpp.jsonl"
-            ) from None
+        parts = ask_hub("mbpp", "mbpp.jsonl", "datasets:load_dataset", "google-research-datasets/mbpp", "full")
         rows = [(f"mbpp {name} row {i}", row) for name, part in parts.items() for i, row in enumerate(part, 1)]
     problems = []
     for where, row in sorted(rows, key=lambda r: r[1]["task_id"] if isinstance(r[1].get("task_id"), int) else -1):
@@ -102,23 +88,14 @@ def apps(data_dir: str | None) -> list[Problem]:
     Both kinds of tests: programs on standard input, and calls of `fn_name`. The reference is the first of the solutions
     that is Python 3. A problem without tests or solutions is returned as such; the teacher drops and counts it.
     """
-    problems = []
+    problems, hub = [], ("apps", "train.jsonl, test.jsonl", "huggingface_hub:hf_hub_download", "codeparrot/apps")
     for split, beside in (("train", "test"), ("test", "train")):
         if data_dir:
             path, other = (pathlib.Path(data_dir) / f"{name}.jsonl" for name in (split, beside))
             if not path.is_file() and other.is_file():
                 continue
         else:
-            try:
-                import huggingface_hub
-
-                path = pathlib.Path(
-                    huggingface_hub.hf_hub_download("codeparrot/apps", f"{split}.jsonl", repo_type="dataset")
-                )
-            except Exception as e:  # whatever the hub client raises, the user needs the one way out
-                raise InputError(
-                    f"apps: no answer from the hub ({type(e).__name__}); pass --data_dir with train.jsonl, test.jsonl"
-                ) from None
+            path = pathlib.Path(ask_hub(*hub, f"{split}.jsonl", repo_type="dataset"))
         for i, row in enumerate(read_jsonl(path, ("question", "difficulty")), 1):
             number = row.get("problem_id", row.get("id", i - 1))
             tests, left_out = apps_tests(row, f"{path}:{i}")
@@ -155,8 +132,6 @@ def apps_tests(row: dict, where: str) -> tuple[dict[str, Any] | None, int]:
     where inputs and outputs do not go together."""
     source = json_field(row, "input_output", dict, where) or {}
     inputs, outputs = source.get("inputs") or [], source.get("outputs") or []
-    if not inputs and not outputs:
-        return None, 0
     call = {"fn_name": source["fn_name"]} if source.get("fn_name") else {}
     if not call:  # some rows hold a text as the list of its lines
         inputs, outputs = ([joined(text) for text in part] for part in (inputs, outputs))

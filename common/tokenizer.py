@@ -1,6 +1,8 @@
 """Byte-level tokenizers, the nano model's own and a checkpoint's behind one interface, with the byte offsets that place
-steps and spans among tokens. Used by batches, base, chat; knows no model."""
+steps and spans among tokens. Used by batches, rewards, base, chat and what takes a tokenizer; knows no model."""
 
+import codecs
+import itertools
 import json
 
 import numpy as np
@@ -11,23 +13,15 @@ from common.basics import sha256
 _SPLIT = r"[^\r\n\p{L}\p{N}]?\p{L}+| ?\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _KEPT = [*range(33, 127), *range(161, 173), *range(174, 256)]  # GPT-2's byte alphabet
 _BYTE = {chr(b): b for b in _KEPT} | {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*_KEPT}))}
+# Bytes that are no UTF-8 decode to half a surrogate pair, which no text has; its number says how many they are.
+codecs.register_error("cts_half", lambda e: (chr(0xD800 + e.end - e.start), e.end))
 
 
 def char_starts(raw: bytes) -> list[int]:
     """Byte offsets of the characters of `raw` decoded with U+FFFD for what is no UTF-8, and its length at the end."""
-    starts, at = [], 0
-    while at < len(raw):
-        try:
-            text, bad = raw[at:].decode(), 0
-        except UnicodeDecodeError as e:
-            text, bad = raw[at : at + e.start].decode(), e.end - e.start
-        for char in text:
-            starts.append(at)
-            at += len(char.encode())
-        if bad:
-            starts.append(at)
-            at += bad
-    return [*starts, at]
+    text = raw.decode(errors="cts_half")
+    sizes = [ord(c) - 0xD800 if "\ud800" <= c <= "\udfff" else len(c.encode()) for c in text]
+    return [*itertools.accumulate(sizes, initial=0)]
 
 
 class Tokenizer:
@@ -40,16 +34,9 @@ class Tokenizer:
     """
 
     def __init__(
-        self,
-        inner: tokenizers.Tokenizer,
-        pad: str = "<pad>",
-        eos: str = "<eos>",
-        eos_ids: tuple[int, ...] = (),
-        prefix: tuple[int, ...] = (),
-        suffix: tuple[int, ...] = (),
-        strip: bool = False,
-        vocab_size: int | None = None,
-    ):
+        self, inner: tokenizers.Tokenizer, pad: str = "<pad>", eos: str = "<eos>", eos_ids: tuple[int, ...] = (),
+        prefix: tuple[int, ...] = (), suffix: tuple[int, ...] = (), strip: bool = False, vocab_size: int | None = None,
+    ):  # fmt: skip
         self.inner, self.pad_id, self.eos_id = inner, inner.token_to_id(pad), inner.token_to_id(eos)
         self.eos_ids = tuple(dict.fromkeys((self.eos_id, *eos_ids)))
         self.prompt_prefix, self.prompt_suffix, self.strip = list(prefix), list(suffix), strip
@@ -93,15 +80,10 @@ class Tokenizer:
 
 def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE on `texts`, split as Qwen2 and Llama-3 split but with numbers in groups of at most two digits."""
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    pre = tokenizers.pre_tokenizers
-    inner.pre_tokenizer = pre.Sequence(
-        [pre.Split(tokenizers.Regex(_SPLIT), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    inner.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=["<pad>", "<eos>"], show_progress=False,
-        initial_alphabet=sorted(pre.ByteLevel.alphabet()),
-    )  # fmt: skip
-    inner.train_from_iterator(texts, trainer)
+    inner, pre = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers
+    split, as_bytes = pre.Split(tokenizers.Regex(_SPLIT), "isolated"), pre.ByteLevel(False, use_regex=False)
+    inner.pre_tokenizer, inner.decoder = pre.Sequence([split, as_bytes]), tokenizers.decoders.ByteLevel()
+    alphabet, special = sorted(pre.ByteLevel.alphabet()), ["<pad>", "<eos>"]
+    inner.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=special, show_progress=False, initial_alphabet=alphabet))  # fmt: skip
     return Tokenizer(inner)

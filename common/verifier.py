@@ -1,14 +1,40 @@
-"""The rules of math: the final answer of a completion, its steps, and which of them hold. Without eval and without
-signals, so safe in any thread. Used by rewards, critique, mistakes; knows nothing of programs, models or replay files.
-"""
+"""Math by rules: the final answer of a completion, its steps, which of them hold; and the Verdict, which programs get
+too. Without eval and without signals, so safe in any thread. Used by all rooms that score, criticise or make solutions;
+knows nothing of programs, models or replay files."""
 
+import ast
 import dataclasses
 import difflib
+import functools
+import math
+import operator
 import re
 from collections import Counter
 from fractions import Fraction
 
 from common.basics import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What rules say of a solution (`grade_math`) or tests of a program (room `programs`)."""
+
+    outcome: str  # pass | wrong, and of programs also timeout | oom | crash | harness_error
+    passed: int  # tests passed, or steps that hold
+    total: int
+    detail: str = ""  # of programs: which test did not pass first, and what it returned or raised
+    failed: int | None = None  # the number of that test
+
+    @property
+    def reward(self) -> float:
+        """1.0 for a pass, else 0.0; NaN where the harness failed: such a sample is no 0."""
+        return math.nan if self.outcome == "harness_error" else float(self.outcome == "pass")
+
+    @property
+    def process(self) -> float:
+        """The share that passed, in [0, 1]; NaN where the harness failed."""
+        return math.nan if self.outcome == "harness_error" else self.passed / self.total
+
 
 _NUMBER = r"(?>(?:\d{1,3}(?:,\d{3}){1,9}(?!\d)|\d{1,30})(?:\.\d{1,30})?|\.\d{1,30})"  # atomic: all of a number or none
 NUMBER = re.compile(rf"(?<![A-Za-z0-9_^])([-\u2212]?)\s?\$?\s?({_NUMBER})(?:\s?/\s?({_NUMBER}))?+(?!\d|[eE]\d|\^)")
@@ -18,12 +44,10 @@ _LATEX = (  # LaTeX forms a boxed answer takes, rewritten to plain text
 )
 
 
-def to_fraction(text: str) -> Fraction | None:
-    """A plain decimal ("1,234.50", ".5") as an exact Fraction; None if it is not one."""
-    try:
-        return Fraction(text.replace(",", ""))
-    except (ValueError, ZeroDivisionError):
-        return None
+@functools.lru_cache(100_000)
+def to_fraction(numeral: str) -> Fraction:
+    """A plain decimal ("1,234.50", ".5") as an exact Fraction."""
+    return Fraction(numeral.replace(",", ""))
 
 
 def show(value: Fraction) -> str:
@@ -47,12 +71,8 @@ def numbers_in(text: str) -> list[Fraction]:
     >>> [str(n) for n in numbers_in("from $1,234.50 to -3, 1/2 of H2O")]
     ['2469/2', '-3', '1/2']
     """
-    found = []
-    for sign, whole, under in NUMBER.findall(text):
-        value, divisor = to_fraction(whole), to_fraction(under) if under else Fraction(1)
-        if value is not None and divisor:
-            found.append((-value if sign else value) / divisor)
-    return found
+    parts = [(sign, to_fraction(whole), to_fraction(under or "1")) for sign, whole, under in NUMBER.findall(text)]
+    return [(-whole if sign else whole) / under for sign, whole, under in parts if under]
 
 
 def final_answers(completion: str) -> list[Fraction]:
@@ -82,61 +102,44 @@ def score_math(completion: str, answer: str, *, lenient: bool = False) -> float:
 
 
 _TOKENS = re.compile(rf"\s*(?:({_NUMBER})\s*(%?)|([-+*/()x\u00d7\u00f7]))")
+_IN_PYTHON = {"x": "*", "\u00d7": "*", "\u00f7": "/", "(": "_("}  # a bracket is a call: then the tree keeps it
+_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
 def evaluate_arithmetic(expr: str) -> Fraction | None:
-    """The exact value of `+ - * / ( ) %` arithmetic, or None where it is not that. Never eval.
+    """The exact value of `+ - * / ( ) %` arithmetic, or None where it is not that. Never eval: Python parses the
+    expression with names in place of its numbers, and of the tree only these operations are known here.
 
     >>> str(evaluate_arithmetic("2*(3+4)/4")), evaluate_arithmetic("9**9"), evaluate_arithmetic("1/0")
     ('7/2', None, None)
     """
-    expr = expr.replace("$", "").replace("\u2212", "-").strip()
-    tokens, at = [], 0
-    while at < len(expr) and len(expr) <= 200:
-        m = _TOKENS.match(expr, at)
-        if not m:
-            return None
-        number, percent, op = m.groups()
-        value = to_fraction(number) if number else None
-        tokens.append(
-            value / 100 if percent else value if number else {"x": "*", "\u00d7": "*", "\u00f7": "/"}.get(op, op)
-        )
-        at = m.end()
+    expr, numbers = expr.replace("$", "").replace("\u2212", "-").strip(), []
+    if len(expr) > 200 or _TOKENS.sub("", expr):
+        return None
 
-    def atom(i: int, depth: int) -> tuple[Fraction, int]:
-        if tokens[i] == "-":
-            value, i = atom(i + 1, depth + 1)
-            return -value, i
-        if tokens[i] == "(":
-            value, i = total(i + 1, depth + 1)
-            if tokens[i] != ")":
-                raise ValueError
-            return value, i + 1
-        if not isinstance(tokens[i], Fraction):
-            raise ValueError
-        return tokens[i], i + 1
+    def in_python(m: re.Match) -> str:
+        number, percent, sign = m.groups()
+        if sign:
+            return _IN_PYTHON.get(sign, sign)
+        numbers.append(to_fraction(number) / (100 if percent else 1))
+        return f"n{len(numbers) - 1} "  # the space keeps two numbers in a row an error
 
-    def product(i: int, depth: int) -> tuple[Fraction, int]:
-        value, i = atom(i, depth)
-        while i < len(tokens) and tokens[i] in ("*", "/"):
-            right, j = atom(i + 1, depth)
-            value, i = (value * right if tokens[i] == "*" else value / right), j
-        return value, i
-
-    def total(i: int, depth: int) -> tuple[Fraction, int]:
-        if depth > 20:
-            raise ValueError
-        value, i = product(i, depth)
-        while i < len(tokens) and tokens[i] in ("+", "-"):
-            right, j = product(i + 1, depth)
-            value, i = (value + right if tokens[i] == "+" else value - right), j
-        return value, i
+    def value(node: ast.AST, depth: int) -> Fraction:
+        match node:
+            case ast.Name():
+                return numbers[int(node.id[1:])]
+            case ast.UnaryOp(ast.USub()):
+                return -value(node.operand, depth + 1)
+            case ast.BinOp() if type(node.op) in _OPERATIONS:
+                return _OPERATIONS[type(node.op)](value(node.left, depth), value(node.right, depth))
+            case ast.Call() if depth < 20:
+                return value(node.args[0], depth + 1)
+        raise ValueError
 
     try:
-        value, end = total(0, 0)
-    except (ValueError, IndexError, ZeroDivisionError, RecursionError):
+        return value(ast.parse(_TOKENS.sub(in_python, expr), mode="eval").body, 0)
+    except (SyntaxError, ValueError, IndexError, ZeroDivisionError, RecursionError, MemoryError):
         return None
-    return value if end == len(tokens) else None
 
 
 ANNOTATION = re.compile(r"<<([^<>=\n]{1,200})=\s*([^<>=\n]{1,40})>>")
@@ -156,7 +159,8 @@ class Step:
     is_final: bool  # the line that states the final answer; its one "equation" has an empty expression
 
 
-def split_steps(y: str) -> list[Step]:
+@functools.lru_cache(4096)  # of one text several scores are made, and a reference has many attempts
+def split_steps(y: str) -> tuple[Step, ...]:
     """The non-empty lines of a solution as steps; `<<48/2=24>>` annotations are read, else plain `48 / 2 = 24`.
 
     >>> [(s.start, s.end, [(e, str(v)) for e, v in s.equations]) for s in split_steps("So <<2+3=5>>5.\\n#### 5")]
@@ -166,15 +170,12 @@ def split_steps(y: str) -> list[Step]:
     for m in re.finditer(r"[^\n]+", y):
         line = m.group()
         finals = final_answers(line)
-        if finals:
-            equations = tuple(("", value) for value in finals)
-        else:
-            pairs = ANNOTATION.findall(line) or _PLAIN_EQUATION.findall(line)
-            values = [(expr.strip(), numbers_in(value)) for expr, value in pairs]
-            equations = tuple((expr, value[0]) for expr, value in values if value)
+        pairs = [] if finals else ANNOTATION.findall(line) or _PLAIN_EQUATION.findall(line)
+        stated = [(expr.strip(), value) for expr, text in pairs for value in numbers_in(text)[:1]]
+        equations = tuple(("", value) for value in finals) or tuple(stated)
         if line.strip():
             steps.append(Step(m.start(), m.end(), equations, bool(finals)))
-    return steps
+    return tuple(steps)
 
 
 def equation_holds(expr: str, value: Fraction) -> bool:
@@ -195,8 +196,7 @@ def first_wrong_step(y: str, reference: str) -> int | None:
     whose value is none of the reference's values (each used once) is wrong too: from there on the attempt has left the
     path that leads to the answer. A right final answer by another path is not punished.
     """
-    steps = split_steps(y)
-    gold = split_steps(reference)
+    steps, gold = split_steps(y), split_steps(reference)
     left = Counter(value for step in gold for expr, value in step.equations if not step.is_final)
     gold_final = [step.equations[0][1] for step in gold if step.is_final]
     finals = [value for step in steps if step.is_final for _, value in step.equations]
@@ -215,16 +215,18 @@ def first_wrong_step(y: str, reference: str) -> int | None:
     return None
 
 
-def process_score(y: str, reference: str) -> float:
-    """Share of the steps that hold up to the first that does not (prefix form), in [0, 1].
+def grade_math(y: str, answer: str, reference: str) -> Verdict:
+    """The verdict on a solution: pass if its final answer is right; passed are its steps up to the first that does not
+    hold (prefix form).
 
-    The share is of the attempt's or the reference's steps, whichever are more, so neither stopping early nor padding
-    with true trivia pays. Prefix form because summed step rewards collapse training (https://arxiv.org/abs/2504.15275).
+    The total is that of the attempt's or the reference's steps, whichever are more, so neither stopping early nor
+    padding with true trivia pays. Prefix form because summed step rewards collapse training
+    (https://arxiv.org/abs/2504.15275).
     """
     steps, wrong = split_steps(y), first_wrong_step(y, reference)
-    held = sum(bool(step.equations) for step in steps[:wrong])
-    checkable, needed = (sum(bool(step.equations) for step in s) for s in (steps, split_steps(reference)))
-    return held / max(checkable, needed, 1)
+    checkable = lambda steps: sum(bool(step.equations) for step in steps)
+    total = max(checkable(steps), checkable(split_steps(reference)), 1)
+    return Verdict("pass" if score_math(y, answer) else "wrong", checkable(steps[:wrong]), total)
 
 
 def uptake(completion: str, y0: str, span: tuple[int, int] | None, reference: str) -> float:

@@ -10,16 +10,15 @@ import numpy as np
 import pytest
 
 from common.basics import (
+    TRACES,
     InputError,
-    count_trace,
     mean,
     normalize_x,
     parse_line,
     read_json,
-    reset_traces,
     round_up,
     sha256,
-    traces,
+    writable,
     write_atomic,
 )
 
@@ -85,13 +84,19 @@ def test_traces_are_counted_by_name():
 
     @jax.jit
     def double(x):
-        count_trace("double")
+        TRACES["double"] += 1
         return 2 * x
 
-    reset_traces()
+    TRACES.clear()
     for n in (3, 3, 4, 3):
         double(np.ones(n))
-    count_trace("other")
-    assert traces() == {"double": 2, "other": 1}
-    reset_traces()
-    assert traces() == {}
+    assert TRACES == {"double": 2}
+
+
+def test_a_writable_folder_is_made_and_others_are_named(tmp_path):
+    """Also below folders that are not there; a file in the way is one clear line, and no probe stays behind."""
+    made = writable(tmp_path / "a" / "b", "out")
+    assert made.is_dir() and not any(made.iterdir())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"^--out .*file/runs: cannot write there \(Not a directory\); choose another$"):
+        writable(tmp_path / "file" / "runs", "out")

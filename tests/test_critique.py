@@ -3,15 +3,13 @@
 pytest tests/test_critique.py
 """
 
-import contextlib
 import dataclasses
 import re
 
 import pytest
 from examples import ATTEMPTS, REFERENCE, SOLUTION, WRONG, X, code_quad, fenced
 
-from common.basics import InputError
-from common.critique import ORDINALS, check_critique, describe_call, redact, with_attempt, with_attempts, write_critique
+from common.critique import ORDINALS, check_critique, describe_call, redact, with_attempts, write_critique
 from common.prompts import revise_prompt
 from common.replay import Quadruple
 
@@ -55,9 +53,12 @@ def test_redact_leaves_no_number_and_no_step():
 
 PENS_RIGHT = "Buys <<2+3=5>>5 pens.\nGives <<5-1=4>>4 away.\n#### 4"
 PENS_WRONG = "Buys <<2+3=6>>6 pens.\nGives <<6-1=5>>5 away.\n#### 5"
-PENS = Quadruple(
-    "How many pens?", "old", "old f", PENS_RIGHT, {"answer": "4", "error_span": [0, 3], "y0_correct": True, "k": 1}
-)
+PENS_META = {"domain": "math", "answer": "4", "error_span": [0, 3], "y0_correct": True, "k": 1}
+PENS = Quadruple("How many pens?", "old", "old f", PENS_RIGHT, PENS_META)
+
+
+def with_attempt(q, y0, fits):
+    return with_attempts([q], [y0], fits)[0]
 
 
 def test_with_attempt():
@@ -66,7 +67,7 @@ def test_with_attempt():
     out = with_attempt(PENS, PENS_WRONG, lambda prompt: True)
     assert (out.x, out.y0, out.y1) == (PENS.x, PENS_WRONG, PENS_RIGHT)
     assert out.f == "The first step is wrong: 2+3 is not 6."
-    assert out.meta == {"answer": "4", "error_span": [0, PENS_WRONG.index("\n")], "y0_correct": False, "k": 1}
+    assert out.meta == {**PENS_META, "error_span": [0, PENS_WRONG.index("\n")], "y0_correct": False}
     right = with_attempt(PENS, PENS_RIGHT, lambda prompt: True)
     assert right.f == "No step is found wrong." and right.meta["y0_correct"] and right.meta["error_span"] is None
     assert dataclasses.asdict(PENS) == before
@@ -88,9 +89,9 @@ def test_with_attempt_ends_where_nothing_fits():
         calls.append(prompt)
         if len(calls) > 1000:
             pytest.fail("cuts for ever")
+        return False
 
-    with contextlib.suppress(InputError):
-        with_attempt(PENS, PENS_WRONG, fits)
+    assert with_attempt(PENS, PENS_WRONG, fits) == PENS
 
 
 # ---- programs -------------------------------------------------------------------------------------------------------

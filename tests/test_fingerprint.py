@@ -91,7 +91,7 @@ def copy_of_the_rooms(tmp_path, monkeypatch, room: str, old: str, new: str) -> N
     ("room", "old", "new"),
     [
         ("verifier", 'r"\\1/\\2"', 'r"\\2/\\1"'),
-        ("plans", 'return len(tests["asserts"]', 'return 1 + len(tests["asserts"]'),
+        ("plans", "starts = [0, ", "starts = [1, "),
         ("plans", "def flaw_of_tests(tests: Any)", "def flaw_of_tests(tests)"),
         ("rewards", "def step_rewards(", "def step_rewards( "),
         ("hosts", "def by_host(", "def by_host( "),

@@ -13,7 +13,7 @@ from common.mutants import count_statements
 from common.programs import grade
 from common.prompts import CODE_LINE
 from common.replay import Problem
-from common.verifier import process_score, score_math
+from common.verifier import Verdict, grade_math, score_math
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,8 @@ def test_fixtures_math(fixtures):
     for p in fixtures:
         assert max(int(n) for n in re.findall(r"\d+", p.x + p.reference)) <= 100
         assert score_math(p.reference, p.answer) == 1
-        assert process_score(p.reference, p.reference) == 1
+        n = len(p.reference.split("\n"))
+        assert grade_math(p.reference, p.answer, p.reference) == Verdict("pass", n, n)
 
 
 def test_fixtures_math_arithmetic_by_python(fixtures):

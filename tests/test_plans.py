@@ -10,10 +10,8 @@ import pytest
 from common.basics import InputError
 from common.plans import (
     bound_names,
-    count_tests,
     flaw_of_tests,
     joined,
-    one_test,
     parse_program,
     plan_tests,
     split_assert,
@@ -58,13 +56,8 @@ def test_flaw_of_tests(tests, flaw):
     assert flaw_of_tests(tests) == flaw
 
 
-def test_one_of_several_tests():
-    """It keeps what belongs to all of them."""
-    asserts = {"setup": "import math", "asserts": ["a", "b"]}
-    calls = {"fn_name": "f", "inputs": [[1], [2]], "outputs": [3, 4]}
-    assert count_tests(asserts) == count_tests(calls) == 2
-    assert one_test(asserts, 1) == {"setup": "import math", "asserts": ["b"]}
-    assert one_test(calls, 0) == {"fn_name": "f", "inputs": [[1]], "outputs": [3]}
+def test_joined():
+    """A list of lines is one text; a text stays as it is."""
     assert joined(["1 2", 3]) == "1 2\n3" and joined("1\n") == "1\n"
 
 

@@ -29,13 +29,13 @@ def test_a_program_cannot_widen_what_it_is_asked():
 def test_counts_and_the_first_failure():
     tests = {"asserts": ["assert f(1) == 1", "assert f(2) == 4", "assert f(3) == 9", "assert f(0) == 0"]}
     program = "def f(x):\n    if x == 2: raise ValueError('two')\n    return x * x if x < 3 else 8"
-    assert run_program(program, tests) == Verdict("crash", 2, 4, "test 1: raised ValueError: two")
+    assert run_program(program, tests) == Verdict("crash", 2, 4, "test 1: raised ValueError: two", 1)
 
 
 def test_a_timeout_keeps_what_passed_before():
     tests = {"asserts": ["assert f(1) == 1", "assert f(2) == 2", "assert f(3) == 3"]}
     verdict = run_program("def f(x):\n    while x == 2: pass\n    return x", tests, timeout_s=0.3)
-    assert verdict == Verdict("timeout", 1, 3, "test 1: took too long")
+    assert verdict == Verdict("timeout", 1, 3, "test 1: took too long", 1)
 
 
 # ---- stdin and calls ------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ pytest tests/test_sandbox.py
 import gc
 import os
 import pathlib
+import resource
 import signal
 import subprocess
 import sys
@@ -157,3 +158,22 @@ def test_ten_thousand_programs_leak_nothing():
     assert sandbox._sandboxes["programs"] is box and not survivors(box)
     assert [files for files, _ in after] == [files for files, _ in before]
     assert all(b - a < 20000 for (_, a), (_, b) in zip(before, after)), (before, after)
+
+
+@pytest.mark.usefixtures("confined")
+def test_a_slow_caller_with_many_open_files(monkeypatch):
+    """Descriptors above 1023, which select.select cannot take, of processes that are gone before they are read."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 2048:
+        pytest.skip("no more than 2047 open files allowed")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 2048), hard))
+    exchange = Sandbox._exchange
+    monkeypatch.setattr(Sandbox, "_exchange", lambda self, *rest: time.sleep(0.02) or exchange(self, *rest))
+    held = [os.open("/dev/null", os.O_RDONLY) for _ in range(1100)]
+    try:
+        pairs = [(f"import os\ndef f(x): os._exit({i})", VALUE(4)) for i in range(8)]
+        assert {v.outcome for v in run_programs(pairs, workers=8)} == {"crash"}
+    finally:
+        for fd in held:
+            os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -162,7 +162,7 @@ def test_one_step_is_aligned_and_every_test_problem_has_its_energy(space, monkey
 
 def test_tokens_are_those_computed(space, runs):
     """Of b3 the prompts and their completions; of b5 also y1 after the revise prompt, y0 and y1 after the attempt's."""
-    shapes = runs["b5"]["fingerprint"]["decode"]
+    (shapes, _) = (runs[out]["fingerprint"]["decode"] for out in ("b5", "b3"))
     b3, b5 = (metrics(run_dir(space, out, SCRIPT[out])) for out in ("b3", "b5"))
     for step, (one, other) in enumerate(zip(b3, b5), 1):
         assert one["charts/tokens"] == step * 4 * (shapes["P_revise"] + 4 * shapes["T"])

@@ -212,7 +212,7 @@ def test_the_hub_is_asked_without_data_dir(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fail)
     monkeypatch.setattr(datasets, "load_dataset", fail)
     for name in ("apps", "mbpp"):
-        with pytest.raises(InputError, match=f"{name}: no answer from the hub .OSError.; pass --data_dir"):
+        with pytest.raises(InputError, match=f"{name}: no answer from the hub .offline.; pass --data_dir"):
             get_task(name).load(None)
 
 
