@@ -157,7 +157,6 @@ def main(args: Args) -> dict:
     evaluator = cts.Evaluator(graphdef, tokenizer, replay["test"], shapes, mesh, dtype)
     validation = cts.Evaluator(graphdef, tokenizer, replay["val"], shapes, mesh, dtype)
     base = cts.base_report(base_dir, evaluator, base_params, replay["train"], B, G, args.temperature)
-    cts.TRACES.clear()
 
     # ---- loop -----------------------------------------------------------------------------------------------------
     identity = cts.run_identity(args, base_params, tokenizer, replay, shapes, dtype)

@@ -386,7 +386,6 @@ def main(args: Args) -> dict:
         return [dataclasses.replace(q, f=f_of(q)) for q in quads]
 
     base = cts.base_report(base_dir, evaluator, base_params, replay["train"], B, G, args.temperature)
-    cts.TRACES.clear()
 
     # ---- loop -----------------------------------------------------------------------------------------------------
     identity = cts.run_identity(args, base_params, tokenizer, replay, shapes, dtype)

@@ -20,7 +20,7 @@ import tyro
 from jax.experimental import multihost_utils
 
 from common.base import model_source
-from common.basics import InputError, sha256, writable, write_atomic
+from common.basics import TRACES, InputError, sha256, writable, write_atomic
 from common.checkpoints import check_save_hf, save_hf
 from common.evaluation import summarize
 from common.fingerprint import count_budgets
@@ -201,6 +201,7 @@ class Run:
         """(params, opt_state): opens W&B and goes on from the newest checkpoint, if there is one. `identity` is
         `run_identity`: a checkpoint made under another one is refused."""
         self.identity = identity
+        TRACES.clear()  # what was traced for the base is not the run's
         self._open_wandb({**dataclasses.asdict(self.args), "identity": identity})
         (params, opt_state), self.first_step = self._restore((params, opt_state))
         return params, opt_state
