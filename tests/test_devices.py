@@ -1,4 +1,7 @@
-"""One run on many devices: simulated meshes, several processes, a checkpoint that moves to another mesh."""
+"""One run on many devices: simulated meshes, several processes, a checkpoint that moves to another mesh.
+
+pytest tests/test_devices.py        (and with -m slow)
+"""
 
 import json
 import os

@@ -1,4 +1,7 @@
-"""Advantages, losses and the pieces of CTS: worked examples, numbers computed by hand, naive oracles in NumPy."""
+"""Advantages, losses and the pieces of CTS: worked examples, numbers computed by hand, naive oracles in NumPy.
+
+pytest tests/test_methods.py
+"""
 
 import functools
 import math

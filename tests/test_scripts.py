@@ -1,4 +1,7 @@
-"""The scripts from end to end on a tiny replay, and the rules they are written by."""
+"""The scripts from end to end on a tiny replay, and the rules they are written by.
+
+pytest tests/test_scripts.py        (and with -m slow)
+"""
 
 import ast
 import dataclasses
