@@ -22,9 +22,10 @@ PROGRAM = """
 import jax, json, sys
 sys.path.insert(0, "tests")
 import b5_cts, cts_common as cts, tiny
+from common.hosts import start_hosts
 tiny.install(setattr, dict.__setitem__)
 hosts, flags = json.loads(sys.argv[1])
-cts.start_hosts(hosts)
+start_hosts(hosts)
 if sys.argv[2:]:  # kill it as a scheduler would, once a checkpoint is there
     import os, signal
     save = cts.Run.save
