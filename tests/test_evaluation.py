@@ -5,10 +5,11 @@ pytest tests/test_evaluation.py
 
 import dataclasses
 import json
+import unicodedata
 
 import numpy as np
 import pytest
-from examples import META, QUAD, RECORDS, REFERENCE, WRONG, Y1, code_quad
+from examples import META, QUAD, RECORDS, REFERENCE, WRONG, Y1, code_quad, qwen
 
 from common.evaluation import credit_record, detector_auc, print_precheck, score_records, summarize
 
@@ -41,6 +42,19 @@ def test_credit_record_by_hand(byte_tokenizer):
     for span in (None, [0, 5]):  # nothing to find, and nothing to tell it from
         q = dataclasses.replace(q, meta={**META, "error_span": span})
         assert credit_record(byte_tokenizer, q, shift, ids) == nothing
+
+
+def test_credit_record_behind_a_normalizer():
+    """y0 decomposed, Qwen's NFC: the shift is down on the tokens of "wrong", and there it is looked for."""
+    y0 = unicodedata.normalize("NFD", "\u00e9\u00e9\u00e9\u00e9\u00e9 ") + "wrong step"
+    q = dataclasses.replace(QUAD, y0=y0, meta={**META, "error_span": [y0.index("wrong"), y0.index("wrong") + 5]})
+    tokenizer = qwen()
+    ids = tokenizer.encode(y0)
+    spelled = b"".join(tokenizer.bytes_V[i] for i in ids).decode()
+    before = np.cumsum([0, *(len(tokenizer.bytes_V[i]) for i in ids)])
+    at = len(spelled[: spelled.index("wrong")].encode())
+    shift = np.array([-2.0 if at <= start < at + 5 else 0.0 for start in before[:-1]])
+    assert credit_record(tokenizer, q, shift, ids) == {"credit_auc": 1.0, "credit_gap": 2.0}
 
 
 # ---- records --------------------------------------------------------------------------------------------------------
