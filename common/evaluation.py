@@ -107,7 +107,8 @@ class Evaluator:
                 began = time.perf_counter()
                 out = fetch(self._rollout(params, *batch, *how))
                 if first and not done:
-                    first((time.perf_counter() - began) / self.rows)
+                    with tqdm.external_write_mode():  # a line of its own, not behind the bar
+                        first((time.perf_counter() - began) / self.rows)
                 texts = decode_rows(self.tokenizer, out["tokens_MT"][:n], out["len_M"][:n])
                 done += [
                     {"text": t, "tokens": int(k), "truncated": bool(c)}
