@@ -53,6 +53,8 @@ class Args(cts.RunArgs):
     """peak AdamW learning rate, decayed linearly to 0 over the run"""
     micro_batch: int = 0
     """prompts per micro-batch; 0 = one per device on CPUs (what fits the cache is fastest), elsewhere all at once"""
+    eval_problems: int = 0
+    """problems of each evaluation, the first N of a fixed shuffled order; the pre-check takes no more; 0 = all"""
     # ---- DPO ----
     beta: float = 0.1
     """strength of the pull to the base: the inverse temperature of the implied reward (DPO)"""
@@ -154,8 +156,8 @@ def main(args: Args) -> dict:
         return params, opt_state, metrics
 
     # ---- base: what there is to improve ---------------------------------------------------------------------------
-    evaluator = cts.Evaluator(graphdef, tokenizer, replay["test"], shapes, mesh, dtype)
-    validation = cts.Evaluator(graphdef, tokenizer, replay["val"], shapes, mesh, dtype)
+    evaluator = cts.Evaluator(graphdef, tokenizer, replay["test"], shapes, mesh, dtype, args.eval_problems)
+    validation = cts.Evaluator(graphdef, tokenizer, replay["val"], shapes, mesh, dtype, args.eval_problems)
     base = cts.base_report(base_dir, evaluator, base_params, replay["train"], B, G, args.temperature)
 
     # ---- loop -----------------------------------------------------------------------------------------------------

@@ -53,6 +53,8 @@ class Args(cts.RunArgs):
     """peak AdamW learning rate, decayed linearly to 0 over the run"""
     micro_batch: int = 0
     """prompts per micro-batch; 0 = one per device on CPUs (what fits the cache is fastest), elsewhere all at once"""
+    eval_problems: int = 0
+    """problems of each evaluation, the first N of a fixed shuffled order; the pre-check takes no more; 0 = all"""
     # ---- GRPO ----
     adv_norm: Literal["center", "std"] = "center"
     """center = reward minus group mean (Dr. GRPO); std = also divided by the group's standard deviation (GRPO)"""
@@ -144,8 +146,7 @@ def main(args: Args) -> dict:
 
     # ---- parameters, optimizer, shardings -------------------------------------------------------------------------
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: cts.Decoder(cfg, nnx.Rngs(0))))
-    root = jax.random.key(args.seed)
-    rollout_key = jax.random.fold_in(root, cts.STREAM_ROLLOUT)
+    rollout_key = jax.random.fold_in(jax.random.key(args.seed), cts.STREAM_ROLLOUT)
     params = {"policy": jax.tree.map(jnp.copy, base_params)}  # a copy: the step donates its parameters
     # one optimizer per subtree, so that nothing but the policy's gradient enters the policy's clipping
     schedule = optax.linear_schedule(args.learning_rate, 0.0, args.steps)
@@ -204,8 +205,8 @@ def main(args: Args) -> dict:
         return params, opt_state, metrics
 
     # ---- base: what there is to improve ---------------------------------------------------------------------------
-    evaluator = cts.Evaluator(graphdef, tokenizer, replay["test"], shapes, mesh, dtype)
-    validation = cts.Evaluator(graphdef, tokenizer, replay["val"], shapes, mesh, dtype)
+    evaluator = cts.Evaluator(graphdef, tokenizer, replay["test"], shapes, mesh, dtype, args.eval_problems)
+    validation = cts.Evaluator(graphdef, tokenizer, replay["val"], shapes, mesh, dtype, args.eval_problems)
     base = cts.base_report(base_dir, evaluator, base_params, replay["train"], B, G, args.temperature)
 
     # ---- loop -----------------------------------------------------------------------------------------------------

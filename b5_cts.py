@@ -55,6 +55,8 @@ class Args(cts.RunArgs):
     """peak AdamW learning rate, decayed linearly to 0 over the run"""
     micro_batch: int = 0
     """prompts per micro-batch; 0 = one per device on CPUs (what fits the cache is fastest), elsewhere all at once"""
+    eval_problems: int = 0
+    """problems of each evaluation, the first N of a fixed shuffled order; the pre-check takes no more; 0 = all"""
     # ---- GRPO ----
     adv_norm: Literal["center", "std"] = "center"
     """center = reward minus group mean (Dr. GRPO); std = also divided by the group's standard deviation (GRPO)"""
@@ -289,11 +291,10 @@ def main(args: Args) -> dict:
 
     # ---- parameters, optimizer, shardings -------------------------------------------------------------------------
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: cts.Decoder(cfg, nnx.Rngs(0))))
-    root = jax.random.key(args.seed)
-    rollout_key = jax.random.fold_in(root, cts.STREAM_ROLLOUT)
+    rollout_key = jax.random.fold_in(jax.random.key(args.seed), cts.STREAM_ROLLOUT)
     params = {"policy": jax.tree.map(jnp.copy, base_params)}  # a copy: the step donates its parameters
     # CTS: the projection and the energy are trained beside the policy.
-    init_key = jax.random.fold_in(root, cts.STREAM_INIT)
+    init_key = jax.random.fold_in(jax.random.key(args.seed), cts.STREAM_INIT)
     critic_def, params["critic"] = nnx.split(Critic(cfg.d_model, nnx.Rngs(init_key)), nnx.Param)
     # one optimizer per subtree, so that nothing but the policy's gradient enters the policy's clipping
     schedule = optax.linear_schedule(args.learning_rate, 0.0, args.steps)
@@ -370,8 +371,8 @@ def main(args: Args) -> dict:
         return params, opt_state, metrics
 
     # ---- base: what there is to improve ---------------------------------------------------------------------------
-    evaluator = cts.Evaluator(graphdef, tokenizer, replay["test"], shapes, mesh, dtype)
-    validation = cts.Evaluator(graphdef, tokenizer, replay["val"], shapes, mesh, dtype)
+    evaluator = cts.Evaluator(graphdef, tokenizer, replay["test"], shapes, mesh, dtype, args.eval_problems)
+    validation = cts.Evaluator(graphdef, tokenizer, replay["val"], shapes, mesh, dtype, args.eval_problems)
     # CTS: the control arms of the critique; A6 takes the policy's greedy first attempts, a batch at a time.
     attempter = cts.Evaluator(graphdef, tokenizer, replay["train"][:B], shapes, mesh, dtype)
 
@@ -463,7 +464,7 @@ def main(args: Args) -> dict:
     records = evaluator(params["policy"])
     final = cts.summarize(records)
     # CTS: does the energy rise on the step that the critique points at?
-    energy_auc, test = [], replay["test"]
+    energy_auc, test = [], cts.first_problems(replay["test"], args.eval_problems)
     for i in cts.progress(range(0, len(test), B), desc="energies", unit="batch", leave=False):
         quads = [test[j % len(test)] for j in range(i, i + B)]  # the last batch is filled up
         batch = cts.pack_revise(tokenizer, quads, shapes)

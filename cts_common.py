@@ -60,7 +60,7 @@ from common.fingerprint import run_identity
 # base: what a run starts from: the nano base or a checkpoint
 from common.base import load_model
 # evaluation: the measurement that all methods share, and the pre-check of the base
-from common.evaluation import Evaluator, base_report, detector_auc, summarize
+from common.evaluation import Evaluator, base_report, detector_auc, first_problems, summarize
 # report: result.json, the summary, the curves
 # run: command line, run directory, W&B, checkpoints, signals, the clock
 from common.run import Run, RunArgs, StepClock, check_args, cli, open_out_dir, pick_dtype, reduce, rollout_metrics

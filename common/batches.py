@@ -40,8 +40,7 @@ def bucket(length: int, longest: int) -> int:
 
 def prompt_shape(tokenizer: Tokenizer, prompts: list[str], ids: list[str], limit: int) -> int:
     """The fixed P of a set of prompts: the longest in tokens, rounded up to 16; InputError if one exceeds the limit."""
-    frame = len(tokenizer.encode_prompt(""))
-    lengths = [len(e.ids) + frame for e in tokenizer.inner.encode_batch(prompts, add_special_tokens=False)]
+    lengths = [*map(len, tokenizer.encode_prompts(prompts))]
     longest = max(range(len(prompts)), key=lengths.__getitem__)
     if lengths[longest] > limit:
         raise InputError(
@@ -53,7 +52,7 @@ def prompt_shape(tokenizer: Tokenizer, prompts: list[str], ids: list[str], limit
 
 def pack_prompts(tokenizer: Tokenizer, prompts: list[str], P: int) -> dict[str, np.ndarray]:
     """Prompts as {"prompt" [B, P] (right-padded), "prompt_len" [B]}; none may be longer than P."""
-    ids = [tokenizer.encode_prompt(p) for p in prompts]
+    ids = tokenizer.encode_prompts(prompts)
     if max(map(len, ids)) > P:
         raise InputError(f"a prompt of {max(map(len, ids))} tokens does not fit the run's {P}")
     tokens_BP, len_B = right_pad(ids, P, tokenizer.pad_id)
@@ -110,9 +109,8 @@ def pack_trajectories(
         out["flagged"][b, : len(steps)] = [s.start < end and s.end > start for s in steps]
         text = revise_prompt(q.x, q.y0, q.f)
         at = revise_prompt(q.x, q.y0, "\0").index("\0")  # where f begins in the prompt
-        inner = slice(len(tokenizer.prompt_prefix), revise["prompt_len"][b] - len(tokenizer.prompt_suffix))
-        ids = revise["prompt"][b, inner].tolist()
-        out["f_tokens"][b, :, inner] = tokenizer.overlap(ids, text, [(at, at + len(q.f))])
+        ids = revise["prompt"][b, : revise["prompt_len"][b]].tolist()
+        out["f_tokens"][b, :, : len(ids)] = tokenizer.prompt_overlap(ids, text, [(at, at + len(q.f))])
     out["y1_tokens"] = length_mask(len_B, T)
     out["wrong"] = np.array([not q.meta["y0_correct"] for q in quads], np.float32)
     return out

@@ -11,7 +11,7 @@ import tokenizers
 
 from common.basics import InputError, read_json
 from common.hf_config import refuse_hf
-from common.tokenizer import Tokenizer
+from common.tokenizer import Frame, Tokenizer
 
 _CHAT_SENTINEL = "\ue000"  # private use: in no template
 _CHAT_DATE = datetime.datetime(2024, 7, 26)  # Llama 3's own default
@@ -117,7 +117,7 @@ def read_byte_level(path: pathlib.Path, vocab_size: int) -> tokenizers.Tokenizer
         refuse_hf(path, f"a tokenizer of {kinds[0]} with {kinds[1]} decoder (supported: byte-level BPE)")
     inner.no_padding()
     inner.no_truncation()
-    for probe in (" Ab  c\n\n\t12,345 = é’😀\r\n", "Ab"):
+    for probe in (" Ab  c\n\n\t12,345 = é’😀\r\n", "Ab", "10³ ½ ﬁ"):  # NFC may act; NFKC makes 103 of 10³
         if inner.decode(inner.encode(probe, add_special_tokens=False).ids) != probe:
             refuse_hf(path, "a tokenizer that does not give back the text it encodes (a normalizer, an added space)")
     top = max(inner.get_vocab(with_added_tokens=True).values())
@@ -127,6 +127,25 @@ def read_byte_level(path: pathlib.Path, vocab_size: int) -> tokenizers.Tokenizer
             " take both from one checkpoint"
         )
     return inner
+
+
+def frame_of(inner: tokenizers.Tokenizer, before: str, after: str, strip: bool) -> Frame:
+    """The frame of a chat template, `before` and `after` the message. Control tokens cut a text in pieces, and a piece
+    is tokenized as a whole: the message with the plain text up to the next control token on either side."""
+    added = inner.get_added_tokens_decoder()
+    encoded = inner.encode(before + _CHAT_SENTINEL + after, add_special_tokens=False)
+    ids, place = encoded.ids, encoded.offsets
+    control = [k for k, i in enumerate(ids) if i in added and added[i].special]
+    last = max((k for k in control if place[k][1] <= len(before)), default=None)
+    first = min((k for k in control if place[k][0] > len(before)), default=None)
+    return Frame(
+        prefix=() if last is None else tuple(ids[: last + 1]),
+        before=before if last is None else before[place[last][1] :],
+        after=after if first is None else after[: place[first][0] - len(before) - 1],
+        suffix=() if first is None else tuple(ids[first:]),
+        strip=strip,
+        eats=(last is not None and added[ids[last]].rstrip, first is not None and added[ids[first]].lstrip),
+    )
 
 
 def load_hf_tokenizer(directory: pathlib.Path, vocab_size: int) -> Tokenizer:
@@ -149,8 +168,7 @@ def load_hf_tokenizer(directory: pathlib.Path, vocab_size: int) -> Tokenizer:
     template, template_path = read_chat_template(directory, config)
     if template is None:
         plain, framed = inner.encode("0", add_special_tokens=False).ids, inner.encode("0").ids
-        prefix, suffix, strip = framed[: framed.index(plain[0])], [], False
+        frame = Frame(prefix=tuple(framed[: framed.index(plain[0])]))
     else:
-        before, after, strip = render_chat(template, special, template_path)
-        prefix, suffix = (inner.encode(text, add_special_tokens=False).ids for text in (before, after))
-    return Tokenizer(inner, pad, eos, tuple(ids), tuple(prefix), tuple(suffix), strip, vocab_size)
+        frame = frame_of(inner, *render_chat(template, special, template_path))
+    return Tokenizer(inner, pad, eos, tuple(ids), frame, vocab_size)

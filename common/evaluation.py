@@ -4,6 +4,8 @@ Used by all trainers."""
 import json
 import math
 import pathlib
+import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,7 +18,7 @@ from common.base import BASE_SEED
 from common.basics import STREAM_EVAL, mean, round_up, sha256, write_atomic
 from common.batches import bucket, decode_rows, pack_prompts, right_pad
 from common.fingerprint import sources_sha256
-from common.hosts import batch_shardings, broadcast, fetch, leads, put, say, shard_rule
+from common.hosts import batch_shardings, broadcast, fetch, leads, progress, put, say, shard_rule
 from common.model import Reading
 from common.prompts import attempt_prompt, revise_prompt
 from common.replay import Quadruple, replay_report, replay_sha256
@@ -41,10 +43,26 @@ def detector_auc(score_T: np.ndarray, label_T: np.ndarray) -> float | None:
     return float((diff > 0).mean() + 0.5 * (diff == 0).mean())
 
 
+def first_problems(quads: list[Quadruple], most: int) -> list[Quadruple]:
+    """The first `most` quadruples of a fixed shuffled order, as they stand in `quads`; all of them if `most` is 0. The
+    order is everybody's: more problems are these and others."""
+    order = np.random.default_rng((BASE_SEED, STREAM_EVAL)).permutation(len(quads))
+    return [quads[i] for i in sorted(order[: most or None])]
+
+
+def bar_over(total: int, desc: str):
+    """A progress bar over `total` problems, gone when they are done; none without a name."""
+    return tqdm(total=total, desc=desc, unit="problem", leave=False, disable=not (desc and leads()))
+
+
 class Evaluator:
     """Greedy first attempts and revisions of a fixed set of quadruples, and log-probs of their flawed attempts."""
 
-    def __init__(self, graphdef, tokenizer: Tokenizer, quads: list[Quadruple], shapes: dict[str, int], mesh, dtype):
+    def __init__(
+        self, graphdef, tokenizer: Tokenizer, quads: list[Quadruple], shapes: dict[str, int], mesh, dtype, most: int = 0
+    ):
+        """`most`: `--eval_problems`, which of `quads` are evaluated."""
+        self.most, quads = most, first_problems(quads, most)
         # short and long together would decode to the longest: rows that end together share a batch
         self.quads = sorted(quads, key=lambda q: (len(q.y1), q.meta["task_id"]))
         self.tokenizer, self.shapes, self.dtype = tokenizer, shapes, jnp.dtype(dtype).name
@@ -76,12 +94,21 @@ class Evaluator:
             batch = (some["prompt"][:, :narrow], some["prompt_len"], *(a[padded] for a in arrays))
             yield len(index), put(batch, self.by_row)
 
-    def complete(self, params, prompts: list[str], width: int, desc: str = "") -> list[dict[str, Any]]:
-        """Greedy completions: {"text", "tokens", "truncated"} per prompt; a progress bar if it gets a name."""
-        done = []
-        with tqdm(total=len(prompts), desc=desc, unit="problem", leave=False, disable=not (desc and leads())) as bar:
+    def complete(
+        self, params, prompts: list[str], width: int, desc: str = "", first: Callable[[float], None] | None = None
+    ) -> list[dict[str, Any]]:
+        """Greedy completions: {"text", "tokens", "truncated"} per prompt; a progress bar if it gets a name. `first` is
+        told the seconds a row of the first batch took, its compilation left out."""
+        done, how = [], (jax.random.key(0), 1, 1.0, True)
+        with bar_over(len(prompts), desc) as bar:
             for n, batch in self._batches(prompts, width):
-                out = fetch(self._rollout(params, *batch, jax.random.key(0), 1, 1.0, True))
+                if first and not done:
+                    self._rollout.lower(params, *batch, *how).compile()
+                began = time.perf_counter()
+                out = fetch(self._rollout(params, *batch, *how))
+                if first and not done:
+                    with tqdm.external_write_mode():  # a line of its own, not behind the bar
+                        first((time.perf_counter() - began) / self.rows)
                 texts = decode_rows(self.tokenizer, out["tokens_MT"][:n], out["len_M"][:n])
                 done += [
                     {"text": t, "tokens": int(k), "truncated": bool(c)}
@@ -96,8 +123,10 @@ class Evaluator:
         prompts = [attempt_prompt(q.x) for q in self.quads]
         tokens_BT, len_B = right_pad(ids, self.shapes["T_replay"], self.tokenizer.pad_id)
         rows = []
-        for n, batch in self._batches(prompts, self.shapes["P_attempt"], tokens_BT):
-            rows += list(fetch(self._logp(params, *batch))[:n])
+        with bar_over(len(ids), "log-probs") as bar:
+            for n, batch in self._batches(prompts, self.shapes["P_attempt"], tokens_BT):
+                rows += list(fetch(self._logp(params, *batch))[:n])
+                bar.update(n)
         return [row[:k] for row, k in zip(rows, len_B)], [t[:k] for t, k in zip(ids, len_B)]
 
     def sample(self, params, prompts: list[str], group: int, temperature: float, key) -> list[str]:
@@ -107,11 +136,11 @@ class Evaluator:
         out = fetch(self._rollout(params, *batch, key, group, temperature, False))
         return decode_rows(self.tokenizer, out["tokens_MT"], out["len_M"])
 
-    def __call__(self, params) -> list[dict[str, Any]]:
-        """One record per quadruple; once `base_logp` is known also how training moved each flawed attempt."""
-        attempts = self.complete(
-            params, [attempt_prompt(q.x) for q in self.quads], self.shapes["P_attempt"], "attempts"
-        )
+    def __call__(self, params, first: Callable[[float], None] | None = None) -> list[dict[str, Any]]:
+        """One record per quadruple; once `base_logp` is known also how training moved each flawed attempt. `first`: see
+        `complete`."""
+        prompts = [attempt_prompt(q.x) for q in self.quads]
+        attempts = self.complete(params, prompts, self.shapes["P_attempt"], "attempts", first)
         prompts = [revise_prompt(q.x, q.y0, q.f) for q in self.quads]
         revisions = self.complete(params, prompts, self.shapes["P_revise"], "revisions")
         records = score_records(self.quads, attempts, revisions)
@@ -196,7 +225,12 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-PRECHECK_N, PRECHECK_GROUPS = 200, 96
+PRECHECK_N, PRECHECK_GROUPS = 200, 96  # or --eval_problems, if that is less
+
+
+def precheck_size(most: int) -> tuple[int, int]:
+    """(problems, groups) of the pre-check under `--eval_problems`."""
+    return min(PRECHECK_N, most or PRECHECK_N), min(PRECHECK_GROUPS, most or PRECHECK_GROUPS)
 
 
 def precheck(evaluator: Evaluator, params, train, prompts: int, group: int, temperature: float) -> dict[str, float]:
@@ -205,11 +239,12 @@ def precheck(evaluator: Evaluator, params, train, prompts: int, group: int, temp
     Accuracy of y0, of the greedy revision with f and with f left out, the leak rate of f, and the share of groups whose
     sampled completions all score the same (they give no gradient), drawn `prompts` prompts at a time.
     """
-    index = np.random.default_rng((BASE_SEED, STREAM_EVAL)).permutation(len(train))[:PRECHECK_N]
+    n, groups = precheck_size(evaluator.most)
+    index = np.random.default_rng((BASE_SEED, STREAM_EVAL)).permutation(len(train))[:n]
     quads = [train[i] for i in index]
     key = jax.random.key(STREAM_EVAL)  # fixed, so that all seeds and methods share one report on the base
     std_n = []
-    for i in range(0, PRECHECK_GROUPS, prompts):
+    for i in progress(range(0, groups, prompts), desc="groups", unit="batch", leave=False):
         some = [quads[j % len(quads)] for j in range(i, i + prompts)]
         texts = evaluator.sample(params, [revise_prompt(q.x, q.y0, q.f) for q in some], group, temperature, key)
         scores_BG = outcome_scores(texts, some)
@@ -243,17 +278,28 @@ def print_precheck(check: dict[str, float]) -> None:
         )
 
 
+def say_ahead(seconds: float, evaluator: Evaluator, group: int) -> None:
+    """What the report on the base and the evaluation at the end will take, a row of a batch taking so many seconds."""
+    n, (n_check, groups) = len(evaluator.quads), precheck_size(evaluator.most)
+    took = lambda rows: "under a minute" if rows * seconds < 60 else f"about {math.ceil(rows * seconds / 60)} minutes"
+    say(
+        f"First a report on the base: {n} test problems and {n_check} training problems twice each, {groups} groups of"
+        f" {group} samples. By the first batch that takes {took(2 * n + 2 * n_check + groups * group)}, and the"
+        f" evaluation at the end {took(2 * n)}; --eval_problems N makes both shorter."
+    )
+
+
 def base_report(
     directory: pathlib.Path, evaluator: Evaluator, params, train, prompts: int, group: int, temperature: float
 ) -> dict[str, Any]:
     """{"summary", "precheck"} of the base: what there is to improve. Printed, cached beside the base under a key of all
     that the numbers depend on; from here on `evaluator` knows the base's log-probs."""
-    key = [prompts, group, temperature, evaluator.dtype, evaluator.shapes, evaluator.tokenizer.sha256()]
+    key = [prompts, group, temperature, evaluator.dtype, evaluator.shapes, evaluator.tokenizer.sha256(), evaluator.most]
     key += [replay_sha256(train), replay_sha256(evaluator.quads), sources_sha256("evaluation"), jax.default_backend()]
     path = directory / f"report_{sha256(json.dumps(key, sort_keys=True))[:16]}.json"
     text = broadcast(path.read_text() if leads() and path.is_file() else "")
     if not text:
-        summary = summarize(evaluator(params))
+        summary = summarize(evaluator(params, lambda seconds: say_ahead(seconds, evaluator, group)))
         report = {"summary": summary, "precheck": precheck(evaluator, params, train, prompts, group, temperature)}
         text = json.dumps(report, indent=1)
         if leads():

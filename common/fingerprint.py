@@ -61,7 +61,8 @@ def run_identity(args, base_params, tokenizer, replay, shapes, dtype) -> dict[st
         base_weights=weights_sha256(base_params), tokenizer=tokenizer.sha256(), templates=templates_sha256(),
         train_replay=replay_sha256(replay["train"]), test_replay=replay_sha256(replay["test"]),
         verifier=verifier_sha256(),
-        decode={"temperature": args.temperature, "dtype": jnp.dtype(dtype).name, "evaluation": "greedy", **shapes},
+        decode={"temperature": args.temperature, "dtype": jnp.dtype(dtype).name, "evaluation": "greedy",
+                "eval_problems": args.eval_problems, **shapes},
         revision_budget=1, planned_steps=args.steps,
     )  # fmt: skip
 

@@ -79,7 +79,9 @@ def print_summary(
 ) -> None:
     """The table a run ends with."""
     percent = lambda v: "     -" if v is None else f"{100 * v:5.1f}%"
-    print(f"\n{name}: {final['n']} test problems, greedy, last checkpoint")
+    n, total = final["n"], result["replay"]["test"]["quadruples"]
+    which = "" if n == total else f"the first {n} in a fixed shuffled order of "  # --eval_problems
+    print(f"\n{name}: {which}{total} test problems, greedy, last checkpoint")
     print(f"  {'':28}{'base':>8}{'trained':>10}{'change':>9}")
     rows = (
         ("revised accuracy", "accuracy_revised"), ("first-attempt accuracy", "accuracy"),

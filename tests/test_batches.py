@@ -4,9 +4,11 @@ pytest tests/test_batches.py
 """
 
 import copy
+import unicodedata
 
 import numpy as np
 import pytest
+import tokenizers
 from examples import TEXTS
 
 from common.basics import InputError
@@ -22,8 +24,9 @@ from common.batches import (
     prompt_shape,
     right_pad,
 )  # fmt: skip
-from common.prompts import attempt_prompt
+from common.prompts import attempt_prompt, revise_prompt
 from common.replay import Quadruple
+from common.tokenizer import Frame, Tokenizer
 
 
 def test_right_pad_and_length_mask():
@@ -123,11 +126,36 @@ def test_pack_trajectories_worked_example(byte_tokenizer):
 
 
 def test_a_prompts_frame_moves_the_critique(byte_tokenizer):
-    """With tokens of a chat frame around the prompt, f_tokens still lie on f."""
+    """With a chat frame around the prompt, of control tokens and of plain text, f_tokens still lie on f."""
     q = Quadruple("x", "2+3=6\n#### 6", "No.", "2+3=5\n#### 5", {"error_span": [0, 5], "y0_correct": False})
     shapes = {"P_attempt": 90, "P_revise": 170, "T_replay": 24}
     framed = copy.copy(byte_tokenizer)
-    framed.prompt_prefix, framed.prompt_suffix = [0, 0, 0], [0]
-    revise = pack_revise(framed, [q], shapes)
-    out = pack_trajectories(framed, [q], shapes, revise)
-    assert framed.decode([revise["prompt"][0][out["f_tokens"][0, 0] > 0].tolist()]) == ["No."]
+    frames = Frame((0, 0, 0), "", "", (0,)), Frame((0,), "user\n", "\n\nNo.", (0, 0)), Frame((), "No.", "No.", ())
+    for frame in frames:
+        framed.frame = frame
+        revise = pack_revise(framed, [q], shapes)
+        out = pack_trajectories(framed, [q], shapes, revise)
+        on = out["f_tokens"][0, 0] > 0
+        assert framed.decode([revise["prompt"][0][on].tolist()]) == ["No."]
+        at = revise_prompt(q.x, q.y0, "\0").index("\0") + len(frame.prefix) + len(frame.before)
+        assert np.flatnonzero(on).tolist() == [at, at + 1, at + 2]
+
+
+@pytest.mark.parametrize("normalizer", [None, tokenizers.normalizers.NFC()])
+def test_decomposed_text_moves_no_span(byte_tokenizer, normalizer):
+    """Qwen's NFC makes texts shorter: steps, f and what f points at stay on their words."""
+    inner = tokenizers.Tokenizer.from_str(byte_tokenizer.inner.to_str())
+    if normalizer is not None:
+        inner.normalizer = normalizer
+    tokenizer, nfd = Tokenizer(inner), lambda text: unicodedata.normalize("NFD", text)
+    y0, y1 = nfd("Zoé a 2 cafés.\n2+3=6\n#### 6"), nfd("Zoé a 2 cafés.\n2+3=5\n#### 5")
+    at = y0.index("2+3=6")
+    q = Quadruple(nfd("Où ?"), y0, nfd("Zoé se trompe."), y1, {"error_span": [at, at + 5], "y0_correct": False})
+    shapes = {"P_attempt": 120, "P_revise": 220, "T_replay": 48}
+    revise = pack_revise(tokenizer, [q], shapes)
+    out = pack_trajectories(tokenizer, [q], shapes, revise)
+    spelled = lambda tokens, on: unicodedata.normalize("NFD", tokenizer.decode([tokens[on > 0].tolist()])[0])
+    assert spelled(revise["prompt"][0], out["f_tokens"][0, 0]) == q.f
+    for name, text in (("y0", y0), ("y1", y1)):
+        assert [spelled(out[name][0], on) for on in out[f"{name}_steps"][0, :3]] == text.split("\n")
+    assert out["flagged"][0, :4].tolist() == [0, 1, 0, 0]

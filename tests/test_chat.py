@@ -11,6 +11,7 @@ import tokenizers
 from examples import GOLDEN, IDS, edit, load_tokenizer, qwen, refused
 
 from common.chat import load_hf_tokenizer
+from common.tokenizer import Frame
 
 
 def test_prompt_ids_equal_transformers(golden_copy):
@@ -21,8 +22,52 @@ def test_prompt_ids_equal_transformers(golden_copy):
         for text, ids in IDS[name]:
             assert tokenizer.encode_prompt(text) == ids, name
     bos = llama.inner.token_to_id("<|begin_of_text|>")
-    assert (llama.prompt_prefix, llama.prompt_suffix, llama.strip) == ([bos], [], False)
+    assert llama.frame == Frame(prefix=(bos,))
     assert qwen().decode([IDS["qwen2"][1][1]]) == [IDS["decoded"]]
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama3"])
+def test_plain_text_of_a_frame_joins_the_message(golden_copy, name):
+    """Line breaks of a frame and of a message are one token where transformers makes them one."""
+    directory = golden_copy(name)
+    joined = 0
+    for template, prompts in IDS["frames"][name]:
+        (directory / "chat_template.jinja").write_text(template)
+        tokenizer = load_tokenizer(directory)
+        for text, ids in prompts:
+            assert tokenizer.encode_prompt(text) == ids, (template, text)
+            prefix, before, after, suffix, *_ = tokenizer.frame
+            parts = (before, text.strip() if tokenizer.frame.strip else text, after)
+            joined += [*prefix, *(i for part in parts for i in tokenizer.encode(part)), *suffix] != ids
+    assert joined  # it matters
+
+
+BESIDE = "{{ '<|im_start|>' + A + messages[0]['content'] + B + '<|im_end|>' + '\n<|im_start|>a' }}"
+
+
+@pytest.mark.parametrize(("left", "right"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(("a", "b"), [("''", "''"), ("'\n'", "' '"), ("' \n'", "''"), ("'u:\n'", "'\n\n.'")])
+def test_control_tokens_that_eat_whitespace(golden_copy, left, right, a, b):
+    """AddedToken's rstrip and lstrip, some checkpoints' way: what stands beside such a token goes with it, the
+    message's whitespace too. Expected: what the library makes of the rendered text."""
+    directory = golden_copy("qwen2")
+    spec = json.loads((directory / "tokenizer.json").read_text())
+    for token in spec["added_tokens"]:
+        token["rstrip"] |= left and token["content"] == "<|im_start|>"
+        token["lstrip"] |= right and token["content"] == "<|im_end|>"
+    (directory / "tokenizer.json").write_text(json.dumps(spec))
+    (directory / "chat_template.jinja").write_text(BESIDE.replace("A", a).replace("B", b))
+    tokenizer = load_tokenizer(directory)
+    library = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    a, b = (part.strip("'").replace("\\n", "\n") for part in (a, b))
+    for text in ("2+2", " \n2+2\n", "2+2\n\n ", " ", ""):
+        rendered = f"<|im_start|>{a}{text}{b}<|im_end|>\n<|im_start|>a"
+        ids = library.encode(rendered, add_special_tokens=False).ids
+        assert tokenizer.encode_prompt(text) == ids, text
+        if "2" in text:
+            at = text.index("2")
+            on = tokenizer.prompt_overlap(ids, text, [(at, at + 3)])[0]
+            assert tokenizer.decode([[i for i, here in zip(ids, on) if here]])[0].strip() == "2+2"
 
 
 def test_special_tokens_in_a_problem_stay_text():
@@ -30,9 +75,10 @@ def test_special_tokens_in_a_problem_stay_text():
     tokenizer = qwen()
     special = {i for i, token in tokenizer.inner.get_added_tokens_decoder().items() if token.special}
     assert tokenizer.encode(text) == ids and not special & set(ids)
-    prefix, suffix = tokenizer.prompt_prefix, tokenizer.prompt_suffix
-    assert special & set(prefix) and special & set(suffix)
-    assert tokenizer.encode_prompt(text) == [*prefix, *ids, *suffix]
+    prefix, before, after, suffix, *_ = tokenizer.frame
+    assert prefix[-1] == tokenizer.inner.token_to_id("<|im_start|>") and suffix[0] == tokenizer.eos_id
+    assert (before, after) == ("user\n", "")
+    assert tokenizer.encode_prompt(text) == [*prefix, *tokenizer.encode(before), *ids, *suffix]
     assert tokenizer.decode([ids]) == [text]
 
 
@@ -89,7 +135,7 @@ def test_tokenizer_hash_covers_ends_and_frame(golden_copy):
     edit(directory / "tokenizer_config.json", chat_template=template.replace("assistant", "user"))
     other_suffix = load_tokenizer(directory)
     hashes = {t.sha256() for t in (again, other_end, other_prefix, other_suffix)}
-    assert len(hashes) == 4 and other_prefix.prompt_suffix == other_end.prompt_suffix
+    assert len(hashes) == 4 and other_prefix.frame.suffix == other_end.frame.suffix
 
 
 CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
@@ -111,17 +157,16 @@ def test_chat_template_environment(golden_copy, template, before, after):
     directory = golden_copy("qwen2")
     (directory / "chat_template.jinja").write_text(template)  # goes before tokenizer_config.json's
     tokenizer = load_tokenizer(directory)
-    assert tokenizer.decode([tokenizer.prompt_prefix, tokenizer.prompt_suffix]) == [before, after]
-    assert tokenizer.strip == ("trim" in template)
+    assert tokenizer.frame == Frame((), before, after, (), "trim" in template)
     padded = tokenizer.decode([tokenizer.encode_prompt("\n x ")])[0]
-    assert padded == before + ("x" if tokenizer.strip else "\n x ") + after
+    assert padded == before + ("x" if tokenizer.frame.strip else "\n x ") + after
 
 
 def test_chat_template_list_uses_default(golden_copy):
     directory = golden_copy("qwen2")
     path = directory / "tokenizer_config.json"
     edit(path, chat_template=[{"name": "tool_use", "template": "T"}, {"name": "default", "template": CHAT}])
-    assert load_tokenizer(directory).prompt_suffix == qwen().encode("[a]")
+    assert load_tokenizer(directory).frame.after == "[a]"
     edit(path, chat_template=[{"name": "tool_use", "template": "T"}])
     refused(lambda: load_tokenizer(directory), str(directory), "default")
 
@@ -154,6 +199,18 @@ def lower_case():
     return inner
 
 
+def compatibility():
+    inner = tokenizers.Tokenizer.from_file(str(GOLDEN / "qwen2" / "tokenizer.json"))
+    inner.normalizer = tokenizers.normalizers.NFKC()  # 10³ would be read as 103
+    return inner
+
+
+def decomposing():
+    inner = tokenizers.Tokenizer.from_file(str(GOLDEN / "qwen2" / "tokenizer.json"))
+    inner.normalizer = tokenizers.normalizers.Sequence([tokenizers.normalizers.NFC(), tokenizers.normalizers.NFD()])
+    return inner
+
+
 def added_space():
     inner = tokenizers.Tokenizer.from_file(str(GOLDEN / "qwen2" / "tokenizer.json"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True)
@@ -167,6 +224,8 @@ def added_space():
         (word_level, "WordLevel"),
         (sentencepiece_like, "Sequence"),
         (lower_case, "give back"),
+        (compatibility, "give back"),
+        (decomposing, "give back"),
         (added_space, "give back"),
     ],
 )

@@ -4,13 +4,25 @@ pytest tests/test_evaluation.py
 """
 
 import dataclasses
+import itertools
 import json
+import types
+import unicodedata
 
 import numpy as np
 import pytest
-from examples import META, QUAD, RECORDS, REFERENCE, WRONG, Y1, code_quad
+from examples import META, QUAD, RECORDS, REFERENCE, WRONG, Y1, code_quad, math_quad, qwen
 
-from common.evaluation import credit_record, detector_auc, print_precheck, score_records, summarize
+from common.evaluation import (
+    credit_record,
+    detector_auc,
+    first_problems,
+    precheck_size,
+    print_precheck,
+    say_ahead,
+    score_records,
+    summarize,
+)
 
 
 # ---- credit localization --------------------------------------------------------------------------------------------
@@ -43,6 +55,19 @@ def test_credit_record_by_hand(byte_tokenizer):
         assert credit_record(byte_tokenizer, q, shift, ids) == nothing
 
 
+def test_credit_record_behind_a_normalizer():
+    """y0 decomposed, Qwen's NFC: the shift is down on the tokens of "wrong", and there it is looked for."""
+    y0 = unicodedata.normalize("NFD", "\u00e9\u00e9\u00e9\u00e9\u00e9 ") + "wrong step"
+    q = dataclasses.replace(QUAD, y0=y0, meta={**META, "error_span": [y0.index("wrong"), y0.index("wrong") + 5]})
+    tokenizer = qwen()
+    ids = tokenizer.encode(y0)
+    spelled = b"".join(tokenizer.bytes_V[i] for i in ids).decode()
+    before = np.cumsum([0, *(len(tokenizer.bytes_V[i]) for i in ids)])
+    at = len(spelled[: spelled.index("wrong")].encode())
+    shift = np.array([-2.0 if at <= start < at + 5 else 0.0 for start in before[:-1]])
+    assert credit_record(tokenizer, q, shift, ids) == {"credit_auc": 1.0, "credit_gap": 2.0}
+
+
 # ---- records --------------------------------------------------------------------------------------------------------
 def test_score_records():
     """Every kept figure of one evaluated quadruple."""
@@ -71,6 +96,33 @@ def test_evaluation_leaves_out_what_was_not_scored(broken_harness):
     assert figures == pytest.approx([2, 1.0, 1 / 3])
     assert (summary["delta_critique"], summary["wrong_to_right"], summary["right_to_wrong"]) == (1.0, 1.0, None)
     json.dumps(summary, allow_nan=False)
+
+
+# ---- how many problems ----------------------------------------------------------------------------------------------
+def test_first_problems():
+    """Fixed, shuffled, each a part of the next; 0, and more than there are, is all, as it stands."""
+    quads = [math_quad(i) for i in range(50)]
+    some = {n: first_problems(quads, n) for n in (1, 8, 20, 49)}
+    for few, more in itertools.pairwise(some):
+        assert len(some[few]) == few and all(q in some[more] for q in some[few])
+    assert some[20] == [q for q in quads if q in some[20]] != quads[:20]
+    assert some[8] == first_problems(list(quads), 8)
+    assert first_problems(quads, 0) == first_problems(quads, 50) == first_problems(quads, 999) == quads
+
+
+@pytest.mark.parametrize(("most", "size"), [(0, (200, 96)), (32, (32, 32)), (150, (150, 96)), (1000, (200, 96))])
+def test_precheck_size(most, size):
+    assert precheck_size(most) == size
+
+
+def test_say_ahead(capsys):
+    """605 problems, nothing set: 2 * 605 + 2 * 200 + 96 * 8 rows, of which the last evaluation has 2 * 605."""
+    say_ahead(0.5, types.SimpleNamespace(quads=[None] * 605, most=0), 8)
+    out = capsys.readouterr().out
+    assert "605 test problems and 200 training problems twice each, 96 groups of 8" in out
+    assert "about 20 minutes, and the evaluation at the end about 11 minutes; --eval_problems" in out
+    say_ahead(0.5, types.SimpleNamespace(quads=[None] * 16, most=16), 4)
+    assert "about 2 minutes, and the evaluation at the end under a minute" in capsys.readouterr().out
 
 
 # ---- summary --------------------------------------------------------------------------------------------------------

@@ -165,7 +165,7 @@ def test_what_trains_or_reports_is_not_the_verifier(tmp_path, monkeypatch):
 
 # ---- runs -----------------------------------------------------------------------------------------------------------
 IDENTITY = dict(params=WEIGHTS, replay={"train": [QUAD], "test": [OTHER]}, shapes={"P_revise": 64, "T": 32}, steps=50,
-                temperature=0.7, dtype=np.float32)  # fmt: skip
+                temperature=0.7, eval_problems=0, dtype=np.float32)  # fmt: skip
 BUDGETS = dict(steps=50, B=8, G=8, shapes={"P_revise": 64, "T": 32}, n_test=10)
 
 
@@ -178,12 +178,13 @@ BUDGETS = dict(steps=50, B=8, G=8, shapes={"P_revise": 64, "T": 32}, n_test=10)
         dict(shapes={"P_revise": 64, "T": 33}),
         dict(steps=51),
         dict(temperature=0.8),
+        dict(eval_problems=1),
         dict(dtype=np.float16),
     ],
 )
 def test_identity_changes_with_what_was_loaded(byte_tokenizer, changes):
-    def identity(params, steps, temperature, **rest):
-        args = types.SimpleNamespace(steps=steps, temperature=temperature)
+    def identity(params, steps, temperature, eval_problems, **rest):
+        args = types.SimpleNamespace(steps=steps, temperature=temperature, eval_problems=eval_problems)
         return run_identity(args, params, byte_tokenizer, **rest)["digest"]
 
     assert identity(**{**IDENTITY, **changes}) != identity(**IDENTITY) == identity(**IDENTITY)

@@ -29,7 +29,7 @@ def test_print_summary(capsys, tmp_path):
     base = summarize(RECORDS[:2])
     final = summarize([{**r, "revised": 1.0} for r in RECORDS[:2]])
     result = {"timings": {"total": 61.4, "step": 2.0, "rollout": 1.25, "score": 0.25, "update": 0.5},
-              "fingerprint": {"digest": "0123456789abcdef" * 4}}  # fmt: skip
+              "fingerprint": {"digest": "0123456789abcdef" * 4}, "replay": {"test": {"quadruples": 2}}}  # fmt: skip
     print_summary("b9__own__s1", tmp_path, result, base, final)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.strip().splitlines()]
     assert lines == [
@@ -46,3 +46,6 @@ def test_print_summary(capsys, tmp_path):
         "time: 61 s in all; a step 2.00 s (rollout 1.25, score 0.25, update 0.50)",
         f"fingerprint 0123456789abcdef; result.json, metrics.jsonl, curves.png in {tmp_path}",
     ]
+    result["replay"]["test"]["quadruples"] = 605  # and --eval_problems 2
+    print_summary("b9__own__s1", tmp_path, result, base, final)
+    assert "b9__own__s1: the first 2 in a fixed shuffled order of 605 test problems, greedy" in capsys.readouterr().out

@@ -163,6 +163,33 @@ def test_one_step_is_aligned_and_every_test_problem_has_its_energy(space, monkey
     assert len(seen) == result["summary"]["n"] == 24
 
 
+@pytest.mark.parametrize("script, N", [("b0_sft", 5), ("b5_cts", 7)])  # two reports on the base
+def test_eval_problems_bounds_every_evaluation(space, runs, capsys, script, N):
+    """The base's report, pre-check, validation, the evaluation at the end, b5's energies; and nothing of training."""
+    whole = runs[script[:2]]
+    capsys.readouterr()
+    result = run(space, script, "few", eval_problems=N, eval_every=3)
+    out = capsys.readouterr().out
+    assert f"{N} test problems and {N} training problems twice each, {N} groups of 4" in out
+    assert f"Pre-check of the base on {N} training problems" in out and "of 8.\n" in out  # two batches of 4 prompts
+    assert f"the first {N} in a fixed shuffled order of 24 test problems" in out
+    assert result["summary"]["n"] == result["base"]["n"] == len(result["records"]) == result["precheck"]["n"] == N
+    old, new = whole["fingerprint"], result["fingerprint"]
+    assert (new["decode"]["eval_problems"], new["test_compute_budget"]) == (N, old["test_compute_budget"] * N // 24)
+    assert {k for k in old if old[k] != new[k]} == {"decode", "test_compute_budget", "digest"}
+    before = {r["task_id"]: r for r in whole["records"]}
+    credit = lambda r: {k: v for k, v in r.items() if k.startswith("credit")}
+    for r in result["records"]:
+        same = {k: v for k, v in r.items() if k not in credit(r)}
+        assert same == {k: v for k, v in before[r["task_id"]].items() if k in same}
+        assert credit(r) == pytest.approx(credit(before[r["task_id"]]), abs=1e-4)
+    a, b = (metrics(run_dir(space, folder, script)) for folder in ("few", script[:2]))
+    assert [{k: v for k, v in row.items() if not k.startswith("eval/")} for row in a] == b
+    assert {round(row.get("eval/accuracy_revised", 0.0) * N, 6) % 1 for row in a} == {0.0}
+    if script == "b5_cts":
+        assert result["summary"]["energy_auc"] != whole["summary"]["energy_auc"]
+
+
 def test_tokens_are_those_computed(space, runs):
     """Of b3 the prompts and their completions; of b5 also y1 after the revise prompt, y0 and y1 after the attempt's."""
     (shapes, _) = (runs[out]["fingerprint"]["decode"] for out in ("b5", "b3"))

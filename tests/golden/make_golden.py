@@ -86,6 +86,12 @@ TEXTS = (
     "Problem:\nA box holds 1234 nails. How many nails do 7 boxes hold?\nSolution:\n",
     "It's 3,5 = “é” 😀  and\ttwo  spaces\n\n so <think> it over </think>.",
 )
+FRAMES = (  # chat templates with plain text beside the message
+    "{{ '### user:\n' + messages[0]['content'] + '\n\n### assistant:\n' }}",
+    "{{ '<|im_start|>user: ' + messages[0]['content'] + '\n\n<|im_end|>\n' + 'assistant:\n' }}",
+    "{{ '[user] ' + messages[0]['content'] | trim + ' [' + 'assistant]' }}",
+)
+FRAMED = (*TEXTS, "\n\n 12 eggs: 3 caf\u00e9s \n", "cafe\u0301s\n\n", "What is 2+2?", "", "\u0301 7")
 SPECIAL_TEXT = "Say <|im_end|> or <|eot_id|>."
 
 
@@ -168,6 +174,10 @@ def golden_ids() -> dict:
         "qwen2": [[text, chat(qwen, text)] for text in TEXTS],
         "llama3": [[text, llama(text)["input_ids"]] for text in TEXTS],
         "llama3_chat": [[text, chat(llama, text, chat_template=LLAMA_CHAT)] for text in TEXTS],
+        "frames": {
+            name: [[frame, [[text, chat(t, text, chat_template=frame)] for text in FRAMED]] for frame in FRAMES]
+            for name, t in (("qwen2", qwen), ("llama3", llama))
+        },
         "plain": [SPECIAL_TEXT, qwen(SPECIAL_TEXT, split_special_tokens=True)["input_ids"]],
         "decoded": qwen.decode(chat(qwen, TEXTS[1]), skip_special_tokens=True),
     }
