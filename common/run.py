@@ -311,12 +311,10 @@ class Run:
             parts = ocp.args.Composite(state=state, identity=ocp.args.JsonRestore())
             saved = self.checkpoints.restore(step, args=parts)
         except Exception as e:
-            raise InputError(
-                f"--save_hf: checkpoint {step} in {self.dir} cannot be read ({type(e).__name__}); remove result.json"
-                " there, and --resume trains again from the one before"
-            ) from None
+            what = f"--save_hf: checkpoint {step} in {self.dir} cannot be read ({type(e).__name__})"
+            raise InputError(f"{what}; remove result.json there, and --resume goes on from the one before") from None
         if saved["identity"]["tokenizer"] != tokenizer.sha256():
-            raise InputError(f"--save_hf: {self.dir} was trained with another tokenizer; give the model it began with")
+            raise InputError(f"--save_hf: {self.dir} was trained with another tokenizer; restore replay and --model")
         return saved["state"][0]["policy"]
 
     def stop_if_asked(self, step: int, state) -> None:

@@ -22,6 +22,8 @@ import time
 import traceback
 from typing import Any
 
+from tqdm import tqdm
+
 from common.basics import write_atomic
 
 # What is tried, one after the other; bare is offline without any WANDB_* variable, for one of them may be the trouble.
@@ -104,14 +106,16 @@ class Tracker:
 
     def _hear(self, ended: int | None) -> None:
         """Print the lines that came; `ended`: the exit code of W&B's process, None while it lives."""
-        print((self.process.stdout.read() or b"").decode(errors="replace"), end="", flush=True)
+        lines = (self.process.stdout.read() or b"").decode(errors="replace")
+        if lines:
+            tqdm.write(lines, end="")  # beside the bar, not into it
         if ended not in (None, 0, TOLD):
             self._lost(f"its process ended ({f'signal {-ended}' if ended < 0 else f'exit code {ended}'})")
         if ended is not None:
             self.process = None
 
     def _lost(self, why: str) -> None:
-        print(
+        tqdm.write(
             f"W&B: {why}; what it lacks is in {self.directory / 'metrics.jsonl'}, which has every line; W&B's own files"
             f" are in {self.directory / 'wandb'}"
         )
@@ -148,7 +152,7 @@ class Attempt:
         self.directory, self.modes, self.failures, self.exit_code = directory, modes, failures, exit_code
         self.deadline, self.started = None, False
         self.about = json.loads((directory / "wandb" / "about.json").read_text())
-        self.lock = threading.Lock()
+        self.lock, self.environment = threading.Lock(), dict(os.environ)  # W&B adds to the latter
         threading.Thread(target=self._watch, daemon=True).start()
 
     def fail(self, why: str) -> None:
@@ -160,14 +164,15 @@ class Attempt:
         failures = "; ".join(filter(None, (self.failures, f"{self.modes[0]} failed ({why})")))
         if self.modes[1:]:
             arguments = [str(self.directory), " ".join(self.modes[1:]), failures, self.exit_code]
-            os.execv(sys.executable, [sys.executable, "-m", "common.tracking", *arguments])
+            command = [sys.executable, "-m", "common.tracking", *arguments]
+            os.execve(sys.executable, command, self.environment)
         tell(f"{failures}: it gets nothing more of this run; metrics.jsonl in {self.directory} has every line")
         os._exit(TOLD)
 
     @contextlib.contextmanager
     def within(self, seconds: float, what: str):
         """Fail if the block takes longer."""
-        self.what, self.deadline = f"{what} took more than {seconds} s", time.monotonic() + seconds
+        self.what, self.deadline = f"no answer in time when {what}", time.monotonic() + seconds
         yield
         self.deadline = None
 
@@ -193,7 +198,7 @@ class Attempt:
         self.started = True
         if self.failures:
             folder = pathlib.Path(run.settings.sync_dir)
-            tell(f"{self.failures}: all of it is logged offline, into {folder}; `wandb sync {folder}` sends it")
+            tell(f"{self.failures}: all of it is logged offline; `wandb sync {folder}` sends it")
         rows, samples = (Lines(self.directory / name, size) for name, size in self.about["sizes"].items())
         ended = False
         while not ended:
