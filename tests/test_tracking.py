@@ -243,13 +243,10 @@ def meet(directory: pathlib.Path, monkeypatch, fault: str, exit_code: int = 0) -
 FUNCTIONS = ("import", "init", "define_metric", "log", "add_file", "log_artifact", "finish")
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        *(f"{name} Error" for name in FUNCTIONS), "import ImportError", "init OSError", "init ValueError",
-        "init TimeoutError", "init SystemExit", "init KeyboardInterrupt", "log BrokenPipeError", "log MemoryError",
-    ],  # fmt: skip
-)
+WAYS = ["ImportError", "OSError", "ValueError", "TimeoutError", "SystemExit", "KeyboardInterrupt", "MemoryError"]
+
+
+@pytest.mark.parametrize("fault", [*(f"{name} Error" for name in FUNCTIONS), *(f"init {way}" for way in WAYS)])
 def test_whatever_raises_all_goes_offline(tmp_path, clean, capsys, fault):
     """And one line says so."""
     assert meet(tmp_path, clean, fault) == "offline: 0 1 2 other exit=0 "
