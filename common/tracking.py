@@ -80,7 +80,7 @@ class Tracker:
                     stdout=subprocess.PIPE, stderr=log, start_new_session=True,
                 )  # fmt: skip
             os.set_blocking(self.process.stdout.fileno(), False)
-        except (OSError, ValueError) as e:
+        except Exception as e:  # no W&B is worth a run
             self._lost(f"not started ({reason(e)})")
 
     def look(self) -> None:
