@@ -381,8 +381,9 @@ def test_killed_and_resumed_is_bit_identical(space, script):
     """SIGKILL after a step and half-way through a save (b3: after four steps); it ends as one that was never killed."""
     module = importlib.import_module(script)
     flags = dict(tiny.flags(module), steps=8, save_every=1, replay=str(space / "replay"), resume=True)
-    for name in ("never", "killed"):
+    for name in ("base", "never", "killed"):
         (space / name).mkdir(exist_ok=True)
+    for name in ("never", "killed"):
         if not (space / name / "base").exists():
             (space / name / "base").symlink_to(space / "base")
     module.main(module.Args(**flags, out_dir=str(space / "never")))
