@@ -85,7 +85,7 @@ def dpo_loss(logp_B2, ref_logp_B2, beta: float):
 def main(args: Args) -> dict:
     # ---- checks, data, model --------------------------------------------------------------------------------------
     cts.check_args(args, "beta")
-    cts.open_out_dir(args.out_dir, args.save_hf)
+    cts.open_out_dir(args)
     mesh, dtype = cts.make_mesh(args.mesh), cts.pick_dtype(args.dtype)
     n_micro = cts.count_micro_batches(mesh, args.prompts, args.micro_batch)
     if args.group % 2:
@@ -98,7 +98,7 @@ def main(args: Args) -> dict:
     n_pairs = M // 2  # of a step
     run = cts.Run(args, __file__)
     if run.finished:
-        return run.result()
+        return run.result(cfg, base_params, tokenizer)
 
     # ---- parameters, optimizer, shardings -------------------------------------------------------------------------
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: cts.Decoder(cfg, nnx.Rngs(0))))

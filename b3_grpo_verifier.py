@@ -132,7 +132,7 @@ def main(args: Args) -> dict:
     cts.check_args(args, clip_low=1)
     # VERIFIER: step-level credit needs steps that can be checked one by one.
     cts.check_step_credit(args.task, args.process_credit)
-    cts.open_out_dir(args.out_dir, args.save_hf)
+    cts.open_out_dir(args)
     mesh, dtype = cts.make_mesh(args.mesh), cts.pick_dtype(args.dtype)
     n_micro = cts.count_micro_batches(mesh, args.prompts, args.micro_batch)
     replay = cts.load_replay(args.task, args.replay, args.data_dir, args.unsafe_sandbox)
@@ -142,7 +142,7 @@ def main(args: Args) -> dict:
     B, G, M, T = args.prompts, args.group, args.prompts * args.group, shapes["T"]
     run = cts.Run(args, __file__)
     if run.finished:
-        return run.result()
+        return run.result(cfg, base_params, tokenizer)
 
     # ---- parameters, optimizer, shardings -------------------------------------------------------------------------
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: cts.Decoder(cfg, nnx.Rngs(0))))

@@ -114,7 +114,7 @@ def k3_kl(logp_MT, ref_logp_MT, mask_MT, denom):
 def main(args: Args) -> dict:
     # ---- checks, data, model --------------------------------------------------------------------------------------
     cts.check_args(args, clip_low=1)
-    cts.open_out_dir(args.out_dir, args.save_hf)
+    cts.open_out_dir(args)
     mesh, dtype = cts.make_mesh(args.mesh), cts.pick_dtype(args.dtype)
     n_micro = cts.count_micro_batches(mesh, args.prompts, args.micro_batch)
     replay = cts.load_replay(args.task, args.replay, args.data_dir, args.unsafe_sandbox)
@@ -124,7 +124,7 @@ def main(args: Args) -> dict:
     B, G, M, T = args.prompts, args.group, args.prompts * args.group, shapes["T"]
     run = cts.Run(args, __file__)
     if run.finished:
-        return run.result()
+        return run.result(cfg, base_params, tokenizer)
 
     # ---- parameters, optimizer, shardings -------------------------------------------------------------------------
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: cts.Decoder(cfg, nnx.Rngs(0))))

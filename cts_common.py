@@ -62,5 +62,7 @@ from common.base import load_model
 # evaluation: the measurement that all methods share, and the pre-check of the base
 from common.evaluation import Evaluator, base_report, detector_auc, first_problems, summarize
 # report: result.json, the summary, the curves
-# run: command line, run directory, W&B, checkpoints, signals, the clock
+# locks: one process at a time in a run's directory
+# tracking: W&B, in a process of its own that cannot stop a run
+# run: command line, run directory, checkpoints, signals, the clock
 from common.run import Run, RunArgs, StepClock, check_args, cli, open_out_dir, pick_dtype, reduce, rollout_metrics

@@ -1,5 +1,5 @@
-"""Run plumbing: command line, run directory, W&B, metrics.jsonl, Orbax checkpoints, signals, the clock. Used by all
-scripts."""
+"""Run plumbing: command line, run directory and its lock, metrics.jsonl, Orbax checkpoints, signals, the clock. Used by
+all scripts."""
 
 import dataclasses
 import gc
@@ -7,7 +7,6 @@ import json
 import math
 import os
 import pathlib
-import re
 import signal
 import sys
 import time
@@ -24,11 +23,13 @@ from common.basics import TRACES, InputError, sha256, writable, write_atomic
 from common.checkpoints import check_save_hf, save_hf
 from common.evaluation import summarize
 from common.fingerprint import count_budgets
-from common.hosts import leads, on_leader, progress, say, start_hosts
+from common.hosts import broadcast, leads, on_leader, progress, say, start_hosts
+from common.locks import lock, unlock
 from common.prompts import revise_prompt
 from common.replay import Quadruple
 from common.report import make_result, plot_curves, print_summary
 from common.rewards import format_valid
+from common.tracking import STOP_WAIT, Tracker, wandb_mode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,17 +94,17 @@ def cli(main, args_type):
         sys.exit(2)
 
 
-def open_out_dir(out_dir: str, save_hf_dir: str | None = None) -> None:
-    """Make sure `out_dir` can be written and that nothing is at `save_hf_dir` yet. Compiled programs are kept in
-    `out_dir`, so that the next run starts at once."""
+def open_out_dir(args: RunArgs) -> None:
+    """Make sure `--out_dir` can be written and that nothing is at `--save_hf` yet (with --resume it may be the run's
+    own; `Run` knows). Compiled programs are kept in `--out_dir`, so that the next run starts at once."""
 
     def check():
-        if save_hf_dir:
-            check_save_hf(pathlib.Path(save_hf_dir))
-        writable(out_dir, "out_dir")
+        if args.save_hf and not args.resume:
+            check_save_hf(pathlib.Path(args.save_hf))
+        writable(args.out_dir, "out_dir")
 
     on_leader(check)
-    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(out_dir).absolute() / "xla_cache"))
+    cache = os.environ.get("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(args.out_dir).absolute() / "xla_cache"))
     jax.config.update("jax_compilation_cache_dir", cache)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
@@ -134,17 +135,9 @@ def reduce(sums: dict[str, tuple]) -> dict[str, float]:
     return {name: float(total) / max(float(count), 1e-9) for name, (total, count) in sums.items()}
 
 
-def wandb_mode(flag: str) -> str:
-    """`auto`: WANDB_MODE if it is set, else online where a key is known, else offline. Never asks a question."""
-    if flag != "auto":
-        return flag
-    netrc = pathlib.Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
-    known = bool(os.environ.get("WANDB_API_KEY")) or (netrc.is_file() and "api.wandb.ai" in netrc.read_text())
-    return os.environ.get("WANDB_MODE") or ("online" if known else "offline")
-
-
 class Run:
-    """One run's directory and all that is written to it: metrics.jsonl, W&B, checkpoints/, result.json, curves.png."""
+    """One run's directory and all that is written to it: metrics.jsonl, samples.jsonl, checkpoints/, result.json,
+    curves.png, and what W&B writes. One process at a time holds its lock."""
 
     def __init__(self, args, script: str):
         """`script`: the file of the method, which names it."""
@@ -161,16 +154,21 @@ class Run:
         self.checkpoints = ocp.CheckpointManager(self.dir / "checkpoints", options=options)
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._on_signal)
-        self.wandb = None
 
     def _open(self, settings: dict[str, Any]) -> None:
-        """Make the directory; InputError if it holds another run, or none where --resume asks for one."""
-        if self.dir.exists() and not self.args.resume:
-            what = "has finished" if (self.dir / "result.json").is_file() else "has not finished"
-            raise InputError(f"{self.dir} is there already and {what}: add --resume, or choose another --out_dir")
+        """Make and lock the directory; InputError if another process holds it, if it holds another run, or none where
+        --resume asks for one."""
         if self.args.resume and not self.dir.exists():
             self._refuse_other_flags(settings)
-        (self.dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        if self.args.save_hf and not self._exported():
+            check_save_hf(pathlib.Path(self.args.save_hf))
+        self.dir.mkdir(parents=True, exist_ok=True)
+        lock(self.dir / "lock")
+        if (self.dir / "args.json").is_file() and not self.args.resume:
+            unlock(self.dir / "lock")
+            what = "has finished" if self.finished else "has not finished"
+            raise InputError(f"{self.dir} is there already and {what}: add --resume, or choose another --out_dir")
+        (self.dir / "checkpoints").mkdir(exist_ok=True)
         write_atomic(self.dir / "args.json", json.dumps(settings, indent=1))
 
     def _refuse_other_flags(self, settings: dict[str, Any]) -> None:
@@ -190,61 +188,66 @@ class Run:
 
     @property
     def finished(self) -> bool:
+        """Whether it is trained and measured; `result` then makes what else it was asked for."""
         return (self.dir / "result.json").is_file()
 
-    def result(self) -> dict[str, Any]:
-        """What a finished run wrote."""
+    def result(self, cfg, like, tokenizer) -> dict[str, Any]:
+        """What a finished run wrote. Before it, the checkpoint of `--save_hf`, if that is missing, of the last
+        checkpoint here; `like`: parameters whose shapes and layout the policy's are."""
+        result = json.loads((self.dir / "result.json").read_text())
+        self._export(cfg, lambda: self._restore_policy(like, tokenizer), tokenizer)
         say(f"{self.name} has finished already: {self.dir / 'result.json'}")
-        return json.loads((self.dir / "result.json").read_text())
+        unlock(self.dir / "lock")
+        return result
+
+    def _exported(self) -> bool:
+        """Whether what is at `--save_hf` is this run's export."""
+        record, target = self.dir / "exports", pathlib.Path(self.args.save_hf).absolute()
+        ours = record.is_file() and str(target) in record.read_text().splitlines()
+        return ours and (target / "config.json").is_file()
+
+    def _export(self, cfg, policy, tokenizer) -> None:
+        """Make the checkpoint of `--save_hf`, if it was asked for and is not there, of what `policy()` returns."""
+
+        def announce():  # it appears whole, and by then has to be known as this run's
+            check_save_hf(target)
+            with open(self.dir / "exports", "a", encoding="utf-8") as f:
+                f.write(f"{target.absolute()}\n")
+
+        if self.args.save_hf and not broadcast("there" if leads() and self._exported() else ""):
+            target = pathlib.Path(self.args.save_hf)
+            on_leader(announce)
+            save_hf(target, cfg, policy(), tokenizer, model_source(self.args.model))
 
     def start(self, identity: dict[str, Any], params, opt_state):
-        """(params, opt_state): opens W&B and goes on from the newest checkpoint, if there is one. `identity` is
+        """(params, opt_state): goes on from the newest checkpoint, if there is one, and opens W&B. `identity` is
         `run_identity`: a checkpoint made under another one is refused."""
         self.identity = identity
         TRACES.clear()  # what was traced for the base is not the run's
-        self._open_wandb({**dataclasses.asdict(self.args), "identity": identity})
         (params, opt_state), self.first_step = self._restore((params, opt_state))
+        mode, config = wandb_mode(self.args.wandb), {**dataclasses.asdict(self.args), "identity": identity}
+        about = dict(name=self.name, job_type=self.method, config=config)
+        self.tracker = Tracker(self.dir, mode if leads() else "disabled", **about)
         return params, opt_state
 
-    def _open_wandb(self, config: dict[str, Any]) -> None:
-        """Open W&B (offline where nobody is logged in); its run id lives in the directory, so a resumed run goes on."""
-        import wandb
-
-        mode, id_file = wandb_mode(self.args.wandb) if leads() else "disabled", self.dir / "wandb_id"
-        if leads() and not id_file.is_file():
-            write_atomic(id_file, f"{self.name[:100]}__{os.urandom(3).hex()}".replace("/", "-"))
-        wandb_settings = wandb.Settings(silent=True, console="off", init_timeout=60)
-        common = dict(
-            project="cts", name=self.name, id=id_file.read_text() if leads() else None, resume="allow",
-            dir=str(self.dir), config=config, job_type=self.method, group=os.environ.get("WANDB_RUN_GROUP"),
-            settings=wandb_settings,
-        )  # fmt: skip
-        try:
-            self.wandb = wandb.init(mode=mode, **common)
-        except wandb.errors.Error as e:
-            print(f"W&B {mode} failed ({type(e).__name__}); logging offline into {self.dir}")
-            self.wandb = wandb.init(mode="offline", **common)
-        self.wandb.define_metric("*", step_metric="step")
-
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """One line of metrics.jsonl and one W&B call for one step."""
-        if not leads():
-            return
-        row = {"step": step, **metrics}
-        with open(self.dir / "metrics.jsonl", "a", encoding="utf-8") as f:
-            f.write(json.dumps(row) + "\n")
-        self.wandb.log(row)
+        """One line of metrics.jsonl for one step."""
+        self._append("metrics.jsonl", [{"step": step, **metrics}])
+        self.tracker.look()
 
     def log_samples(self, quads: list[Quadruple], texts: list[str], rewards, step: int) -> None:
-        """A small W&B table: the first completion of every prompt and its reward."""
-        import wandb
+        """The first completion of every prompt and its reward, into samples.jsonl."""
+        rows = [
+            dict(step=step, prompt=revise_prompt(q.x, q.y0, q.f)[:2000], completion=text[:2000], reward=float(r))
+            for q, text, r in zip(quads, texts, rewards)
+        ]
+        self._append("samples.jsonl", rows)
 
-        if not leads():
-            return
-        table = wandb.Table(columns=["step", "prompt", "completion", "reward"])
-        for q, text, reward in zip(quads, texts, rewards):
-            table.add_data(step, revise_prompt(q.x, q.y0, q.f)[:2000], text[:2000], float(reward))
-        self.wandb.log({"samples": table, "step": step})
+    def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
+        """Lines at the end of one of the two files that W&B's process follows."""
+        if leads():
+            with open(self.dir / name, "a", encoding="utf-8") as f:
+                f.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def save(self, step: int, state) -> None:
         """Checkpoint after `step` finished steps: parameters, optimizer and the run's identity. Data order and PRNG are
@@ -261,11 +264,11 @@ class Run:
         removed. InputError if none can be read, or if the checkpoint was made under another identity: it names the
         fields that changed.
         """
-        abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
         as_args, done, damaged = self._ocp.args, 0, []
+        abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, state)
+        parts = as_args.Composite(state=as_args.StandardRestore(abstract), identity=as_args.JsonRestore())
         for step in sorted(self.checkpoints.all_steps(), reverse=True):
             try:
-                parts = as_args.Composite(state=as_args.StandardRestore(abstract), identity=as_args.JsonRestore())
                 saved = self.checkpoints.restore(step, args=parts)
             except Exception as e:  # a cut-off data file makes Orbax raise plain Exception
                 reason = " ".join(str(e).split())[:80]
@@ -287,14 +290,32 @@ class Run:
             self.checkpoints.delete(step)
         if damaged:
             gc.collect()  # ends the coroutines that Orbax leaves behind now, not inside ast.parse (a CPython 3.11 bug)
-        on_leader(self._truncate_metrics, done)
+        on_leader(self._truncate, done)
         return state, done
 
-    def _truncate_metrics(self, step: int) -> None:
-        path = self.dir / "metrics.jsonl"
-        if path.is_file():
-            whole = [line for line in path.read_text().splitlines() if line.endswith("}")]
-            write_atomic(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] < step))
+    def _truncate(self, step: int) -> None:
+        for path in (self.dir / "metrics.jsonl", self.dir / "samples.jsonl"):
+            if path.is_file():
+                whole = [line for line in path.read_text().split("\n") if line.endswith("}")]
+                write_atomic(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] < step))
+
+    def _restore_policy(self, like, tokenizer):
+        """The trained policy of a finished run, and nothing else of its last checkpoint; InputError if that cannot be
+        read, or is of another tokenizer."""
+        ocp, step = self._ocp, self.args.steps
+        try:
+            shape = ocp.PyTreeCheckpointer().metadata(self.dir / "checkpoints" / str(step) / "state")
+            item = jax.tree.map(lambda _: ocp.PLACEHOLDER, shape.item_metadata.tree)
+            item[0]["policy"] = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+            state = ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item))
+            parts = ocp.args.Composite(state=state, identity=ocp.args.JsonRestore())
+            saved = self.checkpoints.restore(step, args=parts)
+        except Exception as e:
+            what = f"--save_hf: checkpoint {step} in {self.dir} cannot be read ({type(e).__name__})"
+            raise InputError(f"{what}; remove result.json there, and --resume goes on from the one before") from None
+        if saved["identity"]["tokenizer"] != tokenizer.sha256():
+            raise InputError(f"--save_hf: {self.dir} was trained with another tokenizer; restore replay and --model")
+        return saved["state"][0]["policy"]
 
     def stop_if_asked(self, step: int, state) -> None:
         """After SIGTERM or SIGUSR1: save, mark the W&B run preempting, exit with 128 + signal (schedulers requeue). The
@@ -304,15 +325,15 @@ class Run:
             number = int(multihost_utils.process_allgather(np.int32(number)).max())
         if number:
             self.save(step, state)
-            self.wandb.mark_preempting()
-            self.wandb.finish(exit_code=128 + number)
+            self.tracker.close(128 + number, STOP_WAIT)
+            unlock(self.dir / "lock")
             say(f"stopped by signal {number} after step {step}; continue with --resume")
             sys.exit(128 + number)
 
     def check_finite(self, metrics: dict[str, float], step: int, ids: list[str]) -> None:
         """Stop on a NaN or infinite loss or gradient, naming the step, the batch and the last good checkpoint."""
         if not (math.isfinite(metrics["losses/loss"]) and math.isfinite(metrics["losses/grad_norm"])):
-            self.wandb.finish(exit_code=1)
+            self.tracker.close(1)
             good = max(self.checkpoints.all_steps(), default=None)
             raise FloatingPointError(
                 f"loss or gradient is not finite at step {step} (batch {', '.join(ids)});"
@@ -343,31 +364,20 @@ class Run:
         self.stop_if_asked(done, state)
 
     def finish(self, replay, shapes, base, records, final, clock, trained) -> dict[str, Any]:
-        """The result of a run: result.json (written last, atomically) and curves.png, also sent to W&B, the summary in
-        print, and the checkpoint of `--save_hf`, made of `trained`: (config, policy, tokenizer)."""
+        """The result of a run: curves.png and result.json (written last, atomically), the summary in print, the
+        checkpoint of `--save_hf`, made of `trained`: (config, policy, tokenizer); at the end, a while for W&B."""
         steps, B, G = self.first_step + clock.steps, self.args.prompts, self.args.group
         budgets, timings = count_budgets(steps, B, G, shapes, len(records)), clock.summary()
         result = make_result(self.args, self.method, self.identity, budgets, replay, base, records, final, timings)
         if leads():
-            self._write(result, base["summary"], final)
-        self.wandb.finish()
-        if leads():
+            plot_curves(self.dir, base["summary"], final)
+            write_atomic(self.dir / "result.json", json.dumps(result, indent=1))
             print_summary(self.name, self.dir, result, base["summary"], final)
-        if self.args.save_hf:
-            save_hf(self.args.save_hf, *trained, model_source(self.args.model))
+        cfg, policy, tokenizer = trained
+        self._export(cfg, lambda: policy, tokenizer)
+        self.tracker.close(0)
+        unlock(self.dir / "lock")
         return result
-
-    def _write(self, result: dict[str, Any], base: dict[str, Any], final: dict[str, Any]) -> None:
-        import wandb
-
-        plot_curves(self.dir, base, final)
-        write_atomic(self.dir / "result.json", json.dumps(result, indent=1))
-        self.wandb.summary.update({f"eval/{k}": v for k, v in final.items() if isinstance(v, float)})
-        self.wandb.summary["fingerprint"] = result["fingerprint"]["digest"]
-        self.wandb.log({"curves": wandb.Image(str(self.dir / "curves.png"))})
-        artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "-", self.name)[:120], type="result")
-        artifact.add_file(str(self.dir / "result.json"))
-        self.wandb.log_artifact(artifact)
 
 
 class StepClock:

@@ -5,6 +5,8 @@ And no test asks the network. Then the fixtures that several test files share.""
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
@@ -45,6 +47,38 @@ def golden_copy(tmp_path):
         return pathlib.Path(shutil.copytree(GOLDEN / name, tmp_path / name))
 
     return make
+
+
+# ---- commands ------------------------------------------------------------------------------------------------------
+@pytest.fixture(scope="session")
+def command(tmp_path_factory):
+    """A function that starts b2_grpo.py as a user does, `command(*flags, **variables)`, on a tiny checkpoint and a tiny
+    replay; `command.out` is its --out_dir. Runs differ in their --seed and share the report on the base."""
+    import tiny
+
+    import teacher
+    from common.base import nano_base
+    from common.making import load_replay
+
+    folder = tmp_path_factory.mktemp("command")
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.install(patch.setattr, patch.setitem)
+        teacher.main(teacher.Args(out=str(folder / "replay"), limit=24))
+        replay = load_replay("fixtures_math", str(folder / "replay"), None, "refuse")
+        model = nano_base("fixtures_math", replay["train"], str(folder / "base"))
+    settings = tiny.FLAGS | dict(model=model, replay=folder / "replay", out_dir=folder / "runs", group=2, steps=2)
+    given = [text for name, value in settings.items() if name != "wandb" for text in (f"--{name}", str(value))]
+
+    def start(*flags: str, **variables: str) -> subprocess.Popen:
+        env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+        env |= {"JAX_COMPILATION_CACHE_DIR": str(folder / "xla_cache"), **variables}
+        return subprocess.Popen(
+            [sys.executable, "b2_grpo.py", *given, *flags], cwd=pathlib.Path(__file__).parents[1], env=env, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+
+    start.out = folder / "runs"
+    return start
 
 
 # ---- programs -------------------------------------------------------------------------------------------------------

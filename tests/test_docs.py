@@ -124,7 +124,7 @@ MAP = re.findall(r"^# (?!ruff)(\w+): \S.*$", (ROOT / "cts_common.py").read_text(
 CROSS = ("devices", "docs", "methods", "scripts")  # tests of the scripts, of whole runs and of the pages
 WITHOUT_JAX = (
     "basics", "prompts", "verifier", "sandbox_server", "plans", "sandbox", "programs", "replay", "critique", "fixtures",
-    "tasks", "tokenizer", "mistakes", "mutants", "batches",
+    "tasks", "tokenizer", "mistakes", "mutants", "batches", "locks", "tracking",
 )  # fmt: skip
 
 

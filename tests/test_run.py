@@ -1,4 +1,4 @@
-"""Flags, W&B's mode, sums and the metrics of a rollout; whole runs are in tests/test_scripts.py.
+"""Flags, sums, the metrics of a rollout, the export of a finished run; whole runs are in tests/test_scripts.py.
 
 pytest tests/test_run.py
 """
@@ -23,34 +23,8 @@ import b5_cts
 import teacher
 from common.basics import InputError
 from common.report import read_metrics
-from common.run import check_args, reduce, rollout_metrics, wandb_mode
+from common.run import check_args, reduce, rollout_metrics
 from common.tasks import TASKS
-
-
-@pytest.mark.parametrize(
-    ("flag", "env", "netrc", "mode"),
-    [
-        ("auto", {}, None, "offline"),
-        ("auto", {}, "machine api.wandb.ai login user password x", "online"),
-        ("auto", {}, "machine example.org login user password x", "offline"),
-        ("auto", {"WANDB_API_KEY": "x"}, None, "online"),
-        ("auto", {"WANDB_API_KEY": ""}, None, "offline"),
-        ("auto", {"WANDB_API_KEY": "x", "WANDB_MODE": "disabled"}, None, "disabled"),
-        ("auto", {"WANDB_MODE": "online"}, None, "online"),
-        ("offline", {"WANDB_API_KEY": "x", "WANDB_MODE": "online"}, None, "offline"),
-        ("disabled", {}, None, "disabled"),
-    ],
-)
-def test_wandb_mode(monkeypatch, tmp_path, flag, env, netrc, mode):
-    """The flag first, then WANDB_MODE, then whether a key is known."""
-    for name in ("WANDB_API_KEY", "WANDB_MODE"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in env.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    if netrc:
-        (tmp_path / "netrc").write_text(netrc)
-    assert wandb_mode(flag) == mode
 
 
 def test_reduce():

@@ -6,6 +6,7 @@ pytest tests/test_scripts.py        (and with -m slow)
 import ast
 import dataclasses
 import difflib
+import gc
 import glob
 import importlib
 import json
@@ -410,8 +411,9 @@ def test_killed_and_resumed_is_bit_identical(space, script):
     """SIGKILL after a step and half-way through a save (b3: after four steps); it ends as one that was never killed."""
     module = importlib.import_module(script)
     flags = dict(tiny.flags(module), steps=8, save_every=1, replay=str(space / "replay"), resume=True)
-    for name in ("never", "killed"):
+    for name in ("base", "never", "killed"):
         (space / name).mkdir(exist_ok=True)
+    for name in ("never", "killed"):
         if not (space / name / "base").exists():
             (space / name / "base").symlink_to(space / "base")
     module.main(module.Args(**flags, out_dir=str(space / "never")))
@@ -484,6 +486,60 @@ def test_resume_with_another_flag_names_it(space, runs):
     (space / "flag" / whole.name / "result.json").unlink()
     with pytest.raises(InputError, match=r"--temperature 0.7 \(now 0.9\)"):
         run(space, "b3_grpo_verifier", "flag", resume=True, temperature=0.9)
+
+
+def exported(folder):
+    """{leaf name: array} of a checkpoint in the Hugging Face layout."""
+    params = cts.load_hf_weights(folder, cts.read_hf_config(folder), cts.make_mesh("auto"))
+    return {f"policy/{name}": np.asarray(leaf) for name, leaf in leaf_names(params).items()}
+
+
+def test_a_finished_run_makes_the_export_that_is_missing(space, runs, capsys):
+    """Of its last checkpoint, where and as often as it is asked for; what is there already stays."""
+    assert runs["b5"]
+    whole = run_dir(space, "b5", "b5_cts")
+    copy = space / "late" / whole.name
+    shutil.copytree(whole, copy)
+    policy = {name: leaf for name, leaf in checkpoint(copy)["params"].items() if name.startswith("policy/")}
+    for folder in (space / "export", space / "another", space / "export"):
+        result = run(space, "b5_cts", "late", resume=True, save_hf=str(folder))
+        assert result == json.loads((whole / "result.json").read_text())
+        assert "has finished already" in capsys.readouterr().out
+        weights = exported(folder)
+        assert weights.keys() == policy.keys()
+        for name in policy:
+            np.testing.assert_array_equal(weights[name], policy[name], err_msg=name)
+        written = (folder / "config.json").stat().st_mtime_ns
+        run(space, "b5_cts", "late", resume=True, save_hf=str(folder))
+        assert (folder / "config.json").stat().st_mtime_ns == written
+        shutil.rmtree(folder)
+    (space / "foreign").mkdir()
+    (space / "foreign" / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="exists and is not empty"):
+        run(space, "b5_cts", "late", resume=True, save_hf=str(space / "foreign"))
+    (copy / "checkpoints" / "3" / "state" / "manifest.ocdbt").write_bytes(b"")
+    with pytest.raises(InputError, match=r"^--save_hf: checkpoint 3 in .* cannot be read .*remove result.json there"):
+        run(space, "b5_cts", "late", resume=True, save_hf=str(folder))
+    gc.collect()  # where a run ends here, this process goes on: see `Run._restore`
+
+
+def test_an_end_cut_off_before_the_export_is_made_up_for(space, monkeypatch, capsys):
+    """By then the result is written and shown."""
+    flags = dict(save_hf=str(space / "cut_off_export"), steps=2)
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("common.run.save_hf", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(space, "b0_sft", "cut_off", **flags)
+    assert "24 test problems, greedy, last checkpoint" in capsys.readouterr().out
+    assert (run_dir(space, "cut_off", "b0_sft") / "result.json").is_file()
+    run(space, "b0_sft", "cut_off", resume=True, **flags)
+    end = checkpoint(run_dir(space, "cut_off", "b0_sft"))["params"]
+    for name, leaf in exported(space / "cut_off_export").items():
+        np.testing.assert_array_equal(leaf, end[name], err_msg=name)
 
 
 def test_not_finite_stops_with_step_and_batch(space, monkeypatch):
