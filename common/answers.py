@@ -69,18 +69,25 @@ def without_thinking(completion: str) -> str:
     return "".join([*kept, " " * (len(completion) - at) if depth else completion[at:]])
 
 
+def _line_before(text: str, at: int) -> str:
+    """The end of what stands on the line before a place; short, so that many places cost no more than the text."""
+    return text[max(0, at - 40) : at].rpartition("\n")[2]
+
+
 def _behind_hashes(text: str) -> Iterator[_Place]:
     """Of each `####`: what stands behind it, or on the line below where that is nothing, or "Final answer:"."""
     before = 0
     for m in _HASHES.finditer(text):
         again, before = before and "\n" not in text[before : m.start()], m.end()
         start, content, labelled = m.start(1), m[1].partition("</answer>")[0], False
+        if tag := re.match(r"\s*<answer>", content):
+            start, content = start + tag.end(), content[tag.end() :]
         if _LABEL.fullmatch(content):
             if again:  # the mark that closes a heading
                 continue
             labelled, below = _WORDS.match(content), _NEXT_LINE.match(text, m.end())
             start, content = (m.end(), "") if below[1].startswith("#") else (below.start(1), below[1])
-        at_line_start = not text[text.rfind("\n", 0, m.start()) + 1 : m.start()].strip("*_> \t")
+        at_line_start = not _line_before(text, m.start()).strip("*_> \t")
         heading = at_line_start and bool(labelled or _WORDS.match(content) or _ITEM.match(content))
         if not _STEP.match(content):
             yield _Place(start, start + len(content), content, heading)
@@ -94,8 +101,8 @@ def _in_boxes(text: str) -> Iterator[_Place]:
         for brace in _BRACE.finditer(text, at) if depth else ():
             depth += {"{": 1, "}": -1}.get(brace[0], 0)
             if not depth:
-                line = text[max(text.rfind("\n", 0, box.start()) + 1, box.start() - 40) : box.start() + 6]
-                piece = bool(_BEFORE_BOX.search(line) or _BEHIND_BOX.match(text, brace.end()))
+                before = re.sub(r"</?\w+>", "", _line_before(text, box.start())) + box[0]
+                piece = bool(_BEFORE_BOX.search(before) or _BEHIND_BOX.match(text, brace.end()))
                 yield _Place(at, brace.start(), text[at : brace.start()], piece=piece)
                 at = brace.end()
                 break
@@ -115,7 +122,8 @@ def _in_elements(text: str) -> Iterator[_Place]:
             if "\\boxed" in content:
                 start += content.rfind("\n", 0, content.rindex("\\boxed")) + 1
                 content = text[start : tag.start()].partition("\n")[0]
-            yield _Place(start, start + len(content), content.strip().removeprefix("####"))
+            lead = re.match(r"\s*(?:####)?", content).end()
+            yield _Place(start + lead, start + len(content), content[lead:])
             opened = None
     if opened is not None:
         yield _Place(opened, opened, "")
@@ -134,10 +142,10 @@ def answer_fields(completion: str) -> tuple[Field, ...]:
     places = sorted([*_behind_hashes(text), *_in_boxes(text), *_in_elements(text)])
     places = [place for place in places if place.text.strip() or place is places[-1]]
     found = [None if place.piece else read_value(place.text) for place in places]
-    fields = []
+    fields, some = [], any(found)
     for place, value in zip(places, found):
         last = place is places[-1]
-        title = value is None and any(found) and not (last and re.search(r"\d", place.text))
+        title = value is None and some and not (last and re.search(r"\d", place.text))
         if not (place.heading and (title or (_ITEM.match(place.text) and not last))):
             start = place.start + len(place.text) - len(place.text.lstrip())
             fields.append(Field(start, place.end, value and value.number))

@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 
 class Value(NamedTuple):
-    """The number as it stands (18 for "18%"), and whether a percent sign stands behind it."""
+    """The number that stands there (18 for "18%", 5,000,000 for "5 million"), and what it is in an equation that holds
+    with that alone: 18/100, as in 9/50 = 18%, and 5, as in 2 + 3 = 5 million."""
 
     number: Fraction
-    percent: bool = False
+    also: Fraction | None = None
 
 
 # ---- words ----------------------------------------------------------------------------------------------------------
@@ -84,7 +85,7 @@ _SAME |= (
 _SAME |= dict(zip("\uff0b\uff1d\uff05\uff08\uff09\uff0c\uff0e\u3002\uff1a\uff04\u00ba\u02da", "+=%(),..:$°°"))
 _RAISED, _LOWERED = "\u2070\u00b9\u00b2\u00b3\u2074\u2075\u2076\u2077\u2078\u2079\u207a\u207b", "\u2080-\u2089"
 _SCRIPTS = re.compile(f"([{_RAISED}]+)(?:[\u2044/]([{_LOWERED}]+))?")
-_TAGS = re.compile(r"</?(?:b|strong|em|i|u|p|span|code|mark|answer)>|<\|\w{1,20}\|>|</s>\s*$", re.I)
+_TAGS = re.compile(r"</?(?:b|strong|em|i|u|span|code|mark)>|(?:<\|\w{1,20}\|>\s*|</s>\s*)+$", re.I)
 _SAID = [(re.compile(pattern, re.I), sign) for pattern, sign in (
     (r"\b(?:minus|negative)\s+(?=[$€£]?\s?[\d.(⟦])", "-"), (r"\bplus\s+(?=[$€£]?[\d.(])", "+"),
     (r"\b(?:times|multiplied by)\s+(?=[$€£]?[\d.(])", "× "), (r"\bdivided by\s+(?=[\d.(])", "/ "),
@@ -227,9 +228,12 @@ def _amount(m: re.Match) -> Fraction | None:
         if number.denominator != 1 or not 0 < top < under or m["exp"]:
             return None
         number += Fraction(top, under)
-    for word in re.findall(r"[A-Za-z]+", m["scale"]):
-        number *= 10 ** _SCALES[word.lower().removesuffix("s")]
-    return number / (100 if m["percent"] else 1)
+    return number * _scale(m["scale"]) / (100 if m["percent"] else 1)
+
+
+def _scale(words: str) -> int:
+    """ "hundred million" is 10**8."""
+    return 10 ** sum(_SCALES[word.lower().removesuffix("s")] for word in _WORD.findall(words))
 
 
 def _ambiguous(text: str, ops: list[str], found: list[re.Match], value: Fraction) -> bool:
@@ -273,8 +277,10 @@ def _expression(text: str, start: int, confirmed: bool) -> tuple[Value, str] | N
     value = value_of(expression.strip(), numbers) if numbers else None
     if value is None or (not confirmed and _ambiguous(text[start:at].strip(), ops, found, value)):
         return None
-    percent = len(numbers) == 1 and bool(found[0]["percent"])
-    return Value(value * 100 if percent else value, percent), text[at:]
+    if len(numbers) == 1 and found[0]["percent"]:
+        return Value(value * 100, value), text[at:]
+    scale = _scale(found[0]["scale"]) if len(numbers) == 1 else 1
+    return Value(value, value / scale if scale > 1 else None), text[at:]
 
 
 # ---- a field --------------------------------------------------------------------------------------------------------
@@ -316,7 +322,7 @@ def _tail_fits(tail: str, field: str) -> bool:
     if words and words[0] in ("m", "mm", "M") and _MONEY.search(field):  # meters, or millions?
         return False
     words = words[:1] + [word for word in words[1:] if word not in ("squared", "cubed")]
-    article = [word in ("a", "A") and not (tail[0] == word or word is words[-1]) for word in words]
+    article = [word in ("a", "A") and word not in (tail[0], words[-1]) for word in words]
     return not _changes(words) and all(len(w) > 1 or w in _UNITS or a for w, a in zip(words, article))
 
 
@@ -336,18 +342,22 @@ def read_value(text: str) -> Value | None:
     if len(text) > 300:
         return None
     field = _plain(text)
+    if len(field) > 600:  # fractions in one character grow
+        return None
     if m := re.fullmatch(r"[(\[]([^()\[\]]*)[)\]]\.?", field):
         field = m[1]
     at = _lead_end(field)
     if at is None:
         return None
     *before, last = field[at:].split("=")
+    if before and field[at].isalpha():  # a lead that is not understood: "more than 5 * 3 = 15"
+        return None
     read = _expression(last, 0, True) if before else _expression(field, at, False)
     if read is None or not _tail_fits(read[1], field):
         return None
     value, tail = read
     if re.match(r"\s*(?:%|per\s?cent\b|pct\b)", tail):
-        value = Value(value.number, True)
+        value = Value(value.number, value.number / 100)
     sides = [_known_side(side) for side in before] + [value]
     if before and (None in sides or not set.intersection(*map(_either, sides))):
         return None
@@ -363,5 +373,4 @@ def _known_side(text: str) -> Value | None:
 
 
 def _either(value: Value) -> set[Fraction]:
-    """20% is 0.2, and also 20 where an equation counts in percent: 10/50 * 100 = 20%."""
-    return {value.number, value.number / 100} if value.percent else {value.number}
+    return {value.number, value.also} - {None}

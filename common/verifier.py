@@ -82,7 +82,7 @@ def evaluate_arithmetic(expr: str) -> Fraction | None:
     ('7/2', None, None)
     """
     expr, numbers = expr.replace("$", "").replace("\u2212", "-").strip(), []
-    if len(expr) > 200 or "**" in expr or _TOKENS.sub("", expr):
+    if len(expr) > 200 or _TOKENS.sub("", expr):
         return None
 
     def in_python(m: re.Match) -> str:
@@ -92,7 +92,8 @@ def evaluate_arithmetic(expr: str) -> Fraction | None:
         numbers.append(to_fraction(number) / (100 if percent else 1))
         return f"n{len(numbers) - 1} "  # the space keeps two numbers in a row an error
 
-    return value_of(_TOKENS.sub(in_python, expr), numbers)
+    expr = _TOKENS.sub(in_python, expr)
+    return None if "**" in expr else value_of(expr, numbers)
 
 
 ANNOTATION = re.compile(r"<<([^<>=\n]{1,200})=\s*([^<>=\n]{1,40})>>")
@@ -147,16 +148,15 @@ def equation_holds(expr: str, value: Fraction) -> bool:
 
 
 def stated_value(expr: str, text: str) -> Fraction | None:
-    """The value that an equation states, None where it is not read. 20% is 1/5, and 20 where only that makes it hold.
+    """The value that an equation states, None where it is not read: its other reading where only that makes it hold.
 
     >>> [str(stated_value(expr, "20%")) for expr in ("10/50", "10/50*100")], str(stated_value("5/2", "2 1/2"))
     (['1/5', '20'], '5/2')
     """
     read = read_value(text)
-    if read is None or not read.percent:
+    if read is None or read.also is None or equation_holds(expr, read.number):
         return read and read.number
-    part = read.number / 100
-    return read.number if equation_holds(expr, read.number) and not equation_holds(expr, part) else part
+    return read.also if equation_holds(expr, read.also) else read.number
 
 
 def first_wrong_step(y: str, reference: str) -> int | None:
@@ -171,11 +171,12 @@ def first_wrong_step(y: str, reference: str) -> int | None:
     gold_final = final_answers(reference)
     solved = bool(gold_final) and final_answers(y) == gold_final
     for i, step in enumerate(steps):
+        if step.is_final:
+            if not solved and [value for _, value in step.equations] != gold_final:  # another answer, or one not read
+                return i
+            continue
         for expr, value in step.equations:
-            if step.is_final:
-                if not solved and [value] != gold_final:
-                    return i
-            elif not equation_holds(expr, value):
+            if not equation_holds(expr, value):
                 return i
             elif not solved:
                 if not left[value]:
