@@ -30,8 +30,9 @@ def _words(text: str) -> frozenset[str]:
 _LEAD = _words("""
     so therefore thus hence then and now finally in conclusion we i you he she it they there this that these the a an
     our my your his her its their get gets got have has had is are was were be been will would must should can find
-    conclude final correct total right overall numerical exact exactly precisely answer answers ans result solution
-    value sum amount number price cost equal equals to of pay make makes made usd us eur gbp inr rs cad aud chf jpy cny
+    conclude final correct total right overall numerical exact exactly precisely only just answer answers ans result
+    solution value sum amount number price cost equal equals to of pay make makes made usd us eur gbp inr rs cad aud chf
+    jpy cny
 """)
 # End a subject, as a colon does: "the number of eggs is 18", "Janet makes $18".
 _VERBS = _words("""
@@ -118,7 +119,8 @@ _TEX = re.compile(  # the innermost group of each kind
 _COMMANDS = dict.fromkeys((",", ";", ":", " ", "quad", "qquad", "thinspace", "(", ")", "[", "]"), " ") | {
     **dict.fromkeys(("!", "left", "right", "displaystyle", "textstyle", "bf", "rm", "it", "bfseries"), ""),
     "times": "×", "cdot": "×", "div": "/", "degree": "°", "%": "%", "$": "$", "_": "_", "#": "#",
-    "pounds": "£", "textdollar": "$", "euro": "€", "texteuro": "€",
+    "pounds": "£", "textdollar": "$", "euro": "€", "texteuro": "€", "therefore": "∴", "implies": "⇒",
+    "Rightarrow": "⇒", "rightarrow": "→",
 }  # fmt: skip
 
 
@@ -151,6 +153,7 @@ def _plain(text: str) -> str:
         text = _without_tex(text)
     for pattern, sign in _SAID:
         text = pattern.sub(sign, text)
+    text = re.sub(r"\^\((st|nd|rd|th)\)", r"\1", text)
     return text.strip()
 
 
@@ -166,7 +169,7 @@ _AMOUNT = (
     r"(?P<mixed>(?:\s(?:and\s)?(?P<top>\d{1,2})\s?/\s?(?P<under>\d{1,4})|\s?⟦\((?P<top2>\d+)\)/\((?P<under2>\d+)\)"
     r"⟧)(?!\d|[.,/]\d))?"
     r"(?P<scale>(?:[kK](?![A-Za-z\d])|\s?bn\b|(?(cur)\s?(?:[mMbBT]|[mM]n)\b|(?!))|(?:(?:\s|-)?(?i:hundred|thousand|lakh"
-    r"|million|crore|billion|trillion)s?\b)*))(?P<percent>\s?%(?=\s*[-+*/=×)]|$))?"
+    r"|million|crore|billion|trillion)s?\b)*))(?P<percent>\s?%(?=\s*(?:[-+*/=×)]|$)))?"
 )
 _START = r"(?=\s*[-+]?\s*[\d.$€£(\[⟦])"  # of an operand
 _TOKEN = re.compile(
@@ -285,9 +288,10 @@ def _expression(text: str, start: int, confirmed: bool) -> tuple[Value, str] | N
 
 # ---- a field --------------------------------------------------------------------------------------------------------
 _LABEL = re.compile(
-    rf"[\s*_`\"'$]*((?:(?>[A-Za-z]+(?:['-][A-Za-z]+)*)[\s,()*_\"`$€£]*+){{1,12}}?)(?:[:=]|(?<=\s)(?:{'|'.join(sorted(_VERBS))})\b)"
+    r"[\s*_`\"'$→⇒∴•]*((?:(?>[A-Za-z]+(?:['-][A-Za-z]+)*)[\s,()*_\"`$€£]*+){1,12}?)"  # at most twelve words, then the sign
+    rf"(?:[:=]|(?<=\s)(?:{'|'.join(sorted(_VERBS))})\b)"
 )
-_LEADS = re.compile(r"[\s:=,*_`\"'→⇒]*(?:([A-Za-z]+)(?:(?=[$€£])|\b)\.?)?")
+_LEADS = re.compile(r"[\s:=,*_`\"'→⇒∴•]*(?:([A-Za-z]+)(?:(?=[$€£])|\b)\.?)?")
 _TAIL = re.compile(
     r"(?:-(?=[A-Za-z]{2}))?(?:\s+|[,;.](?![.\d])|[*_`\"']+|[°%$€£¥₹¢~]|/(?=\s?[A-Za-z])"
     r"|\([A-Za-z\s,.'%$-]*\)|(?:[ckm]?m|ft|in|yd|mi)[23](?!\w)|\b(?i:per|every|each|in|for)\s+1(?![\w.,/:^-])"

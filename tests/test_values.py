@@ -19,6 +19,7 @@ GOLDEN = pathlib.Path(__file__).parent / "golden"
 
 # What a field states.
 READ = {
+    "20% = 0.2": Fraction(1, 5), "\\therefore x = 18": 18, "\u2022 18": 18, "only 18": 18, "18^{th}": 18,
     "5 million": 5000000, "$5k": 5000, "10³": 1000, "10^{3}": 1000, "1.5 x 10^3": 1500, "3e-3": Fraction(3, 1000),
     "2½": Fraction(5, 2), "2\\frac{1}{2}": Fraction(5, 2), "3\\frac12": Fraction(7, 2), "9 + 9": 18,
     "\u201318": -18, "-€18": -18, "-(18)": -18, "minus 18": -18, "2 1/2": Fraction(5, 2), "\\text{18}": 18,
