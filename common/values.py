@@ -288,7 +288,7 @@ def _expression(text: str, start: int, confirmed: bool) -> tuple[Value, str] | N
 
 # ---- a field --------------------------------------------------------------------------------------------------------
 _LABEL = re.compile(
-    r"[\s*_`\"'$→⇒∴•]*((?:(?>[A-Za-z]+(?:['-][A-Za-z]+)*)[\s,()*_\"`$€£]*+){1,12}?)"  # at most twelve words, then the sign
+    r"[\s*_`\"'$→⇒∴•]*((?:(?>[A-Za-z]+(?:['-][A-Za-z]+)*)[\s,()*_\"`$€£]*+){1,12}?)"  # at most twelve words
     rf"(?:[:=]|(?<=\s)(?:{'|'.join(sorted(_VERBS))})\b)"
 )
 _LEADS = re.compile(r"[\s:=,*_`\"'→⇒∴•]*(?:([A-Za-z]+)(?:(?=[$€£])|\b)\.?)?")
