@@ -13,7 +13,9 @@ J reasoning steps of a trajectory, R latent dim. Masks are 0/1 float32 and come 
 from common.basics import InputError, STREAM_CONTROL, STREAM_INIT, STREAM_ROLLOUT, TRACES, mean
 # prompts: the three prompts, for math and for code
 from common.prompts import attempt_prompt, critique_prompt, revise_prompt
-# verifier: math by rules: final answers, steps, which of them hold
+# values: the one value that a text states, read whole by a grammar
+# answers: the answer fields of a completion, its final answer, its score
+# verifier: math by rules: steps, which of them hold
 from common.verifier import uptake
 # sandbox_server: the process that hostile programs are forked from; it knows no answer
 # plans: the tests of a program as data: what it may see, what is done with its values

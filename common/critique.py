@@ -7,11 +7,12 @@ import json
 import re
 from typing import Any
 
+from common.answers import final_answers
 from common.plans import plan_tests
 from common.programs import code_lines, grade, line_changes, program_of
 from common.prompts import revise_prompt
 from common.replay import Quadruple
-from common.verifier import equation_holds, final_answers, first_wrong_step, grade_math, numbers_in, show, split_steps
+from common.verifier import equation_holds, first_wrong_step, grade_math, numbers_in, show, split_steps
 
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth", "tenth")
 
@@ -31,13 +32,14 @@ def check_critique(y0: str, reference: str) -> tuple[str, list[int] | None]:
     >>> check_critique("So <<2+3=6>>6.\\n#### 6", "So <<2+3=5>>5.\\n#### 5")
     ('The first step is wrong: 2+3 is not 6.', [0, 14])
     """
-    wrong, answer = first_wrong_step(y0, reference), final_answers(reference)[-1]
+    wrong, answer = first_wrong_step(y0, reference), final_answers(reference)
     if wrong is None:
         return "No step is found wrong.", None
     step = split_steps(y0)[wrong]
     slips = [f"{e} is not {show(v)}" for e, v in step.equations if not step.is_final and not equation_holds(e, v)]
     f = write_critique(wrong, slips[0] if slips else "it leaves the way to the answer")
-    return (write_critique(wrong, "its result is off") if answer in numbers_in(f) else f), [step.start, step.end]
+    leaks = set(answer) & set(numbers_in(f))
+    return (write_critique(wrong, "its result is off") if leaks else f), [step.start, step.end]
 
 
 def redact(f: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from common.answers import score_math
 from common.basics import InputError, normalize_x, writable, write_atomic
 from common.critique import describe_call, write_code_critique
 from common.hosts import on_leader, say
@@ -22,7 +23,7 @@ from common.programs import Verdict, grade
 from common.replay import Problem, Quadruple, assign_split, check_leakage, read_replay, replay_report, write_replay
 from common.sandbox import check_sandbox
 from common.tasks import TASKS, get_task
-from common.verifier import first_wrong_step, score_math, split_steps
+from common.verifier import first_wrong_step, split_steps
 
 MOST_MUTANTS = 48  # tried on one problem
 BATCH = 128  # problems whose programs run together

@@ -13,6 +13,7 @@ from typing import Any
 from common.basics import InputError, normalize_x, parse_line, sha256, write_atomic
 from common.plans import flaw_of_tests
 from common.prompts import CODE_LINE
+from common.values import read_value
 from common.verifier import numbers_in
 
 SPLITS = ("train", "val", "test", "transfer")
@@ -80,7 +81,7 @@ def parse_quadruple(line: str, where: str) -> Quadruple:
     pair = span is None or (len(span) == 2 and all(type(i) is int for i in span))
     in_y0 = pair and (span is None or 0 <= span[0] < span[1] <= len(y0))
     need(in_y0, "meta.error_span", "must be null or [start, end] inside y0")
-    one_number = isinstance(answer, str) and len(numbers_in(answer)) == 1
+    one_number = isinstance(answer, str) and read_value(answer) is not None
     need(domain == "code" or one_number, "meta.answer", "must be a string with one number (math)")
     flaw = flaw_of_tests(meta.get("tests")) if domain == "code" else None
     need(flaw is None, "meta.tests", f"{flaw} (code)")
@@ -139,7 +140,7 @@ def replay_report(quads: list[Quadruple]) -> dict[str, Any]:
 
     def leak(q: Quadruple) -> bool:
         if q.meta["domain"] == "math":
-            return numbers_in(q.meta["answer"])[0] in numbers_in(q.f)
+            return read_value(q.meta["answer"]).number in numbers_in(q.f)
         lines = lambda text: {" ".join(line.split()) for line in text.split("\n")}
         return any(len(line) > 5 and line in " ".join(q.f.split()) for line in lines(q.y1) - lines(q.y0))
 

@@ -6,13 +6,14 @@ import math
 
 import numpy as np
 
+from common.answers import final_answers
 from common.basics import InputError
 from common.hosts import by_host
 from common.plans import parse_program
 from common.programs import code_lines, grade, line_changes, program_of
 from common.replay import Quadruple
 from common.tokenizer import Tokenizer
-from common.verifier import Verdict, final_answers, first_wrong_step, grade_math, split_steps, uptake
+from common.verifier import Verdict, first_wrong_step, grade_math, split_steps, uptake
 
 
 def format_valid(completion: str, domain: str) -> bool:

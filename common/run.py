@@ -18,6 +18,7 @@ import numpy as np
 import tyro
 from jax.experimental import multihost_utils
 
+from common.answers import has_unread
 from common.base import model_source
 from common.basics import TRACES, InputError, sha256, writable, write_atomic
 from common.checkpoints import check_save_hf, save_hf
@@ -417,13 +418,16 @@ class StepClock:
 def rollout_metrics(
     out: dict[str, np.ndarray], texts: list[str], reward_BG: np.ndarray, quads: list[Quadruple]
 ) -> dict[str, float]:
-    """rollout/*: completion length, share cut off, share of groups without variance, share well-formed, completions
-    that the harness failed to score (their reward is NaN)."""
+    """rollout/*: completion length, share cut off, share of groups without variance, share well-formed, share with an
+    answer that was not read (math alone), completions that the harness failed to score (their reward is NaN)."""
     G, unscored_BG = reward_BG.shape[1], np.isnan(reward_BG)
-    well_formed = [format_valid(text, quads[m // G].meta["domain"]) for m, text in enumerate(texts)]
+    domains = [quads[m // G].meta["domain"] for m in range(len(texts))]
+    well_formed = [format_valid(text, domain) for text, domain in zip(texts, domains)]
+    unread = [has_unread(text) for text, domain in zip(texts, domains) if domain == "math"]
     spread_B = np.where(unscored_BG, -np.inf, reward_BG).max(1) - np.where(unscored_BG, np.inf, reward_BG).min(1)
     return {
         "rollout/len_mean": float(out["len_M"].mean()), "rollout/truncated_frac": float(out["truncated_M"].mean()),
         "rollout/zero_std_frac": float((spread_B <= 0).mean()), "rollout/format_frac": float(np.mean(well_formed)),
         "rollout/harness_errors": float(unscored_BG.sum()),
+        **({"rollout/unread_frac": float(np.mean(unread))} if unread else {}),
     }  # fmt: skip

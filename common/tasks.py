@@ -8,12 +8,13 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from common.answers import final_answers
 from common.basics import InputError, from_hub, parse_line
 from common.fixtures import fixtures_code, fixtures_math
 from common.plans import flaw_of_tests, joined, parse_program
 from common.prompts import CODE_LINE
 from common.replay import Problem
-from common.verifier import final_answers, show
+from common.verifier import show
 
 
 def ask_hub(task: str, files: str, client: str, *args: Any, **kwargs: Any) -> Any:

@@ -1,18 +1,17 @@
-"""Math by rules: the final answer of a completion, its steps, which of them hold; and the Verdict, which programs get
-too. Without eval and without signals, so safe in any thread. Used by all rooms that score, criticise or make solutions;
-knows nothing of programs, models or replay files."""
+"""Math by rules: the steps of a completion, which of them hold; and the Verdict, which programs get too. Without eval
+and without signals, so safe in any thread. Used by all rooms that score, criticise or make solutions; knows nothing of
+programs, models or replay files."""
 
-import ast
+import collections
 import dataclasses
 import difflib
 import functools
 import math
-import operator
 import re
-from collections import Counter
 from fractions import Fraction
 
-from common.basics import InputError
+from common.answers import answer_fields, final_answers, score_math
+from common.values import read_value, value_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,10 +37,6 @@ class Verdict:
 
 _NUMBER = r"(?>(?:\d{1,3}(?:,\d{3}){1,9}(?!\d)|\d{1,30})(?:\.\d{1,30})?|\.\d{1,30})"  # atomic: all of a number or none
 NUMBER = re.compile(rf"(?<![A-Za-z0-9_^])([-\u2212]?)\s?\$?\s?({_NUMBER})(?:\s?/\s?({_NUMBER}))?+(?!\d|[eE]\d|\^)")
-_LATEX = (  # LaTeX forms a boxed answer takes, rewritten to plain text
-    (re.compile(r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}"), r"\1/\2"),
-    (re.compile(r"\\text\s*\{[^{}]*\}|\\[!,; ]|\\%|\{,\}|\\\$"), lambda m: "," if m.group() == "{,}" else ""),
-)
 
 
 @functools.lru_cache(100_000)
@@ -66,7 +61,8 @@ def show(value: Fraction) -> str:
 
 
 def numbers_in(text: str) -> list[Fraction]:
-    """Every number in `text`, in order: `1,234`, `$18.00`, `18.`, `-3`, `1/2`. Not digits glued to letters.
+    """Every number that a prose `text` mentions, in order; not digits glued to letters. It says what a critique gives
+    away; what an answer or a result states is read whole (`read_value`), never picked out.
 
     >>> [str(n) for n in numbers_in("from $1,234.50 to -3, 1/2 of H2O")]
     ['2469/2', '-3', '1/2']
@@ -75,40 +71,12 @@ def numbers_in(text: str) -> list[Fraction]:
     return [(-whole if sign else whole) / under for sign, whole, under in parts if under]
 
 
-def final_answers(completion: str) -> list[Fraction]:
-    """The distinct final answers a completion commits to: numbers after `####`, in `\\boxed{}` or in `<answer>`."""
-    for pattern, plain in _LATEX:
-        completion = pattern.sub(plain, completion)
-    places = re.findall(r"(?<!#)####(?!#)([^\n#]*)", completion)
-    places += re.findall(r"\\boxed\s*\{([^{}]*)\}", completion)
-    places += re.findall(r"<answer>(.{0,200}?)</answer>", completion, re.DOTALL)
-    return list(dict.fromkeys(n for place in places for n in numbers_in(place)))
-
-
-def score_math(completion: str, answer: str, *, lenient: bool = False) -> float:
-    """1.0 if the completion's final answer equals `answer` exactly, else 0.0.
-
-    The final answer is the number after `####`, in `\\boxed{}` or in `<answer>`; units, `$`, commas, bold and a
-    trailing point do not matter. Two different final answers score 0 (hedging).
-    With `lenient`, a completion without any such marker is judged by its last number.
-    """
-    gold = numbers_in(answer)
-    if len(gold) != 1:
-        raise InputError(f"the reference answer {answer!r} is not a single number")
-    found = final_answers(completion)
-    if not found and lenient:
-        found = numbers_in(completion)[-1:]
-    return float(found == gold)
-
-
 _TOKENS = re.compile(rf"\s*(?:({_NUMBER})\s*(%?)|([-+*/()x\u00d7\u00f7]))")
 _IN_PYTHON = {"x": "*", "\u00d7": "*", "\u00f7": "/", "(": "_("}  # a bracket is a call: then the tree keeps it
-_OPERATIONS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv}
 
 
 def evaluate_arithmetic(expr: str) -> Fraction | None:
-    """The exact value of `+ - * / ( ) %` arithmetic, or None where it is not that. Never eval: Python parses the
-    expression with names in place of its numbers, and of the tree only these operations are known here.
+    """The exact value of `+ - * / ( ) %` arithmetic, or None where it is not that.
 
     >>> str(evaluate_arithmetic("2*(3+4)/4")), evaluate_arithmetic("9**9"), evaluate_arithmetic("1/0")
     ('7/2', None, None)
@@ -124,28 +92,16 @@ def evaluate_arithmetic(expr: str) -> Fraction | None:
         numbers.append(to_fraction(number) / (100 if percent else 1))
         return f"n{len(numbers) - 1} "  # the space keeps two numbers in a row an error
 
-    def value(node: ast.AST, depth: int) -> Fraction:
-        match node:
-            case ast.Name():
-                return numbers[int(node.id[1:])]
-            case ast.UnaryOp(ast.USub()):
-                return -value(node.operand, depth + 1)
-            case ast.BinOp() if type(node.op) in _OPERATIONS:
-                return _OPERATIONS[type(node.op)](value(node.left, depth), value(node.right, depth))
-            case ast.Call() if depth < 20:
-                return value(node.args[0], depth + 1)
-        raise ValueError
-
-    try:
-        return value(ast.parse(_TOKENS.sub(in_python, expr), mode="eval").body, 0)
-    except (SyntaxError, ValueError, IndexError, ZeroDivisionError, RecursionError, MemoryError):
-        return None
+    expr = _TOKENS.sub(in_python, expr)
+    return None if "**" in expr else value_of(expr, numbers)
 
 
 ANNOTATION = re.compile(r"<<([^<>=\n]{1,200})=\s*([^<>=\n]{1,40})>>")
 _PLAIN_EQUATION = re.compile(
     rf"(?<![\w.,$:)+*/=-])(?<![-+*/x\u00d7\u00f7]\s)(\$?(?:{_NUMBER})(?:\s?[-+*/x\u00d7\u00f7]\s?\$?(?:{_NUMBER})){{1,12}})"
-    rf"\s?=\s?(\$?(?:{_NUMBER})(?:/(?:{_NUMBER}))?)(?!\s?[\d+*/x\u00d7\u00f7=(%:-]|\.\d|\s?[A-Za-z]\b)"
+    rf"\s?=\s?(\$?(?:{_NUMBER})(?:/(?:{_NUMBER})|\s\d{{1,2}}/\d{{1,4}})?+(?:\s(?:hundred|thousand|million|billion)\b)?+)"
+    r"(?!\s?[\d+*/x\u00d7\u00f7=(%:^\\\u2212\u2013-]|[.,'\u2019_]\d|\s?[A-Za-z]\b|[eE]\d|[\u00b2\u00b3\u00b9\u00bc-\u00be\u2070-\u207f"
+    r"\u2150-\u215f]|\s?(?:bn|dozen|per\s?cent)\b)"
 )
 
 
@@ -166,13 +122,15 @@ def split_steps(y: str) -> tuple[Step, ...]:
     >>> [(s.start, s.end, [(e, str(v)) for e, v in s.equations]) for s in split_steps("So <<2+3=5>>5.\\n#### 5")]
     [(0, 14, [('2+3', '5')]), (15, 21, [('', '5')])]
     """
-    steps = []
+    steps, fields = [], collections.deque(answer_fields(y))
     for m in re.finditer(r"[^\n]+", y):
-        line = m.group()
-        finals = final_answers(line)
+        line, finals = m.group(), []
+        while fields and fields[0].start <= m.end():
+            finals.append(fields.popleft().number)
         pairs = [] if finals else ANNOTATION.findall(line) or _PLAIN_EQUATION.findall(line)
-        stated = [(expr.strip(), value) for expr, text in pairs for value in numbers_in(text)[:1]]
-        equations = tuple(("", value) for value in finals) or tuple(stated)
+        stated = [(expr.strip(), stated_value(expr, text)) for expr, text in pairs]
+        stated = [("", value) for value in dict.fromkeys(finals)] or stated
+        equations = tuple((expr, value) for expr, value in stated if value is not None)
         if line.strip():
             steps.append(Step(m.start(), m.end(), equations, bool(finals)))
     return tuple(steps)
@@ -189,6 +147,18 @@ def equation_holds(expr: str, value: Fraction) -> bool:
     return exact == value or bool(rounded)
 
 
+def stated_value(expr: str, text: str) -> Fraction | None:
+    """The value that an equation states, None where it is not read: its other reading where only that makes it hold.
+
+    >>> [str(stated_value(expr, "20%")) for expr in ("10/50", "10/50*100")], str(stated_value("5/2", "2 1/2"))
+    (['1/5', '20'], '5/2')
+    """
+    read = read_value(text)
+    if read is None or read.also is None or equation_holds(expr, read.number):
+        return read and read.number
+    return read.also if equation_holds(expr, read.also) else read.number
+
+
 def first_wrong_step(y: str, reference: str) -> int | None:
     """Index of the first wrong step of `y`, or None if no rule finds one.
 
@@ -197,16 +167,16 @@ def first_wrong_step(y: str, reference: str) -> int | None:
     path that leads to the answer. A right final answer by another path is not punished.
     """
     steps, gold = split_steps(y), split_steps(reference)
-    left = Counter(value for step in gold for expr, value in step.equations if not step.is_final)
-    gold_final = [step.equations[0][1] for step in gold if step.is_final]
-    finals = [value for step in steps if step.is_final for _, value in step.equations]
-    solved = bool(gold_final) and set(finals) == set(gold_final)
+    left = collections.Counter(value for step in gold for expr, value in step.equations if not step.is_final)
+    gold_final = final_answers(reference)
+    solved = bool(gold_final) and final_answers(y) == gold_final
     for i, step in enumerate(steps):
+        if step.is_final:
+            if not solved and [value for _, value in step.equations] != gold_final:  # another answer, or one not read
+                return i
+            continue
         for expr, value in step.equations:
-            if step.is_final:
-                if not solved and [value] != gold_final:
-                    return i
-            elif not equation_holds(expr, value):
+            if not equation_holds(expr, value):
                 return i
             elif not solved:
                 if not left[value]:

@@ -90,7 +90,9 @@ def copy_of_the_rooms(tmp_path, monkeypatch, room: str, old: str, new: str) -> N
 @pytest.mark.parametrize(
     ("room", "old", "new"),
     [
-        ("verifier", 'r"\\1/\\2"', 'r"\\2/\\1"'),
+        ("verifier", "return exact == value or", "return exact == value and"),
+        ("answers", "_HASHES = re.compile(", "_HASHES = re.compile( "),
+        ("values", '"thousand": 3', '"thousand": 4'),
         ("plans", "starts = [0, ", "starts = [1, "),
         ("plans", "def flaw_of_tests(tests: Any)", "def flaw_of_tests(tests)"),
         ("rewards", "def step_rewards(", "def step_rewards( "),
@@ -143,7 +145,7 @@ def test_every_room_that_a_score_passes_through_is_in_the_verifier(tmp_path, mon
     packed = pack_answers(byte_tokenizer, [Y1, BAD], 32)
     called = rooms_called(lambda: score_both_kinds(byte_tokenizer, *packed))
     sandbox_room.close_sandboxes()
-    assert {"rewards", "verifier", "programs", "plans", "sandbox", "tokenizer", "hosts"} <= called
+    assert {"rewards", "answers", "values", "verifier", "programs", "plans", "sandbox", "tokenizer", "hosts"} <= called
     before = verifier_sha256()
     for room in sorted(called):
         copy_of_the_rooms(tmp_path / room, monkeypatch, room, "def ", "def  ")

@@ -7,13 +7,14 @@ import re
 
 import pytest
 
+from common.answers import score_math
 from common.basics import normalize_x
 from common.fixtures import fixtures_code, fixtures_math
 from common.mutants import count_statements
 from common.programs import grade
 from common.prompts import CODE_LINE
 from common.replay import Problem
-from common.verifier import Verdict, grade_math, score_math
+from common.verifier import Verdict, grade_math
 
 
 @pytest.fixture(scope="module")

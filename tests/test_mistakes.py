@@ -10,6 +10,7 @@ from fractions import Fraction
 import pytest
 from examples import problem_of
 
+from common.answers import final_answers, score_math
 from common.critique import ORDINALS
 from common.fixtures import fixtures_math
 from common.making import perturb
@@ -18,10 +19,8 @@ from common.replay import Problem, Quadruple, parse_quadruple, replay_report
 from common.verifier import (
     ANNOTATION,
     equation_holds,
-    final_answers,
     first_wrong_step,
     numbers_in,
-    score_math,
     show,
     split_steps,
 )

@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 import tiny
-from examples import REFERENCE, ROOT, code_quad
+from examples import REFERENCE, ROOT, code_quad, math_quad
 
 import b0_sft
 import b1_dpo
@@ -40,6 +40,14 @@ def test_rollout_metrics_count_harness_errors():
     assert metrics["rollout/harness_errors"] == 5
     assert metrics["rollout/zero_std_frac"] == pytest.approx(2 / 3)
     assert metrics["rollout/format_frac"] == pytest.approx(1 / 9)
+    assert "rollout/unread_frac" not in metrics  # programs have no answer field
+
+
+def test_rollout_metrics_count_unread_answers_apart():
+    """Of four completions one is right, one wrong, one without an answer, one with an answer that is not read."""
+    texts, out = ["#### 7", "#### 8", "7", "#### 7 or 8"], {"len_M": np.ones(4), "truncated_M": np.zeros(4)}
+    metrics = rollout_metrics(out, texts, np.array([[1.0, 0.0, 0.0, 0.0]]), [math_quad(0)])
+    assert metrics["rollout/unread_frac"] == 1 / 4 and metrics["rollout/format_frac"] == 1 / 2
 
 
 # ---- a whole run on programs ----------------------------------------------------------------------------------------

@@ -1,138 +1,25 @@
-"""The math verifier against values worked out by hand.
+"""The step checker against values worked out by hand.
 
 pytest tests/test_verifier.py
 """
 
-from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 
 import pytest
 from examples import ATTEMPTS, FINAL, FIRST, SECOND, SOLUTION, THIRD
 
-from common.basics import InputError
+from common.answers import score_math
 from common.critique import check_critique
-from common.rewards import format_valid
 from common.verifier import (
     equation_holds,
     evaluate_arithmetic,
     first_wrong_step,
     grade_math,
     numbers_in,
-    score_math,
     show,
     split_steps,
     uptake,
 )
-
-# completion, strict, lenient, format-valid; the reference answer is 1000
-TABLE = [
-    ("#### 1000", 1, 1, True),
-    ("#### 1,000", 1, 1, True),
-    ("#### $1000", 1, 1, True),
-    ("#### 1000.", 1, 1, True),
-    ("#### 1000.00", 1, 1, True),
-    ("#### **1000**", 1, 1, True),
-    ("####1000", 1, 1, True),
-    ("\\boxed{1000}", 1, 1, True),
-    ("#### 1000 dollars", 1, 1, True),
-    ("so 1000", 0, 1, False),
-    ("so 1000 (step 3)", 0, 0, False),
-    ("#### 10", 0, 0, True),
-    ("#### 100000", 0, 0, True),
-    ("#### -1000", 0, 0, True),
-    ("#### 7\n#### 1000", 0, 0, False),
-    ("She sells 500 twice, which makes 1000, and then she", 0, 1, False),  # truncated before the marker
-]
-
-
-@pytest.mark.parametrize(("completion", "strict", "lenient", "valid"), TABLE)
-def test_grader_table(completion, strict, lenient, valid):
-    """The grader self-test table."""
-    assert score_math(completion, "1000") == strict
-    assert score_math(completion, "1000", lenient=True) == lenient
-    assert format_valid(completion, "math") is valid
-
-
-@pytest.mark.parametrize(
-    ("completion", "answer", "score"),
-    [
-        ("#### 1,234", "1234", 1),
-        ("#### 1234", "1,234", 1),
-        ("#### $18.00", "18", 1),
-        ("#### 18.", "18", 1),
-        ("#### 18.01", "18", 0),
-        ("#### -3", "-3", 1),
-        ("#### \u22123", "-3", 1),
-        ("#### -$3", "-3", 1),
-        ("#### -3", "3", 0),
-        ("#### -0", "0", 1),
-        ("#### 1/2", "0.5", 1),
-        ("#### .5", "1/2", 1),
-        ("#### 0.5", "0.50", 1),
-        ("#### 1/3", "0.33", 0),
-        ("#### 50%", "0.5", 0),
-        ("#### 18 eggs a day", "18", 1),
-        ("#### 18km", "18", 1),
-        ("#### __18__ eggs", "18", 0),  # glued to letters or underscores: not a number
-        ("**#### 18**", "18", 1),
-        ("\\boxed{18}", "18", 1),
-        ("\\boxed{}", "18", 0),
-        ("\\boxed{\\frac{1}{2}}", "0.5", 1),
-        ("\\boxed{-\\dfrac{1}{2}}", "-0.5", 1),
-        ("\\boxed{\\$1{,}234\\text{ dollars}}", "1234", 1),
-        ("<answer>18</answer>", "18", 1),
-        ("<answer>\n$18\n</answer>", "18", 1),
-        ("<answer>17</answer>", "18", 0),
-        ("<answer>18", "18", 0),
-        ("\\boxed{18}\n#### 19", "18", 0),
-        ("\\boxed{18}\n#### 19", "19", 0),
-        ("#### 18 or 19", "18", 0),
-        ("#### 18\n\\boxed{18.0} <answer>$18</answer>", "18", 1),
-        ("", "18", 0),
-        ("####", "18", 0),
-        ("#### \n18", "18", 0),
-        ("##### 18", "18", 0),
-        ("### 18", "18", 0),
-        ("#### eighteen", "18", 0),
-        ("#### CO2", "2", 0),
-        ("#### 5/0", "5", 0),
-        ("#### 0/0", "0", 0),
-        ("#### 99**98**97", "99", 0),
-        ("#### __import__('os').getpid()", "1", 0),
-        ("#### " + "9" * 30, "9" * 30, 1),
-        ("#### " + "9" * 31, "9" * 31 + "0", 0),
-        ("#### " + "1" * 10_000, "1", 0),
-        ("#### 1" + ",111" * 3_000, "1", 0),
-    ],
-)
-def test_score_math(completion, answer, score):
-    """Ways to write a final answer that count, and ways that do not."""
-    gold = answer if len(answer) <= 30 else "1"
-    assert score_math(completion, gold) == score
-
-
-@pytest.mark.parametrize(
-    ("completion", "answer"),
-    [("#### 1.5e3", "1"), ("#### 1,000e3", "1"), ("#### 2^10", "10"), ("#### 10^3", "3"), ("#### 1/2^3", "1")],
-)
-def test_a_piece_of_a_number_is_not_the_answer(completion, answer):
-    """Powers and exponents are not read; then no part of them may be read either."""
-    assert score_math(completion, answer) == 0
-    assert score_math(completion, answer, lenient=True) == 0
-
-
-@pytest.mark.parametrize("answer", ["", "many", "1 or 2"])
-def test_score_math_refuses_a_bad_reference(answer):
-    """A reference answer that is not one number is an error, not a score of 0."""
-    with pytest.raises(InputError, match="not a single number"):
-        score_math("#### 1", answer)
-
-
-def test_works_in_a_thread():
-    """No signals and no state: other threads get the same scores."""
-    with ThreadPoolExecutor(4) as pool:
-        scores = list(pool.map(lambda row: score_math(row[0], "1000"), TABLE * 20))
-    assert scores == [row[1] for row in TABLE] * 20
 
 
 @pytest.mark.parametrize(
@@ -166,6 +53,9 @@ def test_works_in_a_thread():
         ("2(3)", None),
         ("9**9", None),
         ("9^9", None),
+        ("9x*9", None),
+        ("9*x9", None),
+        ("9//3", None),
         ("1e9", None),
         ("abs(1)", None),
         ("(" * 30 + "1" + ")" * 30, None),
@@ -203,6 +93,27 @@ def test_split_steps():
         ("2 + 3 = 5%", []),
         ("<<2+3=5>>5 and <<5*2=10>>10", [("2+3", 5), ("5*2", 10)]),
         ("<<2+3=five>>", []),
+        ("<<2+3=5 or 6>>", []),
+        ("<<10/50=20%>>20%", [("10/50", Fraction(1, 5))]),
+        ("<<10/50*100=20%>>20%", [("10/50*100", 20)]),
+        ("<<5/2=2 1/2>>", [("5/2", Fraction(5, 2))]),
+        ("<<5/2=2\u00bd>>", [("5/2", Fraction(5, 2))]),
+        ("<<3*500=$1,500.00>>", [("3*500", 1500)]),
+        ("<<5*1000=5k>>", [("5*1000", 5000)]),
+        ("<<2+3=5 million>>", [("2+3", 5)]),
+        ("<<2*1000000=2 million>>", [("2*1000000", 2_000_000)]),
+        ("<<3-5=minus 2>>", [("3-5", -2)]),
+        ("<<1/3=\\frac13>>", [("1/3", Fraction(1, 3))]),
+        ("5 / 2 = 2 1/2 cups", [("5 / 2", Fraction(5, 2))]),
+        ("2000 * 1000 = 2 million.", [("2000 * 1000", 2_000_000)]),
+        ("10 * 100 = 10^3", []),  # a piece of what is stated
+        ("10 * 100 = 1e3", []),
+        ("10 * 100 = 10\u00b3", []),
+        ("5 / 2 = 2\u00bd", []),
+        ("2 * 12 = 2 dozen", []),
+        ("10 / 50 = 20 percent", []),
+        ("2 + 3 = 5\u20136", []),
+        ("3 * 500 = 1'500", []),
     ],
 )
 def test_equations_of_a_line(line, equations):
@@ -290,6 +201,23 @@ def test_prose_does_not_pay(filler):
     assert padded <= bare == pytest.approx(1 / 4)
 
 
+def test_a_right_solution_in_other_forms_has_no_wrong_step():
+    for line in ("<<10/50=20%>>20%", "<<5/2=2 1/2>>2 1/2", "5000 * 1000 = 5 million", "<<2+3=5 million>>5 million"):
+        for final in ("#### 57", "####\n57", "<answer>\n57\n</answer>", "Thus \\boxed{57}"):
+            assert first_wrong_step(f"{line}\n{final}", SOLUTION) is None, line
+    assert first_wrong_step(f"{FIRST}\n#### 57 or so", SOLUTION) == 1  # an answer that is not read
+
+
+def test_the_line_of_the_answer():
+    """Wherever its marker stands; what a thinking block answers is no final line, its equations are steps."""
+    y = "<think><<1+1=2>>2\n#### 2</think>\n#### Step 1\n<<2+3=5>>5\n####\n$5\n"
+    steps = split_steps(y)
+    assert [(y[s.start : s.end], s.equations) for s in steps if s.is_final] == [("$5", (("", 5),))]
+    assert [s.equations for s in steps if s.equations and not s.is_final] == [(("1+1", 2),), (("2+3", 5),)]
+    (unread,) = split_steps("#### 5 * 3 = 16")
+    assert unread.is_final and unread.equations == ()
+
+
 def test_hedging_in_one_line_is_not_a_held_step():
     """What the outcome score refuses, the process score does not pay in full."""
     hedge = "\n".join([FIRST, SECOND, THIRD, "#### 58 or 57"])
@@ -334,7 +262,7 @@ HOSTILE = {
 @pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_text_is_scored_in_reasonable_time(text):
     """Ten thousand characters made to trip the patterns come back with a score (a bad pattern would take for ever)."""
-    assert score_math(text, "57", lenient=True) == 0
+    assert score_math(text, "57") == 0
     assert 0 <= process_score(text, SOLUTION) < 1
     assert isinstance(check_critique(text, SOLUTION)[0], str)
 
