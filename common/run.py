@@ -126,9 +126,8 @@ def check_args(args, *above_zero: str, **at_most: float) -> None:
 
 def pick_dtype(name: str):
     """Compute dtype of `--dtype`: auto is bfloat16 on accelerators and float32 on CPU."""
-    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}.get(
-        name, jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    )
+    usual = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}.get(name, usual)
 
 
 def reduce(sums: dict[str, tuple]) -> dict[str, float]:
@@ -278,15 +277,13 @@ class Run:
                 continue
             changed = [k for k, v in self.identity.items() if k != "digest" and saved["identity"].get(k) != v]
             if changed:
-                raise InputError(
-                    f"--resume: {self.dir} was started with another {', '.join(changed)}; choose another --out_dir"
-                )
+                what = ", ".join(changed)
+                raise InputError(f"--resume: {self.dir} was started with another {what}; choose another --out_dir")
             state, done = saved["state"], step
             break
         if damaged and not done:
-            raise InputError(
-                f"--resume: no checkpoint in {self.dir / 'checkpoints'} can be read; remove that folder to start over"
-            )
+            folder = self.dir / "checkpoints"
+            raise InputError(f"--resume: no checkpoint in {folder} can be read; remove that folder to start over")
         for step in damaged:  # out of the way of the one that will be saved there again
             self.checkpoints.delete(step)
         if damaged:
