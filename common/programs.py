@@ -33,6 +33,9 @@ Not covered:
 Honest programs that start processes or import installed packages (NumPy) fail.
 """
 
+import array
+import collections
+import copy
 import difflib
 import functools
 import itertools
@@ -40,6 +43,7 @@ import json
 import math
 import os
 import re
+from collections import abc
 from typing import Any
 
 from common import sandbox_server
@@ -49,11 +53,43 @@ from common.sandbox import Job, run_jobs
 from common.verifier import Verdict
 
 _DECIMAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-_BLOCK = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"([ \t]*+(?:>[ \t]*+|(?:[-*+]|\d{1,9}[.)])[ \t]++)*+)(`{3,}+(?=[^`]*$)|~{3,}+)[ \t]*+([\w+-]*+)")
 _STARTS = (r"(?:async )?def \w+\(|class \w+ ?[(:]|(?:for|while|if|try|with)\b.*:[ \t]*+(?:#.*)?$|"
            r"from [\w.]+ import\b|import [\w., ]++$|@\w")  # of a line that starts a program, unlike one of prose
 _CODE = (rf"{_STARTS}|\s+\S|[\])}}#]|(?:else|finally) ?:|(?:elif|except)\b.*:|[\w.\[\], ]++[-+*/|&]?=[^=]|"
          r"[\w.]++\(.*\) *$")  # of a line that goes on with one
+
+
+def fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """(language, text) of each block between lines of ``` or ~~~, also of one cut off at the end.
+
+    Inside a list item or a quotation a block stands to the right; what stands before its fence is taken off its lines.
+
+    >>> fenced_blocks("1. ~~~py\\n   if x:\\n       y\\n   ~~~")
+    [('py', 'if x:\\n    y\\n')]
+    """
+    found, fence = [], ""
+    for line in text.split("\n"):
+        if fence and line.lstrip(" \t>").startswith(fence):
+            fence = ""
+        elif fence:
+            found[-1][2].append(line)
+        elif opening := _FENCE.match(line):
+            before, fence, language = opening.groups()
+            found.append((before, language, []))
+    return [(language, "".join(f"{line}\n" for line in shift(lines, before))) for before, language, lines in found]
+
+
+def shift(lines: list[str], before: str) -> list[str]:
+    """Lines of a block moved to the left by what stands `before` its fence, unless they begin further left."""
+    if ">" in before:
+        lines = [re.sub(r"^[ \t]*> ?", "", line) for line in lines]
+        before = before.rpartition(">")[2][1:]
+    indent = lambda line: line[: len(line) - len(line.lstrip(" \t"))]
+    first = indent(next((line for line in lines if line.strip()), ""))
+    if not before or len(first.expandtabs()) < len(before.expandtabs()):
+        return lines
+    return [line[min(len(indent(line)), len(first)) :] for line in lines]
 
 
 def extract_program(completion: str) -> str:
@@ -66,13 +102,14 @@ def extract_program(completion: str) -> str:
     >>> extract_program("Sure:\\n```python\\ndef f(x):\\n    return x\\n```\\nIt returns x.")
     'def f(x):\\n    return x\\n'
     """
-    blocks = _BLOCK.findall(completion)
+    completion = completion.removeprefix("\ufeff").replace("\r\n", "\n")
+    blocks = fenced_blocks(completion)
     marked = [text for language, text in blocks if language.lower() in ("python", "python3", "py")]
     texts = [text for text in marked or [text for _, text in blocks] if text.strip()]
     if texts:
         longest = max(map(len, texts))
         return [text for text in texts if 2 * len(text) >= longest][-1]
-    lines = completion.splitlines()
+    lines = completion.split("\n")  # and not at form feeds
     begin = next((i for i, line in enumerate(lines) if re.match(_STARTS, line)), None)
     if begin is None:
         return completion
@@ -82,7 +119,8 @@ def extract_program(completion: str) -> str:
 
 def program_of(completion: str) -> str:
     """The completion itself where it is a program as it stands, as y0 and y1 are; else what stands in its fences."""
-    return completion if parse_program(completion) is not None else extract_program(completion)
+    fenced = completion.lstrip().startswith("~~~")  # a fence, though Python reads ~~~python as an expression
+    return completion if not fenced and parse_program(completion) is not None else extract_program(completion)
 
 
 def close_numbers(a: float, b: float) -> bool:
@@ -108,14 +146,19 @@ def _same_word(word: str, expected: str) -> bool:
     return all(map(_DECIMAL.fullmatch, (expected, word))) and close_numbers(float(word), float(expected))
 
 
+_ORDERED = (list, tuple, range, collections.deque, array.array, abc.MappingView)
+
+
 def same_value(value, expected) -> bool:
-    """Does a returned value agree with one from JSON? Tuples are lists, keys are strings, an expected float has the
-    tolerance of `same_output`, and otherwise Python's ==.
+    """Does a returned value agree with one from JSON? Keys are strings; where a list is expected, all that has an
+    order is one; an expected float has the tolerance of `same_output`; otherwise Python's ==.
 
     >>> same_value([(1, 2)], [[1, 2]]), same_value({1: 2.0}, {"1": 2}), same_value(1, "1")
     (True, True, False)
     """
-    if isinstance(value, (list, tuple)) and isinstance(expected, list):
+    if isinstance(value, abc.Iterator) and isinstance(expected, list):
+        value = list(copy.copy(value))  # it may be compared again, with what a list of one contains
+    if isinstance(value, _ORDERED) and isinstance(expected, list):
         return len(value) == len(expected) and all(map(same_value, value, expected))
     if isinstance(value, dict) and isinstance(expected, dict):
         mine = {str(k): v for k, v in value.items()}
@@ -135,6 +178,8 @@ def grade_frame(kind: str, frame: bytes, expected) -> tuple[str, str]:
         ((key, got),) = json.loads(frame).items()
         if key == "err":
             return ("oom" if got.startswith("MemoryError") else "crash"), f"raised {got[:200]}"
+        if kind == "stdin" and key in ("oom", "crash"):
+            return key, got
         if key == "odd":
             return "wrong", got[:200]
         if kind == "stdin":
@@ -146,6 +191,8 @@ def grade_frame(kind: str, frame: bytes, expected) -> tuple[str, str]:
             wrapped = isinstance(expected, list) and len(expected) == 1  # as APPS wraps some
             if kind == "call" and (same_value(value, expected) or (wrapped and same_value(value, expected[0]))):
                 return "pass", ""
+        if frame == b'{"v":null}':
+            return "wrong", "returned None (what a function does to its argument in place is not looked at)"
         return "wrong", f"returned {frame[5:-1][:80].decode(errors='replace')}"
     except Exception as e:  # no frame of ours, or a value that cannot be compared
         return "wrong", f"returned what is no value ({type(e).__name__})"
