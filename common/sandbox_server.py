@@ -537,12 +537,13 @@ def whole_program(source: str, text: str) -> types.CodeType:
     with open(SOLUTION, "w", encoding="utf-8", errors="surrogatepass") as f:
         f.write(source)
     sys.path.insert(0, os.getcwd())
-    return compile(source, SOLUTION, "exec", dont_inherit=True)
+    return compile(source, os.path.abspath(SOLUTION), "exec", dont_inherit=True)
 
 
 def run(code: types.CodeType) -> None:
     """Run a whole program as the interpreter's main one. What it raises goes on: the interpreter ends with it."""
-    more = {"__builtins__": builtins, "__file__": os.path.abspath(SOLUTION), "__cached__": None}
+    more = {"__builtins__": builtins, "__file__": code.co_filename, "__cached__": None, "__annotations__": {}}
+    sys.setrecursionlimit(sys.getrecursionlimit() + 3)  # what stands below it here
     try:
         exec(code, new_module("__main__", PRELUDE | more))
     except SystemExit:
