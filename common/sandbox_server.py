@@ -23,6 +23,7 @@ import ctypes
 import decimal
 import errno
 import fractions
+import importlib.machinery
 import itertools
 import json
 import os
@@ -38,8 +39,9 @@ import sys
 import tempfile
 import time
 import types
+import weakref
 
-from common.interpreter import PRELUDE, SOLUTION, STDLIB, TEMP, fresh_streams, load_libraries, warm
+from common.interpreter import EDGE, PRELUDE, SOLUTION, STDLIB, TEMP, Leave, fresh_streams, load_libraries, warm
 
 CHANNEL = 3  # a child's descriptor beside 0, 1, 2: its socket
 FRAME = struct.Struct("!Id")  # length of the payload, CPU seconds used so far
@@ -543,10 +545,17 @@ def whole_program(source: str, text: str) -> types.CodeType:
 def run(code: types.CodeType) -> None:
     """Run a whole program as the interpreter's main one. What it raises goes on: the interpreter ends with it."""
     more = {"__builtins__": builtins, "__file__": code.co_filename, "__cached__": None, "__annotations__": {}}
+    more["__loader__"] = importlib.machinery.SourceFileLoader("__main__", code.co_filename)
+    loader = weakref.ref(more["__loader__"])
+    names = new_module("__main__", PRELUDE | more)
+    del more
     sys.setrecursionlimit(sys.getrecursionlimit() + 3)  # what stands below it here
     try:
-        exec(code, new_module("__main__", PRELUDE | more))
-    except SystemExit:
+        exec(code, names)
+        EDGE.leave = Leave(loader)
+    except SystemExit as e:
+        if e.code is None or e.code is False or (type(e.code) is int and e.code == 0):
+            EDGE.leave = Leave(loader)
         raise
     except BaseException as e:
         with contextlib.suppress(BaseException):  # a word for the verdict; the exit code decides it
