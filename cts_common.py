@@ -15,6 +15,7 @@ from common.basics import InputError, STREAM_CONTROL, STREAM_INIT, STREAM_ROLLOU
 from common.prompts import attempt_prompt, critique_prompt, revise_prompt
 # verifier: math by rules: final answers, steps, which of them hold
 from common.verifier import uptake
+# interpreter: what a program finds in its process, as like a plain machine as can be
 # sandbox_server: the process that hostile programs are forked from; it knows no answer
 # plans: the tests of a program as data: what it may see, what is done with its values
 # sandbox: its client: starts it, feeds it, says how each program ended

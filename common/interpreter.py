@@ -112,11 +112,14 @@ class Leave:
 
     def __init__(self, loader: weakref.ref):
         self.loader = loader
+        for forget in getattr(sys.modules.get("typing"), "_cleanups", ()):  # its caches hold the program's classes
+            forget()
 
-    def __del__(self, sys=sys, leave=os._exit):
+    def __del__(self, sys=sys, leave=os._exit, unfreeze=gc.unfreeze):
         if self.loader() is None:
             sys.stdout.flush()
             leave(0)
+        unfreeze()  # what a frozen object holds would never be collected
 
 
 EDGE = types.ModuleType("edge")  # the last entry of sys.modules that a program finds

@@ -5,8 +5,16 @@ What agrees. Asserts: Python's == on plain data, and all else of an assert is ev
 program. Printed output: `same_output`. Returned values: `same_value`, also with an expected [value] for value. As
 APPS's own evaluator does, except that lines or words in another order do not agree, that whole numbers have no
 tolerance, and that of an expected list only a list of one may stand for what it contains. Plain data is None, bool,
-int, float, complex, str, bytes, list, tuple, set, frozenset, dict (and Counter, OrderedDict, defaultdict as dict),
-deque, range, array, Fraction, Decimal, by exact type; a value of any other type is wrong.
+int, float, complex, str, bytes, list, tuple, set, frozenset, dict, deque, range, array, Fraction and Decimal. A value
+of a class derived from one of them counts as the value of that type which it holds (a namedtuple as its tuple, an
+IntEnum member as its number, a Counter as its dict), whatever methods the class has. Views of dicts are such views, and
+an iterator one over what it still gives (2^20 items at most): Python's == of an iterator and a list is False, but
+`same_value` takes both for lists where a list is expected. A value of any other type is wrong.
+
+Printed output is what `python solution.py < input` would have printed: each input has a process of its own, which runs
+the program as the main one of its interpreter and ends as interpreters do (threads, exit handlers, `__del__`, the last
+flush), all of it in the program's time and under its limits. It counts if that process ended by itself with exit code
+0, so also after os._exit(0), or with 120, Python's word for a flush that failed at the very end.
 
 Covered. A program gets the inputs, never an expected output, in a process forked from one that never held any program,
 input or output. It answers with values; comparing them is done elsewhere, so what it does to its own interpreter
@@ -24,13 +32,21 @@ Not covered:
   one that needs much CPU time;
 - asserts that show the program what they expect (`f(1).__eq__(2)`) or that any value fulfils, and programs that know
   the answers by heart; tests and set-up code are trusted;
-- what a program leaves in its own process between the tests of one call;
+- what a program leaves in its own process between the tests of one call, or between asserts;
 - with Landlock instead of namespaces: the temp directory is on disk, takes plain files only and has no limit as a
   whole; names and sizes of other files can be asked for, their content cannot; where the caller is root and its Python
-  is not for others to read, only the modules of `sandbox_server.WARM` are there;
+  is not for others to read, only the modules of `interpreter.WARM` are there;
 - with neither (`unsafe`): files, network and processes, but for what seccomp, if it is there, and limits refuse.
 
-Honest programs that start processes or import installed packages (NumPy) fail.
+Honest programs that would run on a plain machine and fail or differ here: those that start processes, that import
+installed packages (NumPy) or standard modules that need libraries of a desktop or a name service (tkinter, turtle, nis,
+dbm.gnu, dbm.ndbm), or that read what is not there: time zones of the system (zoneinfo), users (pwd), /proc, /etc, the
+network. Signals to oneself and os.abort are fatal (a program dies of them, as it mostly would). asyncio has a pipe
+where it has a pair of sockets and multiprocessing has the locks of threads, so ThreadPool works and its qsize does not.
+More than a limit allows cannot be had, but asking for it is no error (resource.setrlimit, threading.stack_size); a
+thread's stack has at most a quarter of the address space. A whole program finds /dev/stdin, /dev/stdout, /dev/null,
+/dev/zero and /dev/urandom (with Landlock not the last two), its own source as solution.py, no limit on the digits of
+numbers, the same random numbers and orders of sets in each run, and names of the APPS kind without an import.
 """
 
 import array
@@ -208,12 +224,14 @@ def run_program(program: str, tests: dict[str, Any], *, timeout_s: float = 4.0, 
     - {"inputs": [text, ...], "outputs": [text, ...]}: the whole program once per input, on stdin (APPS),
     - {"fn_name": "f", "inputs": [[argument, ...], ...], "outputs": [value, ...]}: f, or that method of a `Solution()`.
 
-    In the last two a program finds what APPS programs use without importing it (math, defaultdict, List, ...).
+    In the last two a program finds what APPS programs use without importing it (math, defaultdict, List, ...). A
+    function has to return its value: one that changes its argument in place and returns None is wrong.
 
     Outcomes: pass; wrong; timeout (a test used `timeout_s` seconds of CPU time, or PATIENCE times as long went by: the
     rest is not run); oom (more than `memory_mb` MB of address space); crash (an exception, a signal, an exit before all
-    values were handed over, too much output); harness_error: not the program's fault, so no 0 either. Raises InputError
-    on tests of another form, and where this machine cannot confine programs (`check_sandbox`).
+    values were handed over or with a code that is not 0, too much output); harness_error: not the program's fault, so
+    no 0 either. Raises InputError on tests of another form, and where this machine cannot confine programs
+    (`check_sandbox`).
     """
     return run_programs([(program, tests)], workers=1, timeout_s=timeout_s, memory_mb=memory_mb)[0]
 

@@ -123,8 +123,8 @@ ROOMS = {path.stem: path for path in sorted(ROOT.glob("common/*.py")) if path.st
 MAP = re.findall(r"^# (?!ruff)(\w+): \S.*$", (ROOT / "cts_common.py").read_text(), re.MULTILINE)
 CROSS = ("devices", "docs", "methods", "scripts")  # tests of the scripts, of whole runs and of the pages
 WITHOUT_JAX = (
-    "basics", "prompts", "verifier", "sandbox_server", "plans", "sandbox", "programs", "replay", "critique", "fixtures",
-    "tasks", "tokenizer", "mistakes", "mutants", "batches",
+    "basics", "prompts", "verifier", "interpreter", "sandbox_server", "plans", "sandbox", "programs", "replay",
+    "critique", "fixtures", "tasks", "tokenizer", "mistakes", "mutants", "batches",
 )  # fmt: skip
 
 
