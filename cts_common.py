@@ -17,6 +17,7 @@ from common.prompts import attempt_prompt, critique_prompt, revise_prompt
 # answers: the answer fields of a completion, its final answer, its score
 # verifier: math by rules: steps, which of them hold
 from common.verifier import uptake
+# interpreter: what a program finds in its process, as like a plain machine as can be
 # sandbox_server: the process that hostile programs are forked from; it knows no answer
 # plans: the tests of a program as data: what it may see, what is done with its values
 # sandbox: its client: starts it, feeds it, says how each program ended

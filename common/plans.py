@@ -22,7 +22,7 @@ def parse_program(program: str) -> ast.Module | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "invalid escape sequence": the programs are not ours
-            return ast.parse(program)
+            return ast.parse(program.removeprefix("\ufeff"))  # as of a file
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 

@@ -5,8 +5,16 @@ What agrees. Asserts: Python's == on plain data, and all else of an assert is ev
 program. Printed output: `same_output`. Returned values: `same_value`, also with an expected [value] for value. As
 APPS's own evaluator does, except that lines or words in another order do not agree, that whole numbers have no
 tolerance, and that of an expected list only a list of one may stand for what it contains. Plain data is None, bool,
-int, float, complex, str, bytes, list, tuple, set, frozenset, dict (and Counter, OrderedDict, defaultdict as dict),
-deque, range, array, Fraction, Decimal, by exact type; a value of any other type is wrong.
+int, float, complex, str, bytes, list, tuple, set, frozenset, dict, deque, range, array, Fraction and Decimal. A value
+of a class derived from one of them counts as the value of that type which it holds (a namedtuple as its tuple, an
+IntEnum member as its number, a Counter as its dict), whatever methods the class has. Views of dicts are such views, and
+an iterator one over what it still gives (2^20 items at most): Python's == of an iterator and a list is False, but
+`same_value` takes both for lists where a list is expected. A value of any other type is wrong.
+
+Printed output is what `python solution.py < input` would have printed: each input has a process of its own, which runs
+the program as the main one of its interpreter and ends as interpreters do (threads, exit handlers, `__del__`, the last
+flush), all of it in the program's time and under its limits. It counts if that process ended by itself with exit code
+0, so also after os._exit(0), or with 120, Python's word for a flush that failed at the very end.
 
 Covered. A program gets the inputs, never an expected output, in a process forked from one that never held any program,
 input or output. It answers with values; comparing them is done elsewhere, so what it does to its own interpreter
@@ -24,15 +32,26 @@ Not covered:
   one that needs much CPU time;
 - asserts that show the program what they expect (`f(1).__eq__(2)`) or that any value fulfils, and programs that know
   the answers by heart; tests and set-up code are trusted;
-- what a program leaves in its own process between the tests of one call;
+- what a program leaves in its own process between the tests of one call, or between asserts;
 - with Landlock instead of namespaces: the temp directory is on disk, takes plain files only and has no limit as a
   whole; names and sizes of other files can be asked for, their content cannot; where the caller is root and its Python
-  is not for others to read, only the modules of `sandbox_server.WARM` are there;
+  is not for others to read, only the modules of `interpreter.WARM` are there;
 - with neither (`unsafe`): files, network and processes, but for what seccomp, if it is there, and limits refuse.
 
-Honest programs that start processes or import installed packages (NumPy) fail.
+Honest programs that would run on a plain machine and fail or differ here: those that start processes, that import
+installed packages (NumPy) or standard modules that need libraries of a desktop or a name service (tkinter, turtle, nis,
+dbm.gnu, dbm.ndbm), or that read what is not there: time zones of the system (zoneinfo), users (pwd), /proc, /etc, the
+network. Signals to oneself and os.abort are fatal (a program dies of them, as it mostly would). asyncio has a pipe
+where it has a pair of sockets and multiprocessing has the locks of threads, so ThreadPool works and its qsize does not.
+More than a limit allows cannot be had, but asking for it is no error (resource.setrlimit, threading.stack_size); a
+thread's stack has at most a quarter of the address space. A whole program finds /dev/stdin, /dev/stdout, /dev/null,
+/dev/zero and /dev/urandom (with Landlock not the last two), its own source as solution.py, no limit on the digits of
+numbers, the same random numbers and orders of sets in each run, and names of the APPS kind without an import.
 """
 
+import array
+import collections
+import copy
 import difflib
 import functools
 import itertools
@@ -40,6 +59,7 @@ import json
 import math
 import os
 import re
+from collections import abc
 from typing import Any
 
 from common import sandbox_server
@@ -49,11 +69,43 @@ from common.sandbox import Job, run_jobs
 from common.verifier import Verdict
 
 _DECIMAL = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
-_BLOCK = re.compile(r"^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(?:^[ \t]*```|\Z)", re.DOTALL | re.MULTILINE)
+_FENCE = re.compile(r"([ \t]*+(?:>[ \t]*+|(?:[-*+]|\d{1,9}[.)])[ \t]++)*+)(`{3,}+(?=[^`]*$)|~{3,}+)[ \t]*+([\w+-]*+)")
 _STARTS = (r"(?:async )?def \w+\(|class \w+ ?[(:]|(?:for|while|if|try|with)\b.*:[ \t]*+(?:#.*)?$|"
            r"from [\w.]+ import\b|import [\w., ]++$|@\w")  # of a line that starts a program, unlike one of prose
 _CODE = (rf"{_STARTS}|\s+\S|[\])}}#]|(?:else|finally) ?:|(?:elif|except)\b.*:|[\w.\[\], ]++[-+*/|&]?=[^=]|"
          r"[\w.]++\(.*\) *$")  # of a line that goes on with one
+
+
+def fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """(language, text) of each block between lines of ``` or ~~~, also of one cut off at the end.
+
+    Inside a list item or a quotation a block stands to the right; what stands before its fence is taken off its lines.
+
+    >>> fenced_blocks("1. ~~~py\\n   if x:\\n       y\\n   ~~~")
+    [('py', 'if x:\\n    y\\n')]
+    """
+    found, fence = [], ""
+    for line in text.split("\n"):
+        if fence and line.lstrip(" \t>").startswith(fence):
+            fence = ""
+        elif fence:
+            found[-1][2].append(line)
+        elif opening := _FENCE.match(line):
+            before, fence, language = opening.groups()
+            found.append((before, language, []))
+    return [(language, "".join(f"{line}\n" for line in shift(lines, before))) for before, language, lines in found]
+
+
+def shift(lines: list[str], before: str) -> list[str]:
+    """Lines of a block moved to the left by what stands `before` its fence, unless they begin further left."""
+    if ">" in before:
+        lines = [re.sub(r"^[ \t]*> ?", "", line) for line in lines]
+        before = before.rpartition(">")[2][1:]
+    indent = lambda line: line[: len(line) - len(line.lstrip(" \t"))]
+    first = indent(next((line for line in lines if line.strip()), ""))
+    if not before or len(first.expandtabs()) < len(before.expandtabs()):
+        return lines
+    return [line[min(len(indent(line)), len(first)) :] for line in lines]
 
 
 def extract_program(completion: str) -> str:
@@ -66,13 +118,14 @@ def extract_program(completion: str) -> str:
     >>> extract_program("Sure:\\n```python\\ndef f(x):\\n    return x\\n```\\nIt returns x.")
     'def f(x):\\n    return x\\n'
     """
-    blocks = _BLOCK.findall(completion)
+    completion = completion.removeprefix("\ufeff").replace("\r\n", "\n")
+    blocks = fenced_blocks(completion)
     marked = [text for language, text in blocks if language.lower() in ("python", "python3", "py")]
     texts = [text for text in marked or [text for _, text in blocks] if text.strip()]
     if texts:
         longest = max(map(len, texts))
         return [text for text in texts if 2 * len(text) >= longest][-1]
-    lines = completion.splitlines()
+    lines = completion.split("\n")  # and not at form feeds
     begin = next((i for i, line in enumerate(lines) if re.match(_STARTS, line)), None)
     if begin is None:
         return completion
@@ -82,7 +135,8 @@ def extract_program(completion: str) -> str:
 
 def program_of(completion: str) -> str:
     """The completion itself where it is a program as it stands, as y0 and y1 are; else what stands in its fences."""
-    return completion if parse_program(completion) is not None else extract_program(completion)
+    fenced = completion.lstrip().startswith("~~~")  # a fence, though Python reads ~~~python as an expression
+    return completion if not fenced and parse_program(completion) is not None else extract_program(completion)
 
 
 def close_numbers(a: float, b: float) -> bool:
@@ -108,14 +162,19 @@ def _same_word(word: str, expected: str) -> bool:
     return all(map(_DECIMAL.fullmatch, (expected, word))) and close_numbers(float(word), float(expected))
 
 
+_ORDERED = (list, tuple, range, collections.deque, array.array, abc.MappingView)
+
+
 def same_value(value, expected) -> bool:
-    """Does a returned value agree with one from JSON? Tuples are lists, keys are strings, an expected float has the
-    tolerance of `same_output`, and otherwise Python's ==.
+    """Does a returned value agree with one from JSON? Keys are strings; where a list is expected, all that has an
+    order is one; an expected float has the tolerance of `same_output`; otherwise Python's ==.
 
     >>> same_value([(1, 2)], [[1, 2]]), same_value({1: 2.0}, {"1": 2}), same_value(1, "1")
     (True, True, False)
     """
-    if isinstance(value, (list, tuple)) and isinstance(expected, list):
+    if isinstance(value, abc.Iterator) and isinstance(expected, list):
+        value = list(copy.copy(value))  # it may be compared again, with what a list of one contains
+    if isinstance(value, _ORDERED) and isinstance(expected, list):
         return len(value) == len(expected) and all(map(same_value, value, expected))
     if isinstance(value, dict) and isinstance(expected, dict):
         mine = {str(k): v for k, v in value.items()}
@@ -135,6 +194,8 @@ def grade_frame(kind: str, frame: bytes, expected) -> tuple[str, str]:
         ((key, got),) = json.loads(frame).items()
         if key == "err":
             return ("oom" if got.startswith("MemoryError") else "crash"), f"raised {got[:200]}"
+        if kind == "stdin" and key in ("oom", "crash"):
+            return key, got
         if key == "odd":
             return "wrong", got[:200]
         if kind == "stdin":
@@ -146,6 +207,8 @@ def grade_frame(kind: str, frame: bytes, expected) -> tuple[str, str]:
             wrapped = isinstance(expected, list) and len(expected) == 1  # as APPS wraps some
             if kind == "call" and (same_value(value, expected) or (wrapped and same_value(value, expected[0]))):
                 return "pass", ""
+        if frame == b'{"v":null}':
+            return "wrong", "returned None (what a function does to its argument in place is not looked at)"
         return "wrong", f"returned {frame[5:-1][:80].decode(errors='replace')}"
     except Exception as e:  # no frame of ours, or a value that cannot be compared
         return "wrong", f"returned what is no value ({type(e).__name__})"
@@ -161,12 +224,14 @@ def run_program(program: str, tests: dict[str, Any], *, timeout_s: float = 4.0, 
     - {"inputs": [text, ...], "outputs": [text, ...]}: the whole program once per input, on stdin (APPS),
     - {"fn_name": "f", "inputs": [[argument, ...], ...], "outputs": [value, ...]}: f, or that method of a `Solution()`.
 
-    In the last two a program finds what APPS programs use without importing it (math, defaultdict, List, ...).
+    In the last two a program finds what APPS programs use without importing it (math, defaultdict, List, ...). A
+    function has to return its value: one that changes its argument in place and returns None is wrong.
 
     Outcomes: pass; wrong; timeout (a test used `timeout_s` seconds of CPU time, or PATIENCE times as long went by: the
     rest is not run); oom (more than `memory_mb` MB of address space); crash (an exception, a signal, an exit before all
-    values were handed over, too much output); harness_error: not the program's fault, so no 0 either. Raises InputError
-    on tests of another form, and where this machine cannot confine programs (`check_sandbox`).
+    values were handed over or with a code that is not 0, too much output); harness_error: not the program's fault, so
+    no 0 either. Raises InputError on tests of another form, and where this machine cannot confine programs
+    (`check_sandbox`).
     """
     return run_programs([(program, tests)], workers=1, timeout_s=timeout_s, memory_mb=memory_mb)[0]
 

@@ -32,17 +32,29 @@ UNSAFE_SANDBOX = "refuse"  # set by `check_sandbox`
 
 
 class Job:
-    """One program under way: what goes in, what is kept of the frames that come out, how it ended."""
+    """One program under way: what goes in, what is kept of the frames that come out, how it ended.
+
+    A whole program (tests on standard input) has a process for each test, one after another. Its frames are made here,
+    of what it printed and how it ended; what it says itself counts only as words on an end that is bad anyway.
+    """
 
     def __init__(self, payload: dict[str, Any], keep=lambda i, frame: frame):
         """`keep(i, frame)` of each frame is kept: frames are long, and there are many."""
-        data = json.dumps(payload).encode()
-        self.outgoing = memoryview(struct.pack("!I", len(data)) + data)
-        self.tests, self.keep, self.kept, self.fail, self.buffer = len(payload["tests"]), keep, [], b"", bytearray()
+        self.payload, self.whole = payload, payload["kind"] == "stdin"
+        self.tests, self.keep, self.kept, self.fail = len(payload["tests"]), keep, [], b""
         self.end, self.why = "", ""  # done | fail | timeout | oom | crash | harness_error, and a word on it
+        self.slot = -1  # while it runs: its number at the server
+
+    def start(self, channel: socket.socket, timeout_s: float) -> None:
+        """A process of its own begins; `channel` is our end of its socket."""
+        self.channel, self.output = channel, -1  # and what the output of a whole program is read from
+        tests = self.payload["tests"][len(self.kept) :][:1] if self.whole else self.payload["tests"]
+        data = json.dumps({**self.payload, "tests": tests}).encode()
+        self.outgoing = memoryview(struct.pack("!I", len(data)) + data)
+        self.buffer, self.printed, self.said = bytearray(), bytearray(), b""
         self.confined = self.killed = self.closed = self.slow = False
-        self.began = self.test_began = self.look_at = self.cpu = 0.0
-        self.slot, self.channel = -1, None  # while it runs: its number at the server, our end of its socket
+        self.cpu, self.began = 0.0, time.monotonic()
+        self.test_began, self.look_at = self.began, self.began + min(QUICK_S, timeout_s)
 
 
 class Sandbox:
@@ -52,6 +64,8 @@ class Sandbox:
         """Raises InputError where `mode` does not work on this machine."""
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         env = {"LANG": "C.UTF-8", "PYTHONUTF8": "1", "PYTHONHASHSEED": "0"}  # sets have one order in all runs
+        env["MALLOC_ARENA_MAX"] = "1"  # else each thread reserves 64 MB of a program's address space
+        env["PYTHONPATH"] = str(pathlib.Path(sandbox_server.__file__).resolve().parents[1])  # for the room it imports
         env |= {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
         # -P -s and an environment of our own are -I, but for the hash seed, which -I would leave to chance
         server = os.path.abspath(sandbox_server.__file__)
@@ -128,14 +142,19 @@ class Sandbox:
                     channels.register(job.channel, selectors.EVENT_READ | selectors.EVENT_WRITE, job)
                 now = time.monotonic()
                 wait = min((job.look_at for job in live.values()), default=now) - now
-                for (channel, _, _, job), event in channels.select(max(0, wait)):
-                    if channel is self.control:
-                        self._ended(live, channels, timeout_s)
-                    elif channel.fileno() >= 0 and not self._exchange(job, event, channels):  # < 0: it has ended by now
-                        channels.unregister(channel)
+                for (source, _, _, job), event in channels.select(max(0, wait)):
+                    if source is self.control:
+                        again = self._ended(live, channels, timeout_s)
+                        waiting.extendleft([again] if again else [])
+                    elif job.slot not in live:  # it has ended by now
+                        pass
+                    elif source == job.output:
+                        self._drain(job, channels)
+                    elif not self._exchange(job, event, channels):
+                        channels.unregister(source)
                         if job.end:
                             self._kill(job)
-                        else:  # about to be gone, and how it ended is worth a wait
+                        elif not job.whole:  # about to be gone, and how it ended is worth a wait
                             job.look_at, job.closed = time.monotonic() + 0.5, True
                 now = time.monotonic()
                 for job in live.values():
@@ -143,23 +162,27 @@ class Sandbox:
                         self._look(job, now, timeout_s, bool(waiting))
         finally:
             for job in live.values():
-                job.channel.close()
+                self._close(job)
+
+    def _close(self, job: Job) -> None:
+        job.channel.close()
+        if job.output >= 0:
+            os.close(job.output)
 
     def _tell(self, job: Job, op: str) -> None:
         self.control.send(json.dumps({"op": op, "slot": job.slot}).encode())
 
     def _fork(self, job: Job, timeout_s: float, memory_mb: int) -> None:
         """Start a job in a free slot."""
-        job.channel, theirs = socket.socketpair()
+        ours, theirs = socket.socketpair()
         job.slot = self.slots.pop()
         # The kernel's own limit is the last resort, should this process stand still.
-        cpu_s = math.ceil((job.tests + 1) * PATIENCE * timeout_s) + 5
-        order = {"op": "fork", "slot": job.slot, "memory_mb": memory_mb, "cpu_s": cpu_s}
+        cpu_s = math.ceil(((1 if job.whole else job.tests) + 1) * PATIENCE * timeout_s) + 5
+        order = {"op": "fork", "slot": job.slot, "memory_mb": memory_mb, "cpu_s": cpu_s, "whole": job.whole}
         socket.send_fds(self.control, [json.dumps(order).encode()], [theirs.fileno()])
         theirs.close()
-        job.channel.setblocking(False)
-        job.began = job.test_began = time.monotonic()
-        job.look_at = job.began + min(QUICK_S, timeout_s)
+        ours.setblocking(False)
+        job.start(ours, timeout_s)
 
     def _kill(self, job: Job) -> None:
         if not job.killed:
@@ -176,13 +199,34 @@ class Sandbox:
         if not event & selectors.EVENT_READ:
             return True
         try:
-            data = job.channel.recv(1 << 20)
+            if job.whole and job.output < 0:  # from one byte, which is ours, so that a program can hand over no file
+                data, fds, _, _ = socket.recv_fds(job.channel, 1, 1)
+                for job.output in fds:
+                    channels.register(job.output, selectors.EVENT_READ, job)
+                    return True
+            else:
+                data = job.channel.recv(1 << 20)
         except BlockingIOError:
             return True
         except ConnectionError:
             data = b""
         job.buffer += data
         return bool(data) and self._frames(job)
+
+    def _drain(self, job: Job, channels: selectors.BaseSelector) -> None:
+        """Take what a whole program has printed by now."""
+        try:
+            while len(job.printed) <= sandbox_server.OUTPUT_MAX:
+                data = os.read(job.output, 1 << 20)
+                if not data:  # it closed its output, or has ended
+                    break
+                job.printed += data
+            else:
+                self._kill(job)
+        except BlockingIOError:
+            return
+        with contextlib.suppress(KeyError):
+            channels.unregister(job.output)
 
     def _frames(self, job: Job) -> bool:
         """Take whole frames out of a job's buffer; False when it has given all."""
@@ -194,6 +238,8 @@ class Sandbox:
             del buffer[:1]
         while len(job.kept) < job.tests and len(buffer) >= head.size:
             length, cpu = head.unpack_from(buffer)
+            if length > sandbox_server.FRAME_MAX and job.whole:
+                return False
             if length > sandbox_server.FRAME_MAX:
                 job.end, job.why = "crash", "wrote to the channel what is no frame"
                 return False
@@ -203,6 +249,9 @@ class Sandbox:
             del buffer[: head.size + length]
             if frame.startswith(b'{"fail":'):
                 job.end, job.fail = "fail", frame
+                return False
+            if job.whole:
+                job.said = frame
                 return False
             job.kept.append(job.keep(len(job.kept), frame))
             job.test_began, job.cpu = time.monotonic(), cpu
@@ -236,33 +285,52 @@ class Sandbox:
             self._tell(job, "cpu")  # the answer may end it
         job.look_at = min(job.test_began + PATIENCE * timeout_s, max(job.test_began + timeout_s, now + 0.1))
 
-    def _ended(self, live: dict[int, Job], channels: selectors.BaseSelector, timeout_s: float) -> None:
-        """One message of the server: a process has ended, or its CPU time."""
+    def _ended(self, live: dict[int, Job], channels: selectors.BaseSelector, timeout_s: float) -> Job | None:
+        """One message of the server: a process has ended, or its CPU time. Returns a job that has a process to come."""
         message = self._hear()
         if message is None:
             raise ConnectionError
         job = live.get(message["slot"])
         if job is None:
-            return
+            return None
         if "cpu" in message:
             late = time.monotonic() - job.test_began >= timeout_s
             if late and not job.killed and not message["cpu"] - job.cpu < 0.95 * timeout_s:  # `not <`: NaN is a lie
                 job.end = "timeout"
                 self._kill(job)
-            return
-        unread = lambda: any(k.data is job and event & selectors.EVENT_READ for k, event in channels.select(0))
+            return None
+        unread = lambda: any(k.fileobj is job.channel and e & selectors.EVENT_READ for k, e in channels.select(0))
         while unread() and self._exchange(job, selectors.EVENT_READ, channels):
             pass
-        with contextlib.suppress(KeyError):  # no longer listened to
-            channels.unregister(job.channel)
-        job.channel.close()
+        if job.output >= 0:
+            self._drain(job, channels)
+        for source in (job.channel, job.output):
+            with contextlib.suppress(KeyError, ValueError):  # no longer listened to
+                channels.unregister(source)
+        self._close(job)
         del live[job.slot]
         self.slots.append(job.slot)
         if "error" in message or not job.confined:
             job.end = "harness_error"
             job.why = f"not confined: {message.get('error') or job.buffer[1:200].decode(errors='replace')}"
-        elif not job.end:
+        elif not job.end and not job.whole:
             self._explain(job, message["status"])
+        elif not job.end:
+            job.kept.append(job.keep(len(job.kept), self._frame_of(job, message["status"])))
+            job.end = "done" if len(job.kept) == job.tests else ""
+        job.outgoing, job.printed = memoryview(b""), bytearray()
+        return None if job.end else job
+
+    def _frame_of(self, job: Job, status: int) -> bytes:
+        """The frame of a whole program's test: its output if it ended well, else what it raised or how it ended."""
+        if len(job.printed) > sandbox_server.OUTPUT_MAX:
+            return json.dumps({"err": f"OutputLimit: more than {sandbox_server.OUTPUT_MAX >> 20} MB printed"}).encode()
+        if status in (0, 120):  # 120: Python could not flush standard output once more; what it printed is here
+            return json.dumps({"out": job.printed.decode("utf-8", "replace")}).encode()
+        if job.said.startswith(b'{"err":'):
+            return job.said
+        self._explain(job, status)
+        return json.dumps({job.end: job.why}).encode()
 
     def _explain(self, job: Job, status: int) -> None:
         """How a process ended that neither gave all of its values nor was ended from here."""

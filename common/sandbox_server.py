@@ -6,6 +6,11 @@ One thread, no JAX, small imports done. It is told on CONTROL_FD to fork a child
 own socket. Programs, inputs and values pass only over that socket, never through this process, so nothing of one
 candidate is in the memory that the next one is forked from. Expected outputs are in neither: the other end compares.
 
+A whole program (tests on standard input) has a child for each input, and that child is an interpreter from beginning to
+end: it goes back through `serve` to this file's last line and runs the program there, so exit handlers, threads, module
+teardown and the last flush are CPython's own, in CPython's order, and none of them has to be imitated. What counts is
+read by the other end from the pipe that is the child's standard output, once the child has ended, and how it ended.
+
 MODE is "namespaces" (a file system, process tree and network of their own, and seccomp where the kernel has it),
 "landlock" (Landlock and seccomp), "none" (limits alone) or "auto": the first of the first two that works here.
 """
@@ -18,14 +23,12 @@ import ctypes
 import decimal
 import errno
 import fractions
-import functools
-import gc
-import importlib
+import importlib.machinery
+import itertools
 import json
 import os
 import platform
 import random
-import re
 import resource
 import select
 import shutil
@@ -34,22 +37,34 @@ import socket
 import struct
 import sys
 import tempfile
-import threading
 import time
 import types
+import weakref
 
-CHANNEL, STDIN, STDOUT = 3, 4, 5  # a child's descriptors beside 0, 1, 2: its socket, its input, its output
+from common.interpreter import EDGE, PRELUDE, SOLUTION, STDLIB, TEMP, Leave, fresh_streams, load_libraries, warm
+
+CHANNEL = 3  # a child's descriptor beside 0, 1, 2: its socket
 FRAME = struct.Struct("!Id")  # length of the payload, CPU seconds used so far
 FRAME_MAX = 8 << 20  # bytes of one value on its way
 OUTPUT_MAX = 4 << 20  # bytes that one test may print
+ITEMS_MAX = 1 << 20  # items that an iterator may give
 FILES_MB = 32  # what the temp directory holds, and one file in it
 THREADS = 64
 UIDS = 1024  # slots: each has a user id of its own where the server is root
 
 # ---- values -------------------------------------------------------------------------------------------------------
-# Plain data as JSON: exact types only, so that no method of a candidate's own class is ever called on either side.
+# Plain data as JSON. What a candidate's class derives from a plain type is made plain in the candidate's process, by
+# methods of that type; the other side is given exact types only and never calls a method of a candidate's class.
 _TAGS = {tuple: "t", set: "s", frozenset: "z", collections.deque: "q"}
-_MAPS = (dict, collections.Counter, collections.OrderedDict, collections.defaultdict)
+_VIEWS = {type({}.keys()): "k", type({}.values()): "u", type({}.items()): "j"}
+_EXACT = {
+    **{kind: kind.__pos__ for kind in (int, float, complex, fractions.Fraction)},
+    decimal.Decimal: lambda x: decimal.Decimal(decimal.Decimal.__str__(x)),
+    str: str.__str__,
+    **{kind: lambda x, kind=kind: kind.__getitem__(x, slice(None)) for kind in (bytes, tuple, list)},
+    **{kind: lambda x, kind=kind: kind(kind.__iter__(x)) for kind in (set, frozenset, collections.deque)},
+    dict: lambda x: dict(dict.items(x)),
+}
 
 
 class NotPlain(Exception):
@@ -59,8 +74,8 @@ class NotPlain(Exception):
 def encode(x):
     """Plain data as what json.dumps takes. Raises NotPlain, or RecursionError for what contains itself.
 
-    >>> encode([1, (2.5, None), {"a": {3}}, 1 << 60])
-    [1, {'t': [2.5, None]}, {'d': [['a', {'s': [3]}]]}, {'i': '0x1000000000000000'}]
+    >>> encode([1, (2.5, None), {"a": {3}}, 1 << 60, map(abs, [-1])])
+    [1, {'t': [2.5, None]}, {'d': [['a', {'s': [3]}]]}, {'i': '0x1000000000000000'}, {'e': [1]}]
     """
     kind = type(x)
     if x is None or kind is bool or kind is str or kind is float:
@@ -71,8 +86,8 @@ def encode(x):
         return [encode(v) for v in x]
     if kind in _TAGS:
         return {_TAGS[kind]: [encode(v) for v in x]}
-    if kind in _MAPS:
-        return {"d": [[encode(k), encode(v)] for k, v in dict.items(x)]}
+    if kind is dict:
+        return {"d": [[encode(k), encode(v)] for k, v in x.items()]}
     if kind is complex:
         return {"c": [x.real, x.imag]}
     if kind is bytes:
@@ -85,6 +100,16 @@ def encode(x):
         return {"n": decimal.Decimal.__str__(x)}
     if kind is array.array:
         return {"a": [x.typecode, [encode(v) for v in x.tolist()]]}
+    for base in type.mro(kind):
+        if base in _VIEWS:
+            return {_VIEWS[base]: [encode(v) for v in x]}
+        if base in _EXACT and base is not kind:
+            return encode(_EXACT[base](x))
+    if hasattr(kind, "__next__"):
+        items = list(itertools.islice(x, ITEMS_MAX + 1))
+        if len(items) > ITEMS_MAX:
+            raise NotPlain(f"{kind.__name__!s:.60} gives more than {ITEMS_MAX} items")
+        return {"e": [encode(v) for v in items]}
     raise NotPlain(f"{kind.__name__!s:.60} is no plain data")
 
 
@@ -101,6 +126,10 @@ _MAKE = {
     "f": lambda v: fractions.Fraction(*(decode(x) for x in v if len(str(x)) < 5000)),  # a longer one takes too long
     "n": decimal.Decimal,
     "a": lambda v: array.array(str(v[0]), [decode(x) for x in v[1]]),
+    "k": lambda v: dict.fromkeys(map(decode, v)).keys(),
+    "u": lambda v: dict(enumerate(map(decode, v))).values(),
+    "j": lambda v: dict(map(decode, v)).items(),
+    "e": lambda v: iter(list(map(decode, v))),
 }
 
 
@@ -120,8 +149,7 @@ MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32,
 MS_REC, MS_PRIVATE = 16384, 1 << 18
 ARCH = {"x86_64": 0, "aarch64": 1}.get(platform.machine())
 AUDIT_ARCH = (0xC000003E, 0xC00000B7)
-STDLIB = os.path.dirname(os.path.abspath(os.__file__))
-TEMP = "/temp" if f"{STDLIB}/".startswith("/tmp/") else "/tmp"  # the temp directory in a file system of our own
+DEVICES = ("null", "zero", "urandom")  # of the machine, in the /dev of a whole program
 # What a Python program with threads and files calls, and its number on x86_64 and on aarch64 ("-": has none). All else
 # fails with EPERM: sockets, processes, other programs, mounts, ptrace, System V and POSIX IPC, modes and owners.
 SYSCALLS = """
@@ -209,14 +237,15 @@ def drop_capabilities() -> None:
 
 
 def install_landlock(directory: str) -> None:
-    """Of the file system only STDLIB can be read, and files made and read in `directory`."""
+    """Of the file system only STDLIB can be read, and files made and read in `directory`; /dev/null is there."""
     abi = check(libc.syscall(444, None, ctypes.c_size_t(0), 1), "Landlock")
     handled = (1 << 13 + (abi >= 2) + (abi >= 3) + (abi >= 5)) - 1  # the accesses that this kernel knows
     rules = check(libc.syscall(444, struct.pack("Q", handled), ctypes.c_size_t(8), 0), "Landlock")
     read_file, read_dir, write, remove, make, truncate = 1 << 2, 1 << 3, 1 << 1, 1 << 5, 1 << 8, 1 << 14
     own = read_file | read_dir | write | remove | make | truncate  # plain files only, so that removing them is easy
-    for path, access in ((STDLIB, read_file | read_dir), (directory, own)):
-        fd = os.open(path, os.O_PATH | os.O_DIRECTORY)
+    null = read_file | write | truncate
+    for path, access in ((STDLIB, read_file | read_dir), (directory, own), ("/dev/null", null)):
+        fd = os.open(path, os.O_PATH)
         check(libc.syscall(445, rules, 1, struct.pack("=Qi", access & handled, fd), 0), f"Landlock {path}")
         os.close(fd)
     check(libc.prctl(38, 1, 0, 0, 0), "no_new_privs")
@@ -306,8 +335,12 @@ def enter_root() -> None:
     for packages in ("site-packages", "dist-packages"):
         if os.path.isdir(f"{here}/{packages}"):
             mount("tmpfs", f"{here}/{packages}", "tmpfs", MS_RDONLY | MS_NOSUID | MS_NODEV, "size=4k,mode=0755")
-    for name in (TEMP, "/.old"):
+    for name in (TEMP, "/.old", "/dev", "/devices"):
         os.mkdir(f"{root}{name}")
+    for name in DEVICES:
+        os.close(os.open(f"{root}/devices/{name}", os.O_CREAT | os.O_WRONLY))
+        with contextlib.suppress(OSError):  # then a whole program has an empty file there that it cannot write
+            mount(f"/dev/{name}", f"{root}/devices/{name}", None, MS_BIND)
     pivot_root = -1 if ARCH is None else (155, 41)[ARCH]
     check(libc.syscall(pivot_root, root.encode(), f"{root}/.old".encode()), "pivot_root")
     os.chdir("/")
@@ -385,7 +418,29 @@ class Confinement:
                 check(libc.setns(self.tree, NEWPID), "process namespace of the server")
         return pid
 
-    def confine(self, channel: int, slot: int, memory_mb: int, cpu_s: int) -> None:
+    def streams(self, channel: int, uid: int, whole: bool) -> tuple[int, int]:
+        """A child's standard input and output. The other end gets what a whole program's output is read from, over
+        `channel` with the byte b"O"; the output of other children is thrown away."""
+        if not whole:
+            return self.null, os.memfd_create("stdout")
+        if self.mode == "namespaces":  # without /proc these two names have to be files themselves
+            options = f"size={FILES_MB}m,nr_inodes=16,mode=0555"
+            mount("tmpfs", "/dev", "tmpfs", MS_NOSUID | MS_NODEV | MS_NOEXEC, options)
+            for name, target in [*zip(DEVICES, DEVICES), ("stderr", "null")]:
+                os.symlink(f"/devices/{target}", f"/dev/{name}")
+            os.mkfifo("/dev/stdout")
+            get, put = (os.open("/dev/stdout", way) for way in (os.O_RDONLY | os.O_NONBLOCK, os.O_WRONLY))
+            given = os.open("/dev/stdin", os.O_RDWR | os.O_CREAT)
+        else:
+            (get, put), given = os.pipe(), os.memfd_create("stdin")
+            os.set_blocking(get, False)
+        for fd in (given, put):
+            os.fchown(fd, uid, -1)
+        with socket.socket(fileno=os.dup(channel)) as s:
+            socket.send_fds(s, [b"O"], [get])
+        return given, put
+
+    def confine(self, channel: int, slot: int, memory_mb: int, cpu_s: int, whole: bool) -> None:
         """Called in the child, before it reads anything. Raises OSError: then nothing may be run."""
         os.setsid()
         uid = self.uids + slot if self.uids else os.geteuid()
@@ -401,13 +456,12 @@ class Confinement:
                 os.chown(directory, uid, uid)
         os.chdir(directory)
         tempfile.tempdir = directory
-        files = [os.memfd_create(name) for name in ("stdin", "stdout")]
-        os.dup2(channel, 200)
-        for fd, to in ((files[0], 201), (files[1], 202), (self.null, 203)):
-            os.dup2(fd, to)
-        for fd, to in ((201, 0), (202, 1), (203, 2), (200, CHANNEL), (201, STDIN), (202, STDOUT)):
-            os.dup2(fd, to)
-        os.closerange(STDOUT + 1, 1 << 16)
+        given, put = self.streams(channel, uid, whole)
+        for i, fd in enumerate((given, put, self.null, channel)):
+            os.dup2(fd, 200 + i)
+        for i in (0, 1, 2, CHANNEL):
+            os.dup2(200 + i, i)
+        os.closerange(CHANNEL + 1, 1 << 16)
         r = resource
         for what, soft in (
             (r.RLIMIT_CORE, 0), (r.RLIMIT_FSIZE, FILES_MB << 20), (r.RLIMIT_NOFILE, 64), (r.RLIMIT_CPU, cpu_s),
@@ -416,7 +470,7 @@ class Confinement:
         ):  # fmt: skip
             hard = r.getrlimit(what)[1]
             limit = soft if hard == r.RLIM_INFINITY else min(soft, hard)
-            r.setrlimit(what, (limit, limit))
+            r.prlimit(0, what, (limit, limit))
         if self.mode == "landlock":
             install_landlock(directory)
         if self.uids:
@@ -435,15 +489,6 @@ class Confinement:
 
 
 # ---- the child: running a program ---------------------------------------------------------------------------------
-# What programs of the APPS kind use without importing it: modules, and names of modules.
-_MODULES = "math cmath re sys itertools collections heapq bisect functools string random time copy operator"
-_NAMES = {
-    "typing": "Any Dict List Optional Set Tuple Union", "collections": "Counter OrderedDict defaultdict deque",
-    "functools": "lru_cache reduce cmp_to_key", "itertools": "accumulate combinations permutations product",
-    "heapq": "heapify heappop heappush", "bisect": "bisect_left bisect_right", "math": "gcd inf sqrt",
-}  # fmt: skip
-PRELUDE = {name: importlib.import_module(name) for name in _MODULES.split()}
-PRELUDE |= {name: getattr(importlib.import_module(m), name) for m, names in _NAMES.items() for name in names.split()}
 CHECK_MODULES = ("math", "cmath", "re", "sys", "itertools", "collections")  # what an assert may use without an import
 
 
@@ -484,43 +529,43 @@ def new_module(name: str, names: dict) -> dict:
     return module.__dict__
 
 
-def fresh_streams(text: str = "") -> None:
-    """Input `text` and no output yet, at descriptors 0 and 1 and in sys, whatever the program before did to them."""
-    sys.stdin = sys.stdout = sys.stderr = sys.__stdin__ = sys.__stdout__ = sys.__stderr__ = None  # flushed: then cut
-    data, at = text.encode("utf-8", "surrogateescape"), 0
-    for fd, to in ((STDIN, 0), (STDOUT, 1)):
-        os.lseek(fd, 0, os.SEEK_SET)
-        os.ftruncate(fd, 0)
-        os.dup2(fd, to)
-    while at < len(data):
-        at += os.pwrite(STDIN, data[at:], at)
-    for name, fd, mode in (("stdin", 0, "r"), ("stdout", 1, "w"), ("stderr", 2, "w")):
-        stream = open(fd, mode, encoding="utf-8", errors="surrogateescape", closefd=False)  # noqa: SIM115
-        setattr(sys, name, stream)
-        setattr(sys, f"__{name}__", stream)
+def whole_program(source: str, text: str) -> types.CodeType:
+    """A program that is to run on standard input `text`; the process is now as `python solution.py` finds it."""
+    data = text.encode("utf-8", "surrogateescape")
+    while data:
+        data = data[os.write(0, data) :]
+    os.lseek(0, 0, os.SEEK_SET)
+    fresh_streams()
+    with open(SOLUTION, "w", encoding="utf-8", errors="surrogatepass") as f:
+        f.write(source)
+    sys.path.insert(0, os.getcwd())
+    return compile(source, os.path.abspath(SOLUTION), "exec", dont_inherit=True)
 
 
-def run_stdin(code, text: str) -> dict:
-    """Run a whole program on one input; {"out": what it printed}. exit() and exit(0) are a normal end."""
-    fresh_streams(text)
+def run(code: types.CodeType) -> None:
+    """Run a whole program as the interpreter's main one. What it raises goes on: the interpreter ends with it."""
+    more = {"__builtins__": builtins, "__file__": code.co_filename, "__cached__": None, "__annotations__": {}}
+    more["__loader__"] = importlib.machinery.SourceFileLoader("__main__", code.co_filename)
+    loader = weakref.ref(more["__loader__"])
+    names = new_module("__main__", PRELUDE | more)
+    del more
+    sys.setrecursionlimit(sys.getrecursionlimit() + 3)  # what stands below it here
     try:
-        exec(code, new_module("__main__", PRELUDE))
+        exec(code, names)
+        EDGE.leave = Leave(loader)
     except SystemExit as e:
-        if e.code is not None and e.code is not False and not (type(e.code) is int and e.code == 0):
-            return {"err": "SystemExit: with a code"}
+        if e.code is None or e.code is False or (type(e.code) is int and e.code == 0):
+            EDGE.leave = Leave(loader)
+        raise
     except BaseException as e:
-        return {"err": describe(e)}
-    try:
-        for thread in threading.enumerate():  # as the interpreter does at its end
-            if thread is not threading.current_thread() and not thread.daemon:
-                thread.join()
-        sys.stdout.flush()
-        size = os.fstat(STDOUT).st_size
-    except BaseException as e:
-        return {"err": describe(e)}
-    if size > OUTPUT_MAX:
-        return {"err": f"OutputLimit: more than {OUTPUT_MAX >> 20} MB printed"}
-    return {"out": os.pread(STDOUT, size, 0).decode("utf-8", "replace")}
+        with contextlib.suppress(BaseException):  # a word for the verdict; the exit code decides it
+            send({"err": describe(e)})
+        raise
+
+
+def source_of(job: dict) -> str:
+    """Its program without a byte-order mark, which Python takes off a file only."""
+    return job["program"].removeprefix("\ufeff")
 
 
 def evaluated(source: str, names: dict, convert=lambda x: x):
@@ -537,9 +582,7 @@ def prepared(job: dict) -> list:
         exec(compile(job["setup"], "<setup>", "exec"), names)
         names.update({name: decode(json.loads(text)["v"]) for name, text in job["values"].items()})
         return [evaluated(source, names, bool) for source in job["tests"]]
-    code = compile(job["program"], "<program>", "exec", dont_inherit=True)
-    if kind == "stdin":
-        return [functools.partial(run_stdin, code, text) for text in job["tests"]]
+    code = compile(source_of(job), "<program>", "exec", dont_inherit=True)
     fresh_streams()
     names = new_module("candidate", PRELUDE if kind == "call" else {})
     exec(compile(job["before"], "<setup>", "exec"), names)
@@ -552,84 +595,80 @@ def prepared(job: dict) -> list:
     return [evaluated(source, names) for source in job["tests"]]
 
 
-def child() -> None:
-    """Read a job, run its tests, send a frame for each: all that a candidate's process does."""
+def child() -> types.CodeType | None:
+    """Read a job, run its tests, send a frame for each: all that a candidate's process does. A whole program is not run
+    here but returned."""
     sys.set_int_max_str_digits(0)
     random.seed(0)  # the same program prints the same numbers in every run
     with open(CHANNEL, "rb", closefd=False) as channel:
         (length,) = struct.unpack("!I", channel.read(4))
         job = json.loads(channel.read(length))
     try:
+        if job["kind"] == "stdin":
+            return whole_program(source_of(job), *job["tests"])
         tests = prepared(job)
     except BaseException as e:
         send({"fail": describe(e)})
-        return
+        return None
     del job
     for test in tests:
         send(test())
+    return None
 
 
 # ---- the server ---------------------------------------------------------------------------------------------------
-# Imported before the first fork: quick for every child, and there where its own imports cannot read the library.
-WARM = """
-_sitebuiltins abc array base64 bisect calendar cmath copy csv dataclasses datetime decimal difflib enum fractions
-functools glob hashlib heapq inspect numbers operator pickle pprint queue secrets statistics string textwrap timeit
-traceback typing unicodedata uuid zlib encodings.ascii encodings.idna encodings.latin_1 encodings.utf_16"""
+def serve(control: socket.socket, mode: str) -> types.CodeType | None:
+    """Fork, renice and kill children as told on `control`, and tell when they ended, until its other end closes.
 
-
-def warm() -> None:
-    """What every child would do again: names that `-S` leaves out, libraries that threads load late."""
-    for name in WARM.split():
-        importlib.import_module(name)
-    for name in ("exit", "quit"):
-        setattr(builtins, name, sys.modules["_sitebuiltins"].Quitter(name, "Ctrl-D"))
-    with contextlib.suppress(OSError):
-        ctypes.CDLL("libgcc_s.so.1")
-    re.compile(r"(\d+)[a-z]*").findall("1a")
-    sys.argv, sys.path[:] = ["program"], [STDLIB, f"{STDLIB}/lib-dynload"]
-    os.environ.clear()
-    os.environ.update(PATH="/usr/bin:/bin", HOME=TEMP, LANG="C.UTF-8", TZ="UTC")
-    gc.collect()
-    gc.freeze()
-
-
-def serve(control: socket.socket, mode: str) -> None:
-    """Fork, renice and kill children as told on `control`, and tell when they ended, until its other end closes."""
+    Returns in children too: in one that is to run a whole program, with that program, once it is confined.
+    """
     confinement = Confinement(mode)
+    load_libraries()
     confinement.start()
-    warm()
+    warm(confinement.mode)
     hello = {"mode": confinement.mode, "seccomp": confinement.filter is not None}
     hello |= {"missing": confinement.missing, "base": confinement.base}
     control.send(json.dumps(hello).encode())
     if confinement.mode == "refused":
-        return
+        return None
+    slots: dict[int, int] = {}  # process id -> slot
+    program = None
+    try:
+        program = listen(control, confinement, slots)
+    finally:
+        if program is None:  # this is the server
+            for pid in slots:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            for pid, slot in slots.items():
+                os.waitpid(pid, 0)
+                confinement.clean(slot)
+            if confinement.base:
+                shutil.rmtree(confinement.base, ignore_errors=True)
+    return program
+
+
+def listen(control: socket.socket, confinement: Confinement, slots: dict[int, int]) -> types.CodeType | None:
+    """The loop of `serve`: None at the end of all messages, and in a child its whole program."""
     wake, waker = os.pipe()
     for fd in (wake, waker):
         os.set_blocking(fd, False)
     signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
     signal.signal(signal.SIGCHLD, lambda *_: None)
-    slots: dict[int, int] = {}  # process id -> slot
     poll = select.poll()
     poll.register(control, select.POLLIN)
     poll.register(wake, select.POLLIN)
-    try:
-        while True:
-            ready = dict(poll.poll())
-            if wake in ready:
-                with contextlib.suppress(BlockingIOError):
-                    os.read(wake, 4096)
-                report_ended(control, confinement, slots)
-            if control.fileno() in ready and not obey(control, confinement, slots):
-                return
-    finally:
-        for pid in slots:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        for pid, slot in slots.items():
-            os.waitpid(pid, 0)
-            confinement.clean(slot)
-        if confinement.base:
-            shutil.rmtree(confinement.base, ignore_errors=True)
+    while True:
+        ready = dict(poll.poll())
+        if wake in ready:
+            with contextlib.suppress(BlockingIOError):
+                os.read(wake, 4096)
+            report_ended(control, confinement, slots)
+        if control.fileno() in ready:
+            data, fds, _, _ = socket.recv_fds(control, 4096, 1)
+            program = obey(json.loads(data), fds, control, confinement, slots) if data else None
+            if program is not None or not data:
+                return program
 
 
 def report_ended(control: socket.socket, confinement: Confinement, slots: dict[int, int]) -> None:
@@ -648,12 +687,8 @@ def report_ended(control: socket.socket, confinement: Confinement, slots: dict[i
             control.send(json.dumps(message).encode())
 
 
-def obey(control: socket.socket, confinement: Confinement, slots: dict[int, int]) -> bool:
-    """One message: fork, kill, nice, cpu. False at the end of all messages."""
-    data, fds, _, _ = socket.recv_fds(control, 4096, 1)
-    if not data:
-        return False
-    order = json.loads(data)
+def obey(order: dict, fds: list, control: socket.socket, confinement: Confinement, slots: dict[int, int]):
+    """One message: fork, kill, nice, cpu. Returns None, and in a child what `begin` does."""
     slot = order["slot"]
     if order["op"] == "fork":
         (channel,) = fds
@@ -662,27 +697,13 @@ def obey(control: socket.socket, confinement: Confinement, slots: dict[int, int]
         except OSError as e:
             os.close(channel)
             control.send(json.dumps({"slot": slot, "error": str(e)}).encode())
-            return True
+            return None
         if pid == 0:
-            code = 1
-            try:
-                signal.set_wakeup_fd(-1)
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                try:
-                    confinement.confine(channel, slot, order["memory_mb"], order["cpu_s"])
-                except BaseException as e:
-                    for fd in (channel, CHANNEL):  # it may have moved by then
-                        with contextlib.suppress(OSError):
-                            os.write(fd, b"E" + describe(e).encode())
-                    os._exit(1)
-                os.write(CHANNEL, b"R")
-                child()
-                code = 0
-            finally:
-                os._exit(code)
+            control.detach()  # its descriptor is closed below and will be the program's
+            return begin(order, channel, confinement)
         os.close(channel)
         slots[pid] = slot
-        return True
+        return None
     pid = next((p for p, s in slots.items() if s == slot), None)  # none: it ended and the message is on its way
     with contextlib.suppress(OSError):
         if pid is not None and order["op"] == "kill":
@@ -692,8 +713,32 @@ def obey(control: socket.socket, confinement: Confinement, slots: dict[int, int]
         elif pid is not None:
             seconds = time.clock_gettime(~pid << 3 | 2)  # the CPU clock of that process
             control.send(json.dumps({"slot": slot, "cpu": seconds}).encode())
-    return True
+    return None
+
+
+def begin(order: dict, channel: int, confinement: Confinement) -> types.CodeType:
+    """All of a child's life, unless it is to run a whole program: then its beginning, and nothing else returns."""
+    program, code = None, 1
+    try:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
+            confinement.confine(channel, order["slot"], order["memory_mb"], order["cpu_s"], order["whole"])
+        except BaseException as e:
+            for fd in (channel, CHANNEL):  # it may have moved by then
+                with contextlib.suppress(OSError):
+                    os.write(fd, b"E" + describe(e).encode())
+            os._exit(1)
+        os.write(CHANNEL, b"R")
+        program = child()
+        code = 0
+    finally:
+        if program is None:
+            os._exit(code)
+    return program
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
+    main = serve(socket.socket(fileno=int(sys.argv[1])), sys.argv[2])
+    if main is not None:
+        run(main)

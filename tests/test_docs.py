@@ -123,8 +123,9 @@ ROOMS = {path.stem: path for path in sorted(ROOT.glob("common/*.py")) if path.st
 MAP = re.findall(r"^# (?!ruff)(\w+): \S.*$", (ROOT / "cts_common.py").read_text(), re.MULTILINE)
 CROSS = ("devices", "docs", "methods", "scripts")  # tests of the scripts, of whole runs and of the pages
 WITHOUT_JAX = (
-    "basics", "prompts", "values", "answers", "verifier", "sandbox_server", "plans", "sandbox", "programs", "replay",
-    "critique", "fixtures", "tasks", "tokenizer", "mistakes", "mutants", "batches", "locks", "tracking",
+    "basics", "prompts", "values", "answers", "verifier", "sandbox_server", "plans", "sandbox", "programs",
+    "replay", "critique", "fixtures", "tasks", "tokenizer", "mistakes", "mutants", "batches", "locks", "tracking",
+    "interpreter",
 )  # fmt: skip
 
 

@@ -28,6 +28,7 @@ KNOWN = {"abs", "set", "sum", "all", "range"}
 def test_parse_program():
     """Python 3 or None, whatever the text does to the parser."""
     assert parse_program("x = 1").body[0].value.value == 1
+    assert parse_program("\ufeffx = 1") is not None  # a byte-order mark, as a file may have
     assert parse_program("s = '\\d'") is not None  # an invalid escape is a warning, and not ours
     for text in ("print 'two'", "x = '\0'", "(" * 5000, "def f(:"):
         assert parse_program(text) is None, text[:20]

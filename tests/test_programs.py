@@ -95,6 +95,151 @@ def test_stdin_programs(name):
     assert verdict.outcome == "pass", verdict
 
 
+SIX = {"inputs": ["1\n"], "outputs": ["6\n"]}
+ENDS = programs_of(r"""
+== exit handler
+import atexit
+atexit.register(lambda: print(6))
+== replaced output
+import io, sys
+r = sys.stdout; sys.stdout = io.StringIO(); print(6); r.write(sys.stdout.getvalue())
+== descriptor opened
+o = open(1, "w"); o.write("6")
+== wrapper
+import io, sys
+w = io.TextIOWrapper(sys.stdout.buffer); w.write("6")
+== closed output
+import sys
+sys.stdout.write("6"); sys.stdout.close()
+== output dropped
+import sys
+print(6); sys.stdout.flush(); sys.stdout = None
+== output dropped, not flushed
+import sys
+print(6); sys.stdout = None
+== del
+class A:
+    def __del__(self): print(6)
+a = A()
+== del in a cycle
+class A:
+    def __del__(self): print(6)
+a = A(); a.a = a
+== del and a library that knows the class
+from typing import List
+class A:
+    def __del__(self): print(6)
+def f(x: List[A]): pass
+a = A()
+== unflushed and a library that knows the class
+from typing import List
+class A:
+    def f(self): pass
+def f(x: List[A]): pass
+o = open(1, "w"); o.write("6")
+== finally of a generator
+def g():
+    try: yield
+    finally: print(6)
+x = g(); next(x)
+== finalizer
+import weakref
+class A: pass
+a = A()
+weakref.finalize(a, print, 6)
+== thread
+import threading, time
+threading.Thread(target=lambda: (time.sleep(0.1), print(6))).start()
+== pool left open
+from concurrent.futures import ThreadPoolExecutor
+ThreadPoolExecutor(2).submit(print, 6)
+== busy daemons
+import threading
+def f():
+    while True: pass
+for _ in range(4): threading.Thread(target=f, daemon=True).start()
+print(6)
+== os._exit in a handler, which the main module's output precedes
+import atexit, os
+atexit.register(os._exit, 0)
+print(6)
+== os.write in a handler
+import atexit, os
+atexit.register(os.write, 1, b"6")
+== log kept back
+import logging.handlers, sys
+h = logging.handlers.MemoryHandler(100, target=logging.StreamHandler(sys.stdout))
+logging.getLogger().addHandler(h); logging.warning(6)
+== handler that fails
+import atexit
+atexit.register(lambda: 1 / 0)
+print(6)
+== SystemExit in a handler
+import atexit, sys
+@atexit.register
+def f():
+    print(6)
+    sys.exit(3)
+sys.exit()
+== os._exit after a flush
+import os
+print(6, flush=True)
+os._exit(0)
+== quit
+print(6)
+quit()
+== SystemExit
+raise SystemExit(print(6))
+== detached
+import sys
+sys.stdout.detach().write(b"6")
+== detached and wrapped
+import io, sys
+sys.stdout = io.TextIOWrapper(sys.stdout.detach(), write_through=True)
+print(6)
+== a stream of a codec
+import codecs, sys
+sys.stdout = codecs.getwriter("utf-8")(sys.stdout.buffer)
+print(6)
+== a descriptor's copy
+import os
+os.dup2(1, 9); os.close(1); os.write(9, b"6")
+== daemon of old
+import os
+os.closerange(3, 1000)
+print(6)
+""")
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_end_of_a_program_is_the_interpreters(name):
+    """On each input: what stands in buffers, handlers and objects is printed at the end, once."""
+    verdict = run_program(ENDS[name], {"inputs": ["1", "2"], "outputs": ["6", "6"]})
+    assert verdict == Verdict("pass", 2, 2), verdict
+
+
+@pytest.mark.parametrize(
+    ("program", "outcome", "words"),
+    [
+        ("import os\nprint(6)\nos._exit(0)", "wrong", "printed ''"),
+        ("import sys\nprint(6)\nsys.exit('bye')", "crash", "ended with exit code 1"),
+        ("print(6)\nexit(2)", "crash", "ended with exit code 2"),
+        ("import os\nprint(6, flush=True)\nos._exit(3)", "crash", "ended with exit code 3"),
+        ("print(6)\nraise KeyError(1)", "crash", "raised KeyError: 1"),
+        ("import atexit\natexit.register(print, 7)\nprint(6)", "wrong", "printed '6\\n7\\n'"),
+        ("import threading\nthreading.Thread(target=print, args=(7,)).start()\nprint(6)", "wrong", "printed"),
+        ("import sys\nsys.stdout = None\nprint(6)", "wrong", "printed ''"),
+        ("import os\nos.close(1)\nprint(6)", "wrong", "printed ''"),
+        ("def f(:", "crash", "SyntaxError"),
+        ("x = bytearray(10 ** 10)", "oom", "MemoryError"),
+        ("print('x' * 5000000)", "crash", "OutputLimit: more than 4 MB printed"),
+    ],
+)  # fmt: skip
+def test_ends_that_are_not_right(program, outcome, words):
+    verdict = run_program(program, SIX)
+    assert verdict.outcome == outcome and words in verdict.detail and verdict.passed == 0, verdict
+
+
 def test_output_of_a_failed_input_is_not_the_next_ones():
     program = "n = int(input())\nprint(n)\nif n == 1: raise ValueError"
     verdict = run_program(program, {"inputs": ["1", "2"], "outputs": ["1", "2"]})
@@ -146,11 +291,42 @@ def test_calls(program, outcome):
         ("return [(1, 2)]", [1], [[1, 2]], "pass"), ("return 'a'", [1], "a", "pass"), ("return {1}", [1], [1], "wrong"),
         ("return None", [1], None, "pass"), ("return True", [1], True, "pass"), ("return '3'", [1], 3, "wrong"),
         ("return 10 ** 400", [1], 1.5, "wrong"),
+        ("import collections; return collections.namedtuple('P', 'a b')(1, 2)", [1], [1, 2], "pass"),
+        ("import enum; return enum.IntEnum('E', 'A B').B", [1], 2, "pass"),
+        ("import enum; return enum.Enum('E', 'A B').B", [1], 2, "wrong"),
+        ("return type('F', (float,), {})(2.5)", [1], 2.5, "pass"),
+        ("return Counter(x)", ["aab"], {"a": 2, "b": 1}, "pass"),
+        ("return {1: 2, 3: 4}.keys()", [1], [1, 3], "pass"), ("return {1: 2}.items()", [1], [[1, 2]], "pass"),
+        ("return {1: 2, 3: 4}.values()", [1], [2, 4], "pass"), ("return {1: 2}.keys()", [1], [2], "wrong"),
+        ("return map(abs, x)", [[-1, 2]], [1, 2], "pass"), ("return (i for i in x)", [[1, 2]], [1, 2], "pass"),
+        ("return map(abs, x)", [[-1, 2]], [[1, 2]], "pass"), ("return (i for i in x)", [[1, 2]], [1], "wrong"),
+        ("return [zip(x, x)]", [[1]], [[[1, 1]]], "pass"), ("return iter(x)", [[1, 2]], {"1": 2}, "wrong"),
+        ("yield from x", [[1, 2]], [1, 2], "pass"), ("return itertools.count()", [1], [0, 1], "wrong"),
+        ("return range(x)", [3], [0, 1, 2], "pass"), ("return deque(x)", [[3]], [3], "pass"),
+        ("return range(10 ** 18)", [3], [0], "wrong"), ("return iter('12')", [3], "12", "wrong"),
+        ("x.sort()", [[2, 1]], [1, 2], "wrong"), ("x.sort(); return x", [[2, 1]], [1, 2], "pass"),
     ],
 )  # fmt: skip
 def test_values_of_calls(body, args, expected, outcome):
     tests = {"fn_name": "f", "inputs": [args], "outputs": [expected]}
     assert run_program(f"def f(x):\n    {body}", tests).outcome == outcome
+
+
+def test_asserts_on_values_that_are_not_lists():
+    """Python's ==, as in an assert on a plain machine."""
+    program = "import collections\nP = collections.namedtuple('P', 'a b')\ndef f(x): return {}"
+    for value, check, outcome in (
+        ("P(1, 2)", "f(0) == (1, 2)", "pass"), ("{1: 2}.keys()", "f(0) == {1}", "pass"),
+        ("{1: 2}.keys()", "f(0) == [1]", "wrong"), ("map(abs, [-1])", "f(0) == [1]", "wrong"),
+        ("map(abs, [-1])", "list(f(0)) == [1]", "pass"), ("(i for i in [2, 1])", "sorted(f(0)) == [1, 2]", "pass"),
+        ("iter([3])", "next(f(0)) == 3", "pass"), ("{1: 2}.items()", "dict(f(0)) == {1: 2}", "pass"),
+    ):  # fmt: skip
+        assert run_program(program.format(value), {"asserts": [f"assert {check}"]}).outcome == outcome, (value, check)
+
+
+def test_a_function_that_works_in_place_is_told_so():
+    verdict = run_program("def f(x): x.sort()", {"fn_name": "f", "inputs": [[[2, 1]]], "outputs": [[1, 2]]})
+    assert verdict.outcome == "wrong" and "None (what a function does to its argument in place" in verdict.detail
 
 
 # ---- programs of completions ----------------------------------------------------------------------------------------
@@ -175,6 +351,24 @@ F = "def f(x):\n    return x\n"
         ("no program", "no program"),
         ("", ""),
         ("```python\n```", "```python\n```"),
+        ("1. So:\n\n   ```python\n   def f(x):\n       return x\n   ```\n", F),
+        ("- ```python\n  def f(x):\n      return x\n  ```\n", F),
+        ("10) ~~~py\n    def f(x):\n        return x\n    ~~~\n", F),
+        ("* So:\n\t```python\n\tdef f(x):\n\t    return x\n\t```\n", F),
+        (
+            "  * So:\n    ```python\n    def f(x):\n        s = '''\n  a'''\n        return x\n    ```",
+            "def f(x):\n    s = '''\na'''\n    return x",
+        ),
+        ("> ```python\n> def f(x):\n>     return x\n> ```\n", F),
+        (f"~~~python\n{F}~~~", F),
+        (f"~~~\n{F}", F),
+        (f"~~~~\n~~~\n{F}~~~~", f"~~~\n{F}"),
+        (f"```text\nno\n```\n~~~python\n{F}~~~\n", F),
+        (f"`````python\n{F}`````", F),
+        (f"```f(1)``` is the call.\n```python\n{F}```", F),
+        (f"So:\r\n```python\r\n{F}```\r\n".replace("\n", "\r\n").replace("\r\r", "\r"), F),
+        (f"\ufeffimport math\n{F}That is all", f"import math\n{F}"),
+        (f"import math\n\f\n{F}That is all", f"import math\n\f\n{F}"),
     ],
 )
 def test_extract_program(completion, program):
@@ -182,8 +376,9 @@ def test_extract_program(completion, program):
 
 
 @pytest.mark.parametrize(
-    "text", ["```", "(", "def ", " ", "\0\ud800", "a =", "a, ", ": ", "# ", "\n```\n", "```python\n"]
-)
+    "text", ["```", "(", "def ", " ", "\0\ud800", "a =", "a, ", ": ", "# ", "\n```\n", "```python\n", "~~~", "- ", "> ",
+             "1. ~~~\n", "~~~\n> ", "   ```\n     x\n"]
+)  # fmt: skip
 def test_extraction_takes_any_text(text):
     """None of it takes long: quadratic time would be seen."""
     for start in ("", "def f(x):\n", "for ", "import ", "x"):
@@ -195,6 +390,7 @@ def test_a_program_without_a_fence_is_taken_whole():
     tests = {"inputs": ["3\n"], "outputs": ["6\n"]}
     text = "n = int(input())\nfor _ in range(1):\n    n *= 2\nprint(n)"
     assert [v.outcome for v in grade([text, f"So:\n```\n{text}\n```"], [tests] * 2)] == ["pass"] * 2
+    assert program_of(f"~~~python\n{REFERENCE}").strip() == REFERENCE
     assert program_of(text) == text and program_of(f"Say\n```python\n{REFERENCE}\n```").strip() == REFERENCE
 
 

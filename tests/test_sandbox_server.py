@@ -3,7 +3,12 @@
 pytest tests/test_sandbox_server.py
 """
 
+import collections
+import decimal
 import doctest
+import enum
+import fractions
+import itertools
 import json
 import os
 import pathlib
@@ -121,6 +126,124 @@ def test_printed_markers_are_no_pass(box):
     words = "\\n".join(["passed", "pass", "OK", '{"v":true}', "PASSED 1/1", "1.0"])
     attack(box, f"print('{words}')\ndef f(x):\n    print('{words}')", "wrong")
     attack(box, f"import os\nos.write(1, b'{words}')\nos._exit(0)", "crash")
+
+
+ENDS = programs_of(r"""
+== handler loops
+import atexit
+@atexit.register
+def f():
+    while True: pass
+print(input(), flush=True)
+== handler sleeps
+import atexit, time
+atexit.register(time.sleep, 60)
+print(input(), flush=True)
+== del loops
+class A:
+    def __del__(self):
+        while True: pass
+a = A()
+print(input(), flush=True)
+== thread that never ends
+import threading, time
+threading.Thread(target=time.sleep, args=(60,)).start()
+print(input(), flush=True)
+== handler crashes the process
+import atexit, ctypes
+atexit.register(ctypes.string_at, 0)
+print(input(), flush=True)
+== handler exits with a code
+import atexit, os
+atexit.register(os._exit, 1)
+print(input(), flush=True)
+== handler takes memory
+import atexit, os
+@atexit.register
+def f():
+    try: bytearray(10 ** 10)
+    except MemoryError: os._exit(1)
+print(input(), flush=True)
+== handler prints 10 GB
+import atexit, os
+@atexit.register
+def f():
+    while True: os.write(1, b'\n' * 1000000)
+print(input(), flush=True)
+== output of a handler lost by the next
+import atexit, os
+atexit.register(os._exit, 0)
+atexit.register(print, input())
+== output behind a loop
+import atexit
+atexit.register(print, input())
+while True: pass
+== frame of an output
+import os, struct
+data = b'{"out":"1"}'
+os.write(3, struct.pack('!Id', len(data), 0.0) + data)
+== frame of an output, then a loop
+import os, struct
+data = b'{"out":"1"}'
+os.write(3, struct.pack('!Id', len(data), 0.0) + data)
+while True: pass
+== frames without end
+import os
+while True: os.write(3, b'0' * 65536)
+== frame of a pass, then an exit with a code
+import os, struct
+for data in (b'{"crash":"1"}', b'{"v":true}', b'{"err":{"out":"1"}}'):
+    os.write(3, struct.pack('!Id', len(data), 0.0) + data)
+os._exit(1)
+== no output
+import os
+os.close(1)
+== hook instead of an error
+import sys, os
+sys.excepthook = lambda *a: os._exit(0)
+1 / 0
+== reads its own output
+print(input(), flush=True)
+while True: open('/dev/stdout', 'rb', buffering=0).read(1)
+== leaves early
+import sys
+edge = sys.modules['edge']
+loader = __loader__
+del __loader__, loader
+edge.leave = type('A', (), {'__del__': lambda self: print('2')})()
+== ends its interpreter
+import ctypes
+ctypes.pythonapi.Py_Exit(0)
+== standard input instead
+import os
+os.write(0, b'1')
+""")
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_end_of_a_program_is_no_second_chance(box, name):
+    """Exit handlers and what else runs at the end has the program's time and its limits."""
+    attack(box, ENDS[name], "wrong crash timeout", {"inputs": ["1\n"], "outputs": ["1\n"]}, timeout_s=0.5)
+
+
+def test_nothing_is_left_for_the_next_input(box):
+    """Each input has an interpreter, a temp directory and an output of its own."""
+    program = (
+        "import os, builtins, sys\n"
+        "print(input(), hasattr(builtins, 'left'), os.path.exists('left'), sorted(os.listdir()))\n"
+        "builtins.left = open('left', 'w')\nsys.stdout.flush()\n"
+        "sys.__stdout__ = sys.stdout = None\nos.chdir('/')\n"
+    )
+    inputs = ["1", "2", "3"]
+    tests = {"inputs": inputs, "outputs": [f"{i} False False ['solution.py']" for i in inputs]}
+    assert run_program(program, tests) == Verdict("pass", 3, 3) and not survivors(box)
+
+
+def test_a_failed_input_does_not_stop_the_next_ones_and_a_timeout_does(box):
+    program = "import os\nn = int(input())\nprint(n, flush=True)\nif n == 1: os._exit(3)\nwhile n == 3: pass"
+    tests = {"inputs": ["1", "2", "3", "4"], "outputs": ["1", "2", "3", "4"]}
+    verdict = run_program(program, tests, timeout_s=0.5)
+    assert verdict == Verdict("crash", 1, 4, "test 0: ended with exit code 3", 0) and not survivors(box)
 
 
 # ---- lies -----------------------------------------------------------------------------------------------------------
@@ -657,6 +780,46 @@ def test_odd_programs(box, i):
 
 
 # ---- values on their way --------------------------------------------------------------------------------------------
+def test_a_value_of_a_derived_class_is_the_plain_value_that_it_holds():
+    """By the plain type's own methods, whatever the class defines."""
+    lies = {
+        name: lambda self, *rest: 1 / 0
+        for name in ("__eq__", "__iter__", "__len__", "__repr__", "__str__", "__int__", "__index__", "__float__",
+                     "__getitem__", "__pos__", "items", "keys", "copy", "__reduce__")
+    }  # fmt: skip
+    third = fractions.Fraction(1, 3)
+    for value in (3, -(2**70), 2.5, 1j, "é", b"x", (1, [2]), [3], {4}, frozenset({5}), {6: 7}, third):
+        made = type("Lie", (type(value),), {**lies, "__hash__": type(value).__hash__})(value)
+        back = sandbox_server.decode(json.loads(json.dumps(sandbox_server.encode(made))))
+        assert type(back) is type(value) and back == value
+    color = enum.IntEnum("Color", "RED GREEN")
+    point = collections.namedtuple("Point", "x y")
+    counts = collections.Counter("aab")
+    for value, plain in (
+        (color.GREEN, 2), (enum.StrEnum("S", "A").A, "a"), (point(1, color.RED), (1, 1)), (counts, {"a": 2, "b": 1}),
+        (collections.deque([1], maxlen=1), collections.deque([1])), (collections.OrderedDict(a=1), {"a": 1}),
+        (enum.IntFlag("F", "A B").B, 2), (type("D", (decimal.Decimal,), {})("1.50"), decimal.Decimal("1.50")),
+    ):  # fmt: skip
+        back = sandbox_server.decode(sandbox_server.encode(value))
+        assert type(back) is type(plain) and back == plain
+    with pytest.raises(sandbox_server.NotPlain, match="Mode is no plain data"):
+        sandbox_server.encode(enum.Enum("Mode", "A").A)
+
+
+def test_views_and_iterators_on_their_way():
+    d = {"a": [1], "b": [2]}
+    back = lambda x: sandbox_server.decode(json.loads(json.dumps(sandbox_server.encode(x))))
+    assert back(d.keys()) == {"a", "b"} and [*back(d.values())] == [[1], [2]] and ("b", [2]) in back(d.items())
+    assert all(type(back(view)) is type(view) for view in (d.keys(), d.values(), d.items()))
+    assert back(collections.OrderedDict(d).keys()) == {"a", "b"}
+    for iterator in (map(abs, [-1, 2]), iter((1, 2)), (i for i in (1, 2)), reversed([2, 1]), itertools.count(1)):
+        if type(iterator) is itertools.count:
+            with pytest.raises(sandbox_server.NotPlain, match="more than 1048576 items"):
+                sandbox_server.encode(iterator)
+        else:
+            assert [*back(iterator)] == [1, 2]
+
+
 def test_values_round_trip():
     for value in (
         1,
