@@ -207,7 +207,7 @@ print(input(), flush=True)
 while True: open('/dev/stdout', 'rb', buffering=0).read(1)
 == leaves early
 import sys
-edge = sys.modules['edge']
+edge = sys.modules['common.edge']
 loader = __loader__
 del __loader__, loader
 edge.leave = type('A', (), {'__del__': lambda self: print('2')})()
