@@ -565,7 +565,7 @@ def test_threads_that_print_after_the_return(box):
     program = (
         "import threading, time, sys\n"
         "n = input()\nprint(n)\n"
-        "def late():\n    time.sleep(0.05)\n    while n == '1': print('late')\n"
+        "def late():\n    time.sleep(0.3)\n    while n == '1': print('late')\n"
         "threading.Thread(target=late, daemon=True).start()\n"
     )
     noise = "def go():\n    while True: print('x', flush=True)\n"
