@@ -107,7 +107,7 @@ class Leave:
 
     It is deleted when EDGE is cleared, after the modules that the program imported and before those that it found. The
     main module's loader tells whether the program's globals, and with them all its functions and classes, are gone; if
-    not (a library's cache may hold one), or if output fails, the interpreter goes on to its full end.
+    not (something of a library may hold one), the interpreter goes on to its full end.
     """
 
     def __init__(self, loader: weakref.ref):
@@ -115,14 +115,17 @@ class Leave:
         for forget in getattr(sys.modules.get("typing"), "_cleanups", ()):  # its caches hold the program's classes
             forget()
 
-    def __del__(self, sys=sys, leave=os._exit, unfreeze=gc.unfreeze):
+    def __del__(self, gc=gc, leave=os._exit, quiet=contextlib.suppress, kinds=(io.TextIOWrapper, io.BufferedWriter)):
         if self.loader() is None:
-            sys.stdout.flush()
+            for stream in gc.get_objects():  # the output, and files that a module of ours was given to keep
+                if isinstance(stream, kinds):
+                    with quiet(Exception):
+                        stream.flush()
             leave(0)
-        unfreeze()  # what a frozen object holds would never be collected
+        gc.unfreeze()  # what a frozen object holds would never be collected
 
 
-EDGE = types.ModuleType("edge")  # the last entry of sys.modules that a program finds
+EDGE = types.ModuleType("common.edge")  # the last entry of sys.modules that a program finds
 
 
 # ---- before the first fork ----------------------------------------------------------------------------------------
@@ -150,6 +153,7 @@ def warm(mode: str) -> None:
         importlib.import_module(name)
     for name in ("exit", "quit"):
         setattr(builtins, name, sys.modules["_sitebuiltins"].Quitter(name, "Ctrl-D"))
+    builtins.help = sys.modules["_sitebuiltins"]._Helper()
     re.compile(r"(\d+)[a-z]*").findall("1a")
     sys.argv, sys.path[:] = [SOLUTION], [STDLIB, f"{STDLIB}/lib-dynload"]
     adapt_limits()
@@ -157,6 +161,6 @@ def warm(mode: str) -> None:
         sys.meta_path.insert(0, types.SimpleNamespace(find_spec=find_adapted))
     os.environ.clear()
     os.environ.update(PATH="/usr/bin:/bin", HOME=TEMP, LANG="C.UTF-8", TZ="UTC")
-    sys.modules["edge"] = EDGE
+    sys.modules[EDGE.__name__] = EDGE
     gc.collect()
     gc.freeze()

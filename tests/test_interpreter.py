@@ -233,6 +233,14 @@ class A:
     def __del__(self): print("del", self.n)
 def f(): return a
 a, math.x, sys.y, builtins.z = map(A, range(4))
+== files left in other modules
+import builtins, io, math, sys
+builtins.o = open(1, "w"); builtins.o.write("a")
+math.w = io.TextIOWrapper(sys.stdout.buffer); math.w.write("b")
+print("c")
+== a file left in another module
+import builtins
+builtins.o = open(1, "w"); builtins.o.write("a")
 == order of handlers, threads, finalizers and references
 import atexit, threading, time, weakref
 class A: pass

@@ -207,7 +207,7 @@ print(input(), flush=True)
 while True: open('/dev/stdout', 'rb', buffering=0).read(1)
 == leaves early
 import sys
-edge = sys.modules['edge']
+edge = sys.modules['common.edge']
 loader = __loader__
 del __loader__, loader
 edge.leave = type('A', (), {'__del__': lambda self: print('2')})()
@@ -565,7 +565,7 @@ def test_threads_that_print_after_the_return(box):
     program = (
         "import threading, time, sys\n"
         "n = input()\nprint(n)\n"
-        "def late():\n    time.sleep(0.05)\n    while n == '1': print('late')\n"
+        "def late():\n    time.sleep(0.3)\n    while n == '1': print('late')\n"
         "threading.Thread(target=late, daemon=True).start()\n"
     )
     noise = "def go():\n    while True: print('x', flush=True)\n"
