@@ -24,7 +24,7 @@ from common.fingerprint import weights_sha256
 from common.model import Decoder
 from common.prompts import attempt_prompt, revise_prompt
 from common.replay import Quadruple
-from common.tokenizer import train_tokenizer
+from common.tokenizer import NO_FRAME, train_tokenizer
 
 
 # ---- the nano base --------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_nano_base_is_read_like_any_checkpoint(monkeypatch, tmp_path):
     assert weights_sha256(params_2) == digest and cache == tmp_path / "elsewhere" / "base" / digest[:16]
     assert tokenizer_2.sha256() == tokenizer.sha256() and tokenizer_2.vocab_size == tokenizer.vocab_size
     for t in (tokenizer, tokenizer_2):
-        assert (t.prompt_prefix, t.prompt_suffix, t.strip, t.pad_id, t.eos_ids) == ([], [], False, 0, (1,))
+        assert (t.frame, t.pad_id, t.eos_ids) == (NO_FRAME, 0, (1,))
         text = " Ab\n\n12,345 é <eos>"
         assert t.encode(text) == tokenizer.encode(text) and t.decode([t.encode(text)]) == [text]
 
