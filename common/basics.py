@@ -1,6 +1,8 @@
 """What every room may use: bad input, JSON, atomic writes, digests, PRNG streams, the trace counter. Knows no other
 room."""
 
+import ast
+import gc
 import hashlib
 import json
 import math
@@ -25,6 +27,18 @@ def parse_line(line: str, where: str) -> Any:
         raise InputError(f"{where}: not JSON ({e.msg}, column {e.colno}); fix or remove the line") from None
     except (ValueError, RecursionError) as e:  # an integer too long, lists too deep
         raise InputError(f"{where}: not JSON that can be read ({e}); fix or remove the line") from None
+
+
+def parse_python(source: str, mode: str = "exec") -> Any:
+    """`ast.parse` without a garbage collection in its midst: in CPython 3.11 a finalizer that parses (printing a
+    traceback does) makes it fail with a SystemError (python/cpython issue 106905)."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return ast.parse(source, mode=mode)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def read_json(path: pathlib.Path, default: dict[str, Any] | None = None) -> dict[str, Any]:

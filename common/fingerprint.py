@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from common.basics import sha256
+from common.basics import parse_python, sha256
 from common.hosts import fetch
 from common.model import leaf_names
 from common.programs import CODE_LIMITS
@@ -34,7 +34,7 @@ def sources_sha256(*rooms: str) -> str:
         if room in texts:
             continue
         texts[room] = (folder / f"{room}.py").read_text(encoding="utf-8")
-        for node in ast.walk(ast.parse(texts[room])):
+        for node in ast.walk(parse_python(texts[room])):
             if isinstance(node, ast.ImportFrom) and node.module == "common":
                 todo += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("common."):

@@ -14,7 +14,7 @@ import warnings
 from typing import Any
 
 from common import sandbox_server
-from common.basics import InputError
+from common.basics import InputError, parse_python
 
 
 def parse_program(program: str) -> ast.Module | None:
@@ -22,7 +22,7 @@ def parse_program(program: str) -> ast.Module | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # "invalid escape sequence": the programs are not ours
-            return ast.parse(program.removeprefix("\ufeff"))  # as of a file
+            return parse_python(program.removeprefix("\ufeff"))  # as of a file
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 
@@ -94,7 +94,7 @@ def split_assert(text: str, known: set[str]) -> tuple[list[str], Any, str | None
     >>> split_assert("assert f(2) == [4]", set()), split_assert("assert abs(f(2) - 4) < 0.1", {"abs"})
     ((['f(2)'], [4], None), (['f(2)'], None, 'abs(_0 - 4) < 0.1'))
     """
-    body = ast.parse(text.strip()).body
+    body = parse_python(text.strip()).body
     if len(body) != 1 or not isinstance(body[0], ast.Assert):
         raise ValueError("not one assert statement")
     test = body[0].test
@@ -119,7 +119,7 @@ def split_setup(setup: str, asserts: list[str]) -> tuple[str, str, str, set[str]
     the program only if something there reads them: a constant that asserts compare with is none of its business.
     """
     known, before, after, checks, waiting = {*dir(builtins), *sandbox_server.CHECK_MODULES}, [], [], [], []
-    for statement in ast.parse(setup).body:
+    for statement in parse_python(setup).body:
         if used_names(statement) - bound_names(statement) - known:
             after.append(statement)
             continue
@@ -127,7 +127,7 @@ def split_setup(setup: str, asserts: list[str]) -> tuple[str, str, str, set[str]
         known |= bound_names(statement)
         early = isinstance(statement, (ast.Import, ast.ImportFrom, ast.ClassDef))
         (before if early else waiting).append(statement)
-    expressions = [ast.parse(expression) for text in asserts for expression in split_assert(text, known)[0]]
+    expressions = [parse_python(expression) for text in asserts for expression in split_assert(text, known)[0]]
     needed = set().union(*map(used_names, [*before, *after, *expressions]))
     for statement in reversed(waiting):
         if bound_names(statement) & needed:

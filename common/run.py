@@ -2,7 +2,6 @@
 all scripts."""
 
 import dataclasses
-import gc
 import json
 import math
 import os
@@ -286,8 +285,6 @@ class Run:
             raise InputError(f"--resume: no checkpoint in {folder} can be read; remove that folder to start over")
         for step in damaged:  # out of the way of the one that will be saved there again
             self.checkpoints.delete(step)
-        if damaged:
-            gc.collect()  # ends the coroutines that Orbax leaves behind now, not inside ast.parse (a CPython 3.11 bug)
         on_leader(self._truncate, done)
         return state, done
 

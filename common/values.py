@@ -12,6 +12,8 @@ import unicodedata
 from fractions import Fraction
 from typing import NamedTuple
 
+from common.basics import parse_python
+
 
 class Value(NamedTuple):
     """The number that stands there (18 for "18%", 5,000,000 for "5 million"), and what it is in an equation that holds
@@ -215,7 +217,7 @@ def value_of(expression: str, numbers: list[Fraction]) -> Fraction | None:
         raise ValueError
 
     try:
-        return value(ast.parse(expression, mode="eval").body, 0)
+        return value(parse_python(expression, mode="eval").body, 0)
     except (SyntaxError, ValueError, IndexError, ZeroDivisionError, RecursionError, MemoryError):
         return None
 

@@ -3,6 +3,8 @@
 pytest tests/test_basics.py
 """
 
+import ast
+import gc
 import os
 
 import jax
@@ -15,6 +17,7 @@ from common.basics import (
     mean,
     normalize_x,
     parse_line,
+    parse_python,
     read_json,
     round_up,
     sha256,
@@ -100,3 +103,25 @@ def test_a_writable_folder_is_made_and_others_are_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"^--out .*file/runs: cannot write there \(Not a directory\); choose"):
         writable(tmp_path / "file" / "runs", "out")
+
+
+class Parses:
+    """An object in a cycle whose end parses, as the printing of a traceback does."""
+
+    def __init__(self):
+        self.me = self
+
+    def __del__(self):
+        ast.parse("a = [1, (2, {3: 4})]")
+
+
+def test_a_program_is_parsed_whatever_the_collector_meets():
+    thresholds = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        for _ in range(200):
+            Parses()
+            assert len(parse_python("x = [(1, 2), (3, [4, 5])]\n" * 20).body) == 20
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*thresholds)
