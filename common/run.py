@@ -67,6 +67,7 @@ class RunArgs:
 # They do not change the result.
 NOT_IN_RUN_NAME = ("task", "seed", "out_dir", "resume", "wandb", "mesh", "save_every", "save_hf", "hosts",
                    "unsafe_sandbox")  # fmt: skip
+NANO_RATE = 1e-4  # a peak learning rate above it has to do with small models
 ABOVE_ZERO = ("steps", "prompts", "group", "max_prompt_tokens", "temperature", "learning_rate")
 
 
@@ -121,6 +122,8 @@ def check_args(args, *above_zero: str, **at_most: float) -> None:
             raise InputError(f"--{flag} {value}: must be {least}")
         if value > at_most.get(flag, math.inf):
             raise InputError(f"--{flag} {value}: must be at most {at_most[flag]:g}")
+    if args.model != "nano" and args.learning_rate > NANO_RATE:
+        say(f"--learning_rate {args.learning_rate:g} suits the nano model; checkpoints usually take 1e-6 to 1e-5 here.")
 
 
 def pick_dtype(name: str):

@@ -99,6 +99,12 @@ def test_every_number_is_checked(flags, message):
         check_args(b5_cts.Args(**flags), clip_low=1)
 
 
+def test_a_rate_for_nano_is_named_where_a_checkpoint_is_trained(capsys):
+    for model, rate, said in (("nano", 3e-4, False), ("folder", 3e-4, True), ("folder", 1e-5, False)):
+        check_args(b5_cts.Args(model=model, learning_rate=rate), clip_low=1)
+        assert ("suits the nano model" in capsys.readouterr().out) == said
+
+
 def test_every_number_of_every_script_is_checked():
     """None is forgotten: each, set below 0, is refused by its script before anything else happens."""
     for script in (b0_sft, b1_dpo, b2_grpo, b3_grpo_verifier, b4_grpo_critique, b5_cts):
