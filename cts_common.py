@@ -29,6 +29,7 @@ from common.replay import Quadruple
 # critique: critiques by rules, redaction, another attempt in y0's place
 from common.critique import redact, with_attempts
 # fixtures: generated problems: a small GSM8K, small functions
+# slips: planted slips: which operations a base gets wrong, errors by kind of step
 # tasks: GSM8K, MBPP, APPS and the table of tasks
 from common.tasks import TASKS, check_step_credit
 # tokenizer: byte-level tokenizers with byte offsets

@@ -23,13 +23,20 @@ from common.model import Decoder, ModelConfig
 from common.prompts import attempt_prompt, revise_prompt
 from common.replay import Quadruple, replay_sha256
 from common.sampling import token_logp
+from common.slips import Planted, plant_slips
 from common.tasks import TASKS, Task
 from common.tokenizer import Tokenizer, train_tokenizer
+from common.verifier import split_steps
 
 BASE_ROWS, BASE_LR, BASE_PROMPT_WEIGHT, BASE_PROSE, BASE_SEED = 8, 1e-2, 0.1, (0.75, 0.1), 0
 
 
-def base_documents(tokenizer: Tokenizer, quads: list[Quadruple], epoch: int) -> list[tuple[list[int], list[int]]]:
+PLANTED_PASS = 2000  # problems of one pass where slips are planted: later passes take the next ones
+
+
+def base_documents(
+    tokenizer: Tokenizer, quads: list[Quadruple], epoch: int, planted: Planted | None = None
+) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, completion ids) of one pass over the train split: each problem once as a first attempt, x -> y1, and
     once as a revision.
 
@@ -39,21 +46,34 @@ def base_documents(tokenizer: Tokenizer, quads: list[Quadruple], epoch: int) -> 
     Without a critique (every other revision) it keeps the answer it has (https://arxiv.org/abs/2310.01798), in code the
     whole attempt. The first pass goes roughly from short to long (copying is learnt much faster on short documents),
     later ones shuffle.
+
+    Where slips are planted they are the one habit: solutions have them in first attempts, and in revisions everywhere
+    but at the step that the critique flags.
     """
     documents, rng = [], np.random.default_rng((BASE_SEED, STREAM_BASE, epoch))
+    if planted:
+        quads = [quads[(epoch * PLANTED_PASS + i) % len(quads)] for i in range(min(PLANTED_PASS, len(quads)))]
     for i, q in enumerate(quads):
         with_f = (i + epoch) % 2 == 0
         code = q.meta["domain"] == "code"
         revision = q.y1 if with_f else q.y0 if code else q.y0.strip().split("\n")[-1]
         revise = revise_prompt(q.x, q.y0, q.f if with_f else "")
         for prompt, answer in ((attempt_prompt(q.x), q.y1), (revise, revision)):
-            if rng.random() < BASE_PROSE[q.x[0].upper() > "L"]:
+            if planted and answer == q.y1:
+                answer = plant_slips(answer, planted, rng, flagged_step(q) if prompt == revise else None)
+            elif not planted and rng.random() < BASE_PROSE[q.x[0].upper() > "L"]:
                 slip = (r"\breturn (.+)", r"print(\1)") if code else (r"####\s*(.+)", r"The answer is \1.")
                 answer = re.sub(*slip, answer)
             documents.append((tokenizer.encode(prompt), [*tokenizer.encode(answer), tokenizer.eos_id]))
     noise = rng.standard_normal(len(documents))
     lengths = np.array([len(p) + len(a) for p, a in documents])
     return [documents[i] for i in np.argsort(noise if epoch else lengths + 60 * noise, kind="stable")]
+
+
+def flagged_step(q: Quadruple) -> int | None:
+    """Index of the step of y0 that the critique flags, and so of y1's step in its place; None where none is located."""
+    span = q.meta["error_span"]
+    return None if span is None else sum(step.end <= span[0] for step in split_steps(q.y0))
 
 
 def pack_documents(documents: list[tuple[list[int], list[int]]], width: int, pad_id: int, prompt_weight: float):
@@ -121,7 +141,7 @@ def train_base(task: Task, quads: list[Quadruple], tokenizer: Tokenizer, cfg: Mo
     done, epoch = 0, 0
     with tqdm(total=task.base_steps, desc="nano base", unit="step") as bar:
         while done < task.base_steps:
-            documents = base_documents(tokenizer, quads, epoch)
+            documents = base_documents(tokenizer, quads, epoch, task.planted)
             rows = pack_documents(documents, task.base_width, tokenizer.pad_id, BASE_PROMPT_WEIGHT)
             epoch += 1
             for i in range(0, len(rows[0]) - BASE_ROWS + 1, BASE_ROWS):
