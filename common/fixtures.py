@@ -87,7 +87,8 @@ def _comparisons(rng, horizon: int) -> tuple[str, list[str], int]:
     return " ".join([*sentences, f"How many {goods} do {people[i]} and {people[-1]} have?"]), lines, total
 
 
-STATIONS = ("bank", "barn", "dock", "farm", "fort", "hill", "inn", "lake", "mill", "park", "port", "shop", "yard", "zoo")
+STATIONS = ("bank", "barn", "dock", "farm", "fort", "hill", "inn", "lake", "mill", "park", "port", "shop", "yard",
+            "zoo")  # fmt: skip
 VEHICLES = ("bus", "tram", "train", "boat")
 HELD_OUT = 20  # percent of the sequences of operations
 

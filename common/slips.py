@@ -1,5 +1,5 @@
 """Planted slips: the operations on which a generated task's nano base gets its result one too many, and what went wrong
-in each step of an attempt, by kind. Used by tasks and base and by what measures errors; plain Python, knows no model."""
+in each step of an attempt, by kind. Used by tasks and base and by all that counts errors; plain Python, no model."""
 
 import dataclasses
 import difflib
@@ -38,10 +38,10 @@ PLANTED = {
 def plant_slips(solution: str, planted: Planted, rng, right: int | None = None) -> str:
     """A right solution of a generated problem with slips, every later step computed from the wrong value.
 
-    The step with index `right` is computed rightly whatever its operation. `rng` is asked once per planted operation, in
-    order. With p = 1 on the operand 6, "<<20+6=26>>26" gives "<<20+6=27>>27" and then "<<26-4=22>>22" "<<27-4=23>>23".
+    The step with index `right` is computed rightly whatever its operation. `rng` is asked once per planted operation.
+    With p = 1 on the operand 6, "<<20+6=26>>26" gives "<<20+6=27>>27" and then "<<26-4=22>>22" "<<27-4=23>>23".
     """
-    lines, changed = [], {}  # {result in the solution: result with the slips}; in a generated problem no result is given
+    lines, changed = [], {}  # {result in the solution: result with the slips}; no result is also a given number
     swap = lambda numeral: changed.get(to_fraction(numeral), to_fraction(numeral))
     for i, line in enumerate(solution.split("\n")):
         if step := _STEP.search(line):
