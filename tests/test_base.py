@@ -18,6 +18,7 @@ from examples import GOLDEN, REFERENCE, ROW, WRONG, X, assert_equal_trees, code_
 from flax import nnx
 from huggingface_hub.errors import HFValidationError
 
+from bases import make
 from common import base
 from common.base import (
     BASE_PROSE,
@@ -365,3 +366,30 @@ def test_the_shipped_bases_are_those_of_the_replay_that_is_made_here(task, tmp_p
     """And so every run with this task starts from the same weights. About a minute each: the replay is made."""
     make_replay(task, out=str(tmp_path / "replay"))
     assert nano_base(task, read_replay(tmp_path / "replay" / "train.jsonl"), str(tmp_path)) == SHIPPED / task
+
+
+def test_what_is_said_of_a_base_on_its_page():
+    """Rates by hand: of two planted steps one slips, of four steps one is no equation; one solution of two has all."""
+    y1 = "<<20+6=26>>26\n<<26-4=22>>22\n#### 22"
+    quads = [math_quad(y1=y1, meta={"answer": "22"})] * 2
+    slip, lost = "<<20+6=27>>27\n<<27-4=23>>23\n#### 23", "<<20+6=26>>26\nand 22\n#### 22"
+    rates = make.error_rates([slip, lost], quads, Planted((6,), 0.6))
+    assert rates == {"slip": 0.5, "arithmetic": 0, "copying": 0, "form": 0.25, "form_right": 0.5}
+    part = {"right": 0.125, "by_horizon": {"2-3": 0.25, "4-5": None}, **rates}
+    found = {
+        "n": 2,
+        "first": part,
+        "revised": part,
+        "groups": 4,
+        "sampled_right": 0.5,
+        "dead_groups": 1,
+        "found_once": 0,
+    }
+    text = make.page("fixtures_rare", found)
+    assert "| first | 12.5 | 25.0 | \u2013 | 50.0 | 0.0 | 0.0 | 25.0 | 50.0 |" in text
+    assert "probability 0.95 where the second operand is among 3, 4, 5, 6, 7" in text
+
+
+def test_no_base_is_made_where_one_is():
+    refused(lambda: make.main(make.Args(out=str(SHIPPED / "fixtures_long"))), "--out", "is there already")
+    refused(lambda: make.main(make.Args(task="gsm8k")), "--task gsm8k", "fixtures_long")
