@@ -29,6 +29,7 @@ from common.replay import Quadruple
 # critique: critiques by rules, redaction, another attempt in y0's place
 from common.critique import redact, with_attempts
 # fixtures: generated problems: a small GSM8K, small functions
+# slips: planted slips: which operations a base gets wrong, errors by kind of step
 # tasks: GSM8K, MBPP, APPS and the table of tasks
 from common.tasks import TASKS, check_step_credit
 # tokenizer: byte-level tokenizers with byte offsets
@@ -60,7 +61,7 @@ from common.checkpoints import load_hf_weights
 # chat: a checkpoint's tokenizer and the frame of its prompts
 # fingerprint: what makes two runs comparable
 from common.fingerprint import run_identity
-# base: what a run starts from: the nano base or a checkpoint
+# base: what a run starts from: the nano base, trained here or shipped, or a checkpoint
 from common.base import load_model
 # evaluation: the measurement that all methods share, and the pre-check of the base
 from common.evaluation import Evaluator, base_report, detector_auc, first_problems, summarize

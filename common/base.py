@@ -1,11 +1,13 @@
-"""What a run starts from: a checkpoint, or the nano base: a small model trained here once per task and kept as the
-folder of a checkpoint. Used by the scripts and, for the base's seed, by evaluation; knows no method."""
+"""What a run starts from: a checkpoint, or the nano base: a small model trained once per task, here or before it was
+put into the repository, and kept as the folder of a checkpoint. Used by the scripts and, for the base's seed, by
+evaluation; knows no method."""
 
 import dataclasses
 import functools
 import json
 import pathlib
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,23 +15,29 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from common.basics import STREAM_BASE, InputError, from_hub, sha256
+from common.basics import STREAM_BASE, InputError, from_hub, read_json, sha256
 from common.chat import load_hf_tokenizer
 from common.checkpoints import load_hf_weights, save_hf
 from common.fingerprint import sources_sha256, weights_sha256
 from common.hf_config import read_hf_config
-from common.hosts import on_leader
+from common.hosts import on_leader, say
 from common.model import Decoder, ModelConfig
 from common.prompts import attempt_prompt, revise_prompt
 from common.replay import Quadruple, replay_sha256
 from common.sampling import token_logp
+from common.slips import Planted, plant_slips
 from common.tasks import TASKS, Task
 from common.tokenizer import Tokenizer, train_tokenizer
+from common.verifier import split_steps
 
 BASE_ROWS, BASE_LR, BASE_PROMPT_WEIGHT, BASE_PROSE, BASE_SEED = 8, 1e-2, 0.1, (0.75, 0.1), 0
+PLANTED_PASS = 2000  # problems of one pass where slips are planted: later passes take the next ones
+SHIPPED = pathlib.Path(__file__).parents[1] / "bases"  # a folder for each task whose base comes with the repository
 
 
-def base_documents(tokenizer: Tokenizer, quads: list[Quadruple], epoch: int) -> list[tuple[list[int], list[int]]]:
+def base_documents(
+    tokenizer: Tokenizer, quads: list[Quadruple], epoch: int, planted: Planted | None = None
+) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, completion ids) of one pass over the train split: each problem once as a first attempt, x -> y1, and
     once as a revision.
 
@@ -39,21 +47,34 @@ def base_documents(tokenizer: Tokenizer, quads: list[Quadruple], epoch: int) -> 
     Without a critique (every other revision) it keeps the answer it has (https://arxiv.org/abs/2310.01798), in code the
     whole attempt. The first pass goes roughly from short to long (copying is learnt much faster on short documents),
     later ones shuffle.
+
+    Where slips are planted they are the one habit: solutions have them in first attempts, and in revisions everywhere
+    but at the step that the critique flags.
     """
     documents, rng = [], np.random.default_rng((BASE_SEED, STREAM_BASE, epoch))
+    if planted:
+        quads = [quads[(epoch * PLANTED_PASS + i) % len(quads)] for i in range(min(PLANTED_PASS, len(quads)))]
     for i, q in enumerate(quads):
         with_f = (i + epoch) % 2 == 0
         code = q.meta["domain"] == "code"
         revision = q.y1 if with_f else q.y0 if code else q.y0.strip().split("\n")[-1]
         revise = revise_prompt(q.x, q.y0, q.f if with_f else "")
         for prompt, answer in ((attempt_prompt(q.x), q.y1), (revise, revision)):
-            if rng.random() < BASE_PROSE[q.x[0].upper() > "L"]:
+            if planted and answer == q.y1:
+                answer = plant_slips(answer, planted, rng, flagged_step(q) if prompt == revise else None)
+            elif not planted and rng.random() < BASE_PROSE[q.x[0].upper() > "L"]:
                 slip = (r"\breturn (.+)", r"print(\1)") if code else (r"####\s*(.+)", r"The answer is \1.")
                 answer = re.sub(*slip, answer)
             documents.append((tokenizer.encode(prompt), [*tokenizer.encode(answer), tokenizer.eos_id]))
     noise = rng.standard_normal(len(documents))
     lengths = np.array([len(p) + len(a) for p, a in documents])
     return [documents[i] for i in np.argsort(noise if epoch else lengths + 60 * noise, kind="stable")]
+
+
+def flagged_step(q: Quadruple) -> int | None:
+    """Index of the step of y0 that the critique flags, and so of y1's step in its place; None where none is located."""
+    span = q.meta["error_span"]
+    return None if span is None else sum(step.end <= span[0] for step in split_steps(q.y0))
 
 
 def pack_documents(documents: list[tuple[list[int], list[int]]], width: int, pad_id: int, prompt_weight: float):
@@ -121,7 +142,7 @@ def train_base(task: Task, quads: list[Quadruple], tokenizer: Tokenizer, cfg: Mo
     done, epoch = 0, 0
     with tqdm(total=task.base_steps, desc="nano base", unit="step") as bar:
         while done < task.base_steps:
-            documents = base_documents(tokenizer, quads, epoch)
+            documents = base_documents(tokenizer, quads, epoch, task.planted)
             rows = pack_documents(documents, task.base_width, tokenizer.pad_id, BASE_PROMPT_WEIGHT)
             epoch += 1
             for i in range(0, len(rows[0]) - BASE_ROWS + 1, BASE_ROWS):
@@ -135,20 +156,53 @@ def train_base(task: Task, quads: list[Quadruple], tokenizer: Tokenizer, cfg: Mo
     return params
 
 
+def make_base(directory: pathlib.Path, task: Task, quads: list[Quadruple], flag: str, dtype: str = "float32") -> None:
+    """Train a task's nano base and write it as a checkpoint's folder with weights of `dtype`."""
+    tokenizer = train_tokenizer([revise_prompt(q.x, q.y0, q.f) + q.y1 for q in quads], task.nano_vocab)
+    cfg = ModelConfig(tokenizer.vocab_size)
+    params = train_base(task, quads, tokenizer, cfg)
+    save_hf(directory, cfg, params, tokenizer, flag=flag, dtype=dtype)
+
+
+def recipe(task: Task, quads: list[Quadruple]) -> dict[str, Any]:
+    """What a base that comes with the repository was made of, as it stands in its made_of.json. No digest of sources:
+    an edit that changes no document would make every shipped base void."""
+    settings = {
+        "nano_vocab": task.nano_vocab, "base_steps": task.base_steps, "base_width": task.base_width,
+        "planted": task.planted and dataclasses.asdict(task.planted), "rows": BASE_ROWS, "learning_rate": BASE_LR,
+        "prompt_weight": BASE_PROMPT_WEIGHT, "pass": PLANTED_PASS, "seed": BASE_SEED,
+        "train_replay": replay_sha256(quads),
+    }  # fmt: skip
+    return json.loads(json.dumps(settings))  # as it is read back
+
+
+def shipped_base(task_name: str, quads: list[Quadruple]) -> pathlib.Path | None:
+    """The folder of the base that comes with the repository, if the task has one and it is the base of these settings
+    and quadruples."""
+    folder = SHIPPED / task_name
+    if not folder.is_dir():
+        return None
+    made_of, now = read_json(folder / "made_of.json", {}), recipe(TASKS[task_name], quads)
+    differs = ", ".join(key for key in now if now[key] != made_of.get(key))
+    if differs:
+        say(f"The base in {folder} is not used: it was made with another {differs}.")
+    return None if differs else folder
+
+
 def nano_base(task_name: str, quads: list[Quadruple], out_dir: str) -> pathlib.Path:
-    """Folder of the task's nano base, a checkpoint like any other (`--model FOLDER` reads it): trained once and kept
-    under a key of all that goes into it. It appears whole or not at all, so a folder that is there is finished."""
-    task = TASKS[task_name]
+    """Folder of the task's nano base, a checkpoint like any other (`--model FOLDER` reads it): the one that comes with
+    the repository, else trained once and kept under a key of all that goes into it. It appears whole or not at all, so
+    a folder that is there is finished."""
+    task, shipped = TASKS[task_name], shipped_base(task_name, quads)
+    if shipped:
+        return shipped
     key = [dataclasses.astuple(task)[2:], replay_sha256(quads), sources_sha256("base"), jax.__version__]
     directory = pathlib.Path(out_dir) / "base" / sha256(json.dumps(key))[:16]
 
     def build():
         print(f"Building the nano base for {task_name} once (cached in {directory}).")
-        tokenizer = train_tokenizer([revise_prompt(q.x, q.y0, q.f) + q.y1 for q in quads], task.nano_vocab)
-        cfg = ModelConfig(tokenizer.vocab_size)
-        params = train_base(task, quads, tokenizer, cfg)
         try:
-            save_hf(directory, cfg, params, tokenizer, flag="--out_dir")
+            make_base(directory, task, quads, "--out_dir")
         except InputError:
             if not directory.is_dir():  # it is, if another process was building the same base and was faster
                 raise
@@ -161,14 +215,15 @@ def load_model(name: str, task_name: str, replay: dict[str, list[Quadruple]], ou
     """(config, parameters, tokenizer, cache directory) of `--model`: nano, a checkpoint's directory or its hub name.
 
     What is cached about a checkpoint lies in `out_dir` under the digest of its weights, for its own directory may be
-    anybody's; about the nano base, in its folder.
+    anybody's, or the repository's; about a nano base that was trained here, in its folder.
     """
     source = model_source(name)
     directory = source or nano_base(task_name, replay["train"], out_dir)
     cfg = read_hf_config(directory)
     tokenizer = load_hf_tokenizer(directory, cfg.vocab_size)
     params = load_hf_weights(directory, cfg, mesh)
-    cache = pathlib.Path(out_dir) / "base" / weights_sha256(params)[:16] if source else directory
+    trained_here = not source and directory.parent != SHIPPED
+    cache = directory if trained_here else pathlib.Path(out_dir) / "base" / weights_sha256(params)[:16]
     return cfg, params, tokenizer, cache
 
 

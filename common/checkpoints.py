@@ -13,6 +13,7 @@ import shutil
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -78,9 +79,9 @@ class HFTensor:
         sizes = [bounds[axis][1] - bounds[axis][0] for axis in self.order]
         return stored[tuple(cut)].reshape(sizes).transpose(np.argsort(self.order))
 
-    def write(self, leaf) -> np.ndarray:
-        """The tensor, float32, from the whole leaf."""
-        array = np.asarray(fetch(leaf if self.layer is None else _take_layer(leaf, self.layer)), np.float32)
+    def write(self, leaf, dtype) -> np.ndarray:
+        """The tensor from the whole leaf."""
+        array = np.asarray(fetch(leaf if self.layer is None else _take_layer(leaf, self.layer)), dtype)
         return np.ascontiguousarray(array.transpose(self.order)).reshape(self.shape)
 
 
@@ -221,12 +222,14 @@ def check_save_hf(directory: pathlib.Path) -> None:
         raise InputError(f"--save_hf {directory}: exists and is not empty; choose a new directory")
 
 
-def write_hf_meta(directory: pathlib.Path, cfg: ModelConfig, tokenizer: Tokenizer, source: pathlib.Path | None) -> None:
+def write_hf_meta(
+    directory: pathlib.Path, cfg: ModelConfig, tokenizer: Tokenizer, source: pathlib.Path | None, dtype: str
+) -> None:
     """config.json and the tokenizer's files: of `source`, the checkpoint that training began with, or new ones."""
     dump = lambda name, value: (directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     if source is None:
         token = tokenizer.inner.id_to_token
-        dump("config.json", hf_config(cfg, tokenizer))
+        dump("config.json", hf_config(cfg, tokenizer) | {"torch_dtype": dtype})
         dump("generation_config.json", {"eos_token_id": [*tokenizer.eos_ids], "pad_token_id": tokenizer.pad_id})
         names = {"eos_token": token(tokenizer.eos_id), "pad_token": token(tokenizer.pad_id)}
         # the class that takes tokenizer.json as it is; cleaning up would change spaces before punctuation
@@ -237,13 +240,13 @@ def write_hf_meta(directory: pathlib.Path, cfg: ModelConfig, tokenizer: Tokenize
     if read_hf_config(source) != cfg:
         raise InputError(f"{source / 'config.json'}: has changed since the weights were read; restore it")
     config = read_json(source / "config.json")
-    dump("config.json", config | {"dtype" if "dtype" in config else "torch_dtype": "float32"})
+    dump("config.json", config | {"dtype" if "dtype" in config else "torch_dtype": dtype})
     for name in _HF_TOKENIZER_FILES:
         if (source / name).is_file():
             shutil.copyfile(source / name, directory / name)
 
 
-def write_hf_weights(directory: pathlib.Path | None, params, max_shard_bytes: int) -> None:
+def write_hf_weights(directory: pathlib.Path | None, params, max_shard_bytes: int, dtype) -> None:
     """model.safetensors, or numbered files of at most max_shard_bytes each (or one tensor) and their index; without a
     directory only the gathering from all hosts."""
     import huggingface_hub
@@ -252,11 +255,11 @@ def write_hf_weights(directory: pathlib.Path | None, params, max_shard_bytes: in
     leaves = leaf_names(params)
     tensors = hf_tensors(leaves)
     split = huggingface_hub.split_state_dict_into_shards_factory(
-        tensors, get_storage_size=lambda tensor: 4 * math.prod(tensor.shape), max_shard_size=max_shard_bytes,
-        filename_pattern="model{suffix}.safetensors",
+        tensors, get_storage_size=lambda tensor: dtype.itemsize * math.prod(tensor.shape),
+        max_shard_size=max_shard_bytes, filename_pattern="model{suffix}.safetensors",
     )  # fmt: skip
     for file, names in split.filename_to_tensors.items():
-        part = {name: tensors[name].write(leaves[tensors[name].leaf]) for name in names}
+        part = {name: tensors[name].write(leaves[tensors[name].leaf], dtype) for name in names}
         if directory:
             safetensors.numpy.save_file(part, directory / file, {"format": "pt"})  # transformers 4 asks for the format
         del part  # before the next file's tensors are made
@@ -273,8 +276,9 @@ def save_hf(
     source: pathlib.Path | None = None,
     max_shard_bytes: int = 4 * 10**9,
     flag: str = "--save_hf",
+    dtype: str = "float32",
 ) -> None:
-    """Write a directory that `transformers` loads with the same logits: float32 weights, config and tokenizer.
+    """Write a directory that `transformers` loads with the same logits: weights of `dtype`, config and tokenizer.
 
     `source` is the checkpoint that training began with, whose config and tokenizer files are copied; None for nano. All
     or nothing: written beside `directory` and renamed. The host's memory holds one file's tensors at a time. `flag` is
@@ -287,12 +291,12 @@ def save_hf(
     # no process id in the name: another host's or container's may be the same
     tmp = directory.with_name(f".{directory.name}.{os.urandom(4).hex()}.tmp")
     if not leads():  # it only takes part in the gathering
-        write_hf_weights(None, params, max_shard_bytes)
+        write_hf_weights(None, params, max_shard_bytes, jnp.dtype(dtype))
         return
     try:
         tmp.mkdir(parents=True)
-        write_hf_meta(tmp, cfg, tokenizer, source)
-        write_hf_weights(tmp, params, max_shard_bytes)
+        write_hf_meta(tmp, cfg, tokenizer, source, dtype)
+        write_hf_weights(tmp, params, max_shard_bytes, jnp.dtype(dtype))
         os.replace(tmp, directory)
     except (OSError, safetensors.SafetensorError) as e:
         raise InputError(f"{flag} {directory}: cannot be written ({e}); choose another directory") from None

@@ -1,5 +1,5 @@
-"""Generated problems that need no file and no network: `fixtures_math`, a small GSM8K, and `fixtures_code`, small
-functions. Used by tasks alone."""
+"""Generated problems that need no file and no network: `fixtures_math`, a small GSM8K, `fixtures_long` and
+`fixtures_rare`, its like with up to twelve steps, and `fixtures_code`, small functions. Used by tasks alone."""
 
 import itertools
 from typing import Any
@@ -8,7 +8,7 @@ import numpy as np
 
 from common.basics import normalize_x
 from common.prompts import CODE_LINE
-from common.replay import Problem
+from common.replay import Problem, salted_bucket
 
 NAMES = ("Tom", "Amy", "Ben", "Sue", "Max", "Eva", "Sam", "Ann")
 GOODS = ("pens", "books", "coins", "cards", "nuts", "toys")
@@ -85,6 +85,92 @@ def _comparisons(rng, horizon: int) -> tuple[str, list[str], int]:
     total = stock[i] + value
     lines.append(f"So {people[i]} and {people[-1]} have <<{stock[i]}+{value}={total}>>{total}.")
     return " ".join([*sentences, f"How many {goods} do {people[i]} and {people[-1]} have?"]), lines, total
+
+
+STATIONS = ("bank", "barn", "dock", "farm", "fort", "hill", "inn", "lake", "mill", "park", "port", "shop", "yard",
+            "zoo")  # fmt: skip
+VEHICLES = ("bus", "tram", "train", "boat")
+HELD_OUT = 20  # percent of the sequences of operations
+
+
+def fixtures_long(seed: int = 0, size: int = 11_000) -> list[Problem]:
+    """Generated word problems in GSM8K's format with 2 to 12 steps, short ones more often (p ~ 13 - horizon)."""
+    return _chains("fixtures_long", (seed, 79), size, np.arange(11, 0, -1))
+
+
+def fixtures_rare(seed: int = 0, size: int = 11_000) -> list[Problem]:
+    """Like `fixtures_long`, all horizons equally often. What tells the two apart is their base (room `slips`)."""
+    return _chains("fixtures_rare", (seed, 83), size, np.ones(11))
+
+
+def _chains(task: str, seed: tuple[int, int], size: int, weights: np.ndarray) -> list[Problem]:
+    """Problems with horizons 2, 3, ... as often as `weights` say. Two templates: a stock that changes month by month
+    and a vehicle that people get on and off.
+
+    Split by structure: no sequence of operations of a test problem is one of training, whatever stands around it.
+    """
+    rng = np.random.default_rng(seed)
+    problems: dict[str, Problem] = {}
+    while len(problems) < size:
+        horizon = int(rng.choice(np.arange(2, 2 + len(weights)), p=weights / weights.sum()))
+        try:
+            x, lines, value, structure = (_stock if rng.random() < 0.5 else _journey)(rng, horizon)
+        except StopIteration:
+            continue
+        if normalize_x(x) not in problems:
+            split = "test" if salted_bucket(structure) < HELD_OUT else "train"
+            reference = "\n".join([*lines, f"#### {value}"])
+            problems[normalize_x(x)] = Problem(f"{task}/{len(problems):05d}", x, reference, str(value), split)
+    return list(problems.values())
+
+
+def _move(rng, value: int, results: set[int]) -> tuple[str, int, int]:
+    """One operation on `value` that keeps it in 10..49: (operator, operand, new value). Raises StopIteration where none
+    is found.
+
+    Operands have one digit and results two, and no result comes twice: a number in a solution says where it comes from.
+    Nothing is divided, for what follows from a wrong value has to come out even too.
+    """
+    for _ in range(200):
+        op = "*" if rng.random() < 0.2 else "+-"[rng.integers(2)]
+        n = int(rng.integers(2, 4)) if op == "*" else int(rng.integers(2, 10))
+        new = {"+": value + n, "-": value - n, "*": value * n}[op]
+        if 10 <= new < 50 and new not in results:
+            results.add(new)
+            return op, n, new
+    raise StopIteration
+
+
+def _chain(rng, horizon: int, value: int, where: list[str], events: dict[str, tuple[str, str]]):
+    """(sentences, solution lines, last value, structure) of so many operations on `value`."""
+    sentences, lines, results, structure = [], [], {value}, []
+    for place in where[:horizon]:
+        op, n, new = _move(rng, value, results)
+        event = f"{place} {n} {events[op][rng.integers(2)]}"
+        sentences.append(f"{event}.")
+        lines.append(f"{event}: <<{value}{op}{n}={new}>>{new}.")
+        structure.append(f"{op}{n}")
+        value = new
+    return sentences, lines, value, " ".join(structure)
+
+
+def _stock(rng, horizon: int) -> tuple[str, list[str], int, str]:
+    name, goods, value = NAMES[rng.integers(len(NAMES))], GOODS[rng.integers(len(GOODS))], int(rng.integers(10, 40))
+    first = int(rng.integers(12))
+    events = {"+": ("are bought", "are found"), "-": ("are lost", "are sold"), "*": ("times as many",) * 2}
+    where = [f"In {MONTHS[(first + i) % 12]}" for i in range(12)]
+    sentences, lines, last, structure = _chain(rng, horizon, value, where, events)
+    x = " ".join([f"{name} has {value} {goods}.", *sentences, f"How many {goods} does {name} have now?"])
+    return x, lines, last, structure
+
+
+def _journey(rng, horizon: int) -> tuple[str, list[str], int, str]:
+    vehicle, value = VEHICLES[rng.integers(len(VEHICLES))], int(rng.integers(10, 40))
+    where = [f"At the {STATIONS[i]}" for i in rng.permutation(len(STATIONS))]
+    events = {"+": ("get on", "come in"), "-": ("get off", "go out"), "*": ("times as many",) * 2}
+    sentences, lines, last, structure = _chain(rng, horizon, value, where, events)
+    x = " ".join([f"A {vehicle} starts with {value} people.", *sentences, f"How many people does the {vehicle} hold?"])
+    return x, lines, last, structure
 
 
 FUNCTIONS = ("base", "calc", "find", "gain", "make", "part", "size", "work")

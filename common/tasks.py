@@ -10,10 +10,11 @@ from typing import Any
 
 from common.answers import final_answers
 from common.basics import InputError, from_hub, parse_line
-from common.fixtures import fixtures_code, fixtures_math
+from common.fixtures import fixtures_code, fixtures_long, fixtures_math, fixtures_rare
 from common.plans import flaw_of_tests, joined, parse_program
 from common.prompts import CODE_LINE
 from common.replay import Problem
+from common.slips import PLANTED, Planted
 from common.verifier import show
 
 
@@ -175,10 +176,13 @@ class Task:
     nano_vocab: int
     base_steps: int
     base_width: int  # tokens a row
+    planted: Planted | None = None  # the slips that its nano base is taught
 
 
 TASKS = {
     "fixtures_math": Task("math", lambda data_dir: fixtures_math(), 128, 512, 480, 288),
+    "fixtures_long": Task("math", lambda data_dir: fixtures_long(), 256, 512, 900, 576, PLANTED["fixtures_long"]),
+    "fixtures_rare": Task("math", lambda data_dir: fixtures_rare(), 256, 512, 900, 576, PLANTED["fixtures_rare"]),
     "gsm8k": Task("math", gsm8k, 256, 2048, 100, 768),
     "fixtures_code": Task("code", lambda data_dir: fixtures_code(), 80, 512, 480, 288),
     "mbpp": Task("code", mbpp, 256, 2048, 100, 768),

@@ -18,12 +18,29 @@ from examples import GOLDEN, REFERENCE, ROW, WRONG, X, assert_equal_trees, code_
 from flax import nnx
 from huggingface_hub.errors import HFValidationError
 
+from bases import make
 from common import base
-from common.base import BASE_PROSE, base_documents, fetch_model, load_model, nano_base, pack_documents
+from common.base import (
+    BASE_PROSE,
+    SHIPPED,
+    base_documents,
+    fetch_model,
+    flagged_step,
+    load_model,
+    make_base,
+    nano_base,
+    pack_documents,
+    recipe,
+)  # fmt: skip
+from common.critique import ORDINALS
 from common.fingerprint import weights_sha256
+from common.fixtures import fixtures_rare
+from common.making import make_replay, perturb
 from common.model import Decoder
 from common.prompts import attempt_prompt, revise_prompt
-from common.replay import Quadruple
+from common.replay import Quadruple, read_replay
+from common.slips import Planted, step_kinds
+from common.tasks import TASKS
 from common.tokenizer import NO_FRAME, train_tokenizer
 
 
@@ -111,6 +128,52 @@ def test_base_documents_of_programs():
         assert program == (WRONG if without else REFERENCE)
     printed = {n: np.mean(["print(r)" in a for p, a in pairs if f"\n{n}" in p]) for n in ("calc", "work")}
     assert 0.55 < printed["calc"] < 0.95 and printed["work"] < 0.3
+
+
+def chain_quads(n: int = 120) -> list[Quadruple]:
+    return [perturb(p) for p in fixtures_rare(size=n)]
+
+
+def test_base_documents_with_planted_slips():
+    """The one habit: solutions slip at planted operations and nowhere else, but for the step that the critique flags;
+    without a critique the answer stays. Each pass takes the next problems."""
+    quads, planted = chain_quads(), Planted((3, 4, 5, 6, 7), 0.95)
+    tokenizer = train_tokenizer([revise_prompt(q.x, q.y0, q.f) + q.y1 for q in quads], 400)
+    documents = base_documents(tokenizer, quads, 0, planted)
+    assert documents == base_documents(tokenizer, quads, 0, planted)
+    answers = {tokenizer.decode([p])[0]: tokenizer.decode([a[:-1]])[0] for p, a in documents}
+    slips, flagged_kinds = [], []
+    for i, q in enumerate(quads):
+        kinds = step_kinds(answers.pop(attempt_prompt(q.x)), q.y1, planted)
+        assert {kind for kind, _ in kinds} <= {"right", "slip"}
+        slips += [kind for kind, at in kinds if at]
+        if i % 2:
+            assert answers.pop(revise_prompt(q.x, q.y0, "")) == q.y0.split("\n")[-1]
+            continue
+        kinds = step_kinds(answers.pop(revise_prompt(q.x, q.y0, q.f)), q.y1, planted)
+        flagged_kinds.append(kinds.pop(flagged_step(q)))
+        assert {kind for kind, _ in kinds} <= {"right", "slip"}
+        slips += [kind for kind, at in kinds if at]
+    assert not answers and {kind for kind, _ in flagged_kinds} == {"right"} and any(at for _, at in flagged_kinds)
+    assert abs(np.mean([kind == "slip" for kind in slips]) - planted.p) < 0.03
+
+
+def test_passes_over_many_problems_take_their_turn(monkeypatch, tokenizer):
+    monkeypatch.setattr(base, "PLANTED_PASS", 50)
+    quads, seen = chain_quads(), []
+    for epoch in range(3):
+        prompts = {tokenizer.decode([p])[0] for p, _ in base_documents(tokenizer, quads, epoch, Planted((6,), 0.6))}
+        seen.append([i for i, q in enumerate(quads) if attempt_prompt(q.x) in prompts])
+    assert seen == [[*range(50)], [*range(50, 100)], [*range(30), *range(100, 120)]]
+
+
+def test_flagged_step_is_that_of_y1():
+    """By its number, which is also that of a step that is missing in y0."""
+    for q in chain_quads():
+        i, steps = flagged_step(q), q.y1.split("\n")
+        assert q.f.startswith(f"The {ORDINALS[i] if i < len(ORDINALS) else f'{i + 1}th'} step is wrong")
+        assert q.meta["error_tags"] != ["missing_case"] or steps[i] not in q.y0
+    assert flagged_step(dataclasses.replace(q, meta=q.meta | {"error_span": None})) is None
 
 
 # ---- fetching -------------------------------------------------------------------------------------------------------
@@ -247,3 +310,86 @@ def test_two_processes_build_one_nano_base(built, tmp_path, monkeypatch):
     assert len(built) == 2 and first == [folder, (folder / "model.safetensors").stat().st_mtime_ns]
     assert [*(tmp_path / "base").iterdir()] == [folder]
     assert start_from(folder, tmp_path)[0].vocab_size == start_from("nano", tmp_path)[0].vocab_size
+
+
+# ---- a base that comes with the repository --------------------------------------------------------------------------
+@pytest.fixture
+def shipped(built, tmp_path, monkeypatch):
+    """A folder as bases/make.py writes it for QUADS, in the repository's place."""
+    monkeypatch.setattr(base, "SHIPPED", tmp_path / "bases")
+    folder = tmp_path / "bases" / "fixtures_math"
+    make_base(folder, TASKS["fixtures_math"], QUADS, "--out", "bfloat16")
+    (folder / "made_of.json").write_text(json.dumps(recipe(TASKS["fixtures_math"], QUADS)))
+    built.clear()
+    return folder
+
+
+def test_a_shipped_base_is_used_as_it_is(shipped, built, tmp_path, capsys):
+    """Nothing is trained, and nothing is written beside it: what is cached about it lies in out_dir, by its weights."""
+    before = {path.name: path.stat().st_mtime_ns for path in shipped.iterdir()}
+    cfg, params, tokenizer, cache = start_from("nano", tmp_path / "runs")
+    assert not built and nano_base("fixtures_math", QUADS, str(tmp_path / "runs")) == shipped
+    assert cache == tmp_path / "runs" / "base" / weights_sha256(params)[:16]
+    assert {path.name: path.stat().st_mtime_ns for path in shipped.iterdir()} == before
+    assert not (tmp_path / "runs").exists() and capsys.readouterr().out == ""
+
+
+def test_a_shipped_base_is_in_bfloat16_and_read_as_float32(shipped, tmp_path):
+    stored = safetensors.numpy.load_file(shipped / "model.safetensors")
+    assert {str(a.dtype) for a in stored.values()} == {"bfloat16"}
+    assert json.loads((shipped / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    cfg, params, tokenizer, _ = start_from("nano", tmp_path)
+    drawn = nnx.state(Decoder(cfg, nnx.Rngs(0)), nnx.Param)
+    assert_equal_trees(params, jax.tree.map(lambda a: a.astype("bfloat16").astype("float32"), drawn))
+
+
+@pytest.mark.parametrize("changed", ["train_replay", "base_steps", "made_of"])
+def test_a_shipped_base_made_otherwise_is_not_used(shipped, built, tmp_path, capsys, monkeypatch, changed):
+    """One line says what is other, and the base is trained here."""
+    quads = QUADS[1:] if changed == "train_replay" else QUADS
+    if changed == "base_steps":
+        task = dataclasses.replace(TASKS["fixtures_math"], base_steps=7)
+        monkeypatch.setitem(TASKS, "fixtures_math", task)
+    if changed == "made_of":
+        (shipped / "made_of.json").unlink()
+    folder = nano_base("fixtures_math", quads, str(tmp_path / "runs"))
+    assert len(built) == 1 and folder.parent == tmp_path / "runs" / "base"
+    first, second = capsys.readouterr().out.splitlines()
+    named = changed if changed != "made_of" else "nano_vocab, base_steps"
+    assert first.startswith(f"The base in {shipped} is not used: it was made with another {named}")
+    assert second.startswith("Building the nano base for fixtures_math once")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", sorted(path.name for path in SHIPPED.iterdir() if path.is_dir()))
+def test_the_shipped_bases_are_those_of_the_replay_that_is_made_here(task, tmp_path):
+    """And so every run with this task starts from the same weights. About a minute each: the replay is made."""
+    make_replay(task, out=str(tmp_path / "replay"))
+    assert nano_base(task, read_replay(tmp_path / "replay" / "train.jsonl"), str(tmp_path)) == SHIPPED / task
+
+
+def test_what_is_said_of_a_base_on_its_page():
+    """Rates by hand: of two planted steps one slips, of four steps one is no equation; one solution of two has all."""
+    y1 = "<<20+6=26>>26\n<<26-4=22>>22\n#### 22"
+    quads = [math_quad(y1=y1, meta={"answer": "22"})] * 2
+    slip, lost = "<<20+6=27>>27\n<<27-4=23>>23\n#### 23", "<<20+6=26>>26\nand 22\n#### 22"
+    rates = make.error_rates([slip, lost], quads, Planted((6,), 0.6))
+    assert rates == {"slip": 0.5, "arithmetic": 0, "copying": 0, "form": 0.25, "form_right": 0.5}
+    part = {"right": 0.125, "by_horizon": {"2-3": 0.25, "4-5": None}, **rates}
+    found = {
+        "n": 2,
+        "first": part,
+        "revised": part,
+        "groups": 4,
+        "sampled_right": 0.5,
+        "dead_groups": 1,
+        "found_once": 0,
+    }
+    text = make.page("fixtures_rare", found)
+    assert "| first | 12.5 | 25.0 | \u2013 | 50.0 | 0.0 | 0.0 | 25.0 | 50.0 |" in text
+    assert "probability 0.95 where the second operand is among 3, 4, 5, 6, 7" in text
+
+
+def test_no_base_is_made_where_one_is():
+    refused(lambda: make.main(make.Args(out=str(SHIPPED / "fixtures_long"))), "--out", "is there already")
+    refused(lambda: make.main(make.Args(task="gsm8k")), "--task gsm8k", "fixtures_long")
