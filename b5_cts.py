@@ -1,24 +1,29 @@
 """B5: critique-transport smoothing (CTS). B3's GRPO + verifier, plus an alignment of latent reasoning trajectories.
 
     L  = L_GRPO(B3) + lam_align * L_align + lam_decode * L_decode + lam_energy * L_E
-    R        = project(h(y0 | x))     one point per step of the flawed attempt: states that emit its tokens, unit RMS
-    ref      = stopgrad(project(h(y1 | x)))         the revision's trajectory
-    U        = sum_j alpha_j E(R_j, e_f)     e_f = project_f(h(f)); alpha falls from y0's flagged step on, is even on y1
-    R*       = stopgrad(R - edit_eta * dU/dR / max(alpha))
-    L_align  = mean over wrong y0 of [ S(R, R*) + S(R, ref) ] / 2     (points with their time): trains policy, project
-    L_decode = -log pi(y1_t | x, y0, f, y1_<t), mean over all y1 tokens of the batch, temperature 1: trains the policy
-    L_E      = mean over wrong y0 of max(0, margin - U(y0) + U(y1)), on constant states: trains E, project, project_f
+    R_theta  = project(h(y0 | x))      one point per step of the flawed attempt, through the policy: has the gradient
+    R, ref   = project(h(y0 | x)), project(h(y1 | x))     through the frozen base, as is e_f = project_f(h(f | x, y0))
+    U        = sum_j alpha_j E(R_j, j, e_f)    alpha is the critique's mass: even on y0's flagged steps, 0 on the others
+    R*       = R - edit_eta * |ref_j - R_j| * dU/dR_j / |dU/dR_j|      differs from R at the flagged steps alone
+    L_align  = mean over wrong, located y0 of S_alpha(R_theta, R*) + hold * mean of |R_theta - R|^2 over other steps
+    L_decode = -log pi(y1_t | x, y0, f, y1_<t), mean over all y1 tokens of the batch, temperature 1
+    L_E      = |-dE/dr - (ref_j - R_j)|^2 at R's flagged steps + |dE/dr|^2 at its others and at ref's: fits the critic
 
-S is the Sinkhorn divergence (OTT-JAX), soft-DTW (both debiased) or step-wise squared L2. Differs from b3 only in blocks
-marked CTS; with all lam 0 and --critique=replay it is B3, update for update. Ablations: A1 all lam 0, A1d --lam_align=0
---lam_energy=0, A2 --align=l2, A3 --align=soft_dtw, A4 --lam_decode=0, A5 --energy=frozen, A6 --critique=online.
+alpha says where, the energy which way: the critic is fitted before step 0 and then constant (lam_energy > 0: trained
+on). S is the Sinkhorn divergence (OTT-JAX), soft-DTW (both debiased) or squared L2 of measures weighted by alpha. Each
+term moves the policy by an Adam of its own, lam times as far, on top of GRPO's update: in one Adam, whose steps have
+one length, it takes from GRPO what it adds (--aux joint: one loss and one Adam, as L is written). Differs from b3 only
+in blocks marked CTS; with all lam 0 and --critique=replay it is B3, update for update. Ablations: A1 all lam 0, A1d
+--lam_align=0, A2 --align=l2, A3 --align=soft_dtw, A4 --lam_decode=0, A5 --energy=frozen, A6 --critique=online.
 
     python b5_cts.py --task gsm8k --seed 3        (fixtures_math: 1 to 4 minutes on 2 CPU cores, 4 to 9 the first time)
 """
 
 import dataclasses
 import functools
-from typing import Literal
+import json
+import pathlib
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,32 +81,39 @@ class Args(cts.RunArgs):
     process_credit: Literal["rolled_up", "per_step"] = "rolled_up"
     """rolled_up = one scalar per completion; per_step = step-level advantages (DeepSeekMath 4.1.3)"""
     # CTS: what B5 adds.
-    lam_align: float = 0.1
-    """weight of the trajectory alignment at the first step; 0 = off"""
-    lam_align_final: float = 0.0
-    """its weight at the last step, reached linearly: matching a privileged target peaks early and then declines"""
-    lam_decode: float = 0.1
-    """weight of the next-token loss on the revision y1; 0 = off"""
-    lam_energy: float = 0.1
-    """weight of the energy critic's margin loss; 0 = off"""
+    lam_align: float = 1.0
+    """length of the alignment's updates at the first step, relative to GRPO's; 0 = off"""
+    lam_align_final: float = 1.0
+    """and at the last step, reached linearly"""
+    lam_decode: float = 0.5
+    """length of the updates by the next-token loss on the revision y1; 0 = off"""
+    lam_energy: float = 0.0
+    """length of the critic's updates during training; 0 = it stays as fitted"""
+    aux: Literal["own", "joint"] = "own"
+    """own = an Adam for each term, lam scales its updates; joint = one loss and one Adam, lam scales the losses"""
     align: Literal["sinkhorn", "soft_dtw", "l2"] = "sinkhorn"
     """distance between trajectories"""
-    energy: Literal["trained", "frozen"] = "trained"
-    """frozen = L_E off, as at lam_energy 0 (A5): E and project_f stay as initialised"""
+    energy: Literal["fitted", "frozen"] = "fitted"
+    """fitted = before step 0; frozen = E and project_f stay as initialised (A5)"""
+    energy_fit: int = 3000
+    """updates of that fit"""
     critique: Literal["replay", "shuffled", "redacted", "online"] = "replay"
-    """f of replay; a random problem's, or without numbers and ordinals (controls); on the policy's own attempt (A6)"""
-    target: Literal["energy", "ref_only", "random"] = "energy"
-    """targets, averaged: energy = [R*, ref]; controls: ref_only = [ref]; random = [as long a random edit, ref]"""
-    edit_eta: float = 0.5
-    """step size of the energy edit, on points of unit RMS"""
+    """f of replay; another problem's f and place; without numbers and place (controls); of the policy's attempt (A6)"""
+    target: Literal["energy", "ref_only", "hindsight", "random", "shuffled_locus", "all_steps"] = "energy"
+    """R* at the flagged step: by the energy; ref's state; the base's once it has read f; a random edit as long
+    (control); the energy's edit at another step (control); all_steps = every step to ref's (control)"""
+    edit_eta: float = 1.0
+    """length of the edit, relative to the way from R to ref; online: to its mean in the fit"""
+    hold: float = 0.2
+    """weight that keeps the other steps of y0 at the base's states; 0 = not held"""
     sinkhorn_tau: float = 1.0
     """marginal relaxation of the transport; 1 = balanced"""
 
 
 # CTS: constants that no ablation varies.
-LATENT_DIM, ENERGY_HIDDEN, ENERGY_MARGIN = 32, 64, 1.0  # R, hidden width of E, margin of L_E
-TIME_WEIGHT, ALPHA_DECAY = 0.5, 0.5  # weight of the time channel; alpha past the span, from a step to the next
+LATENT_DIM, ENERGY_HIDDEN, PLACE_DIM, TIME_WEIGHT = 32, 256, 8, 0.5  # R, E's width, j's features, weight of t / T
 SINKHORN_EPSILON, SINKHORN_ITERATIONS, SOFT_DTW_GAMMA = 0.05, 200, 0.1  # on squared distances of `with_time` points
+FIT_ROWS, FIT_RATE, FIT_QUADS, CHECK_QUADS = 64, 2e-3, 2048, 256  # rows and peak rate of the fit, quadruples it reads
 
 
 # ---- method pieces ------------------------------------------------------------------------------------------------
@@ -134,38 +146,59 @@ def step_advantages(step_reward_BGT: np.ndarray, step_end_BGT: np.ndarray, norm:
 
 
 # CTS: the energy critic and the pieces of the alignment.
+class Measure(NamedTuple):
+    """A trajectory as a measure: points [B, J, R], which of them are steps [B, J], their mass [B, J]."""
+
+    points: jax.Array
+    mask: jax.Array
+    mass: jax.Array
+
+
+def project(hidden):
+    """Points [..., R] of unit RMS, by a fixed random projection: no training can shrink or turn their space."""
+    z = hidden.astype(jnp.float32) @ jax.random.normal(jax.random.key(0), (hidden.shape[-1], LATENT_DIM))
+    return z * jax.lax.rsqrt((z * z).mean(-1, keepdims=True) + 1e-6)
+
+
 class Critic(nnx.Module):
-    """project: hidden state -> latent point of unit RMS, of steps and of critiques; E: (point, critique) -> energy."""
+    """project_f: the critique's state -> e_f; E: (point, index of its step, e_f) -> energy."""
 
     def __init__(self, d_model: int, rngs: nnx.Rngs):
         normal = lambda n_in, n_out: nnx.Param(jax.random.normal(rngs.params(), (n_in, n_out)) * n_in**-0.5)
-        self.project, self.project_f = normal(d_model, LATENT_DIM), normal(d_model, LATENT_DIM)
-        self.energy_in, self.energy_bias = normal(2 * LATENT_DIM, ENERGY_HIDDEN), nnx.Param(jnp.zeros(ENERGY_HIDDEN))
-        self.energy_out = normal(ENERGY_HIDDEN, 1)
+        self.project_f, self.energy_in = normal(d_model, LATENT_DIM), normal(2 * LATENT_DIM + PLACE_DIM, ENERGY_HIDDEN)
+        self.energy_mid, self.energy_out = normal(ENERGY_HIDDEN, ENERGY_HIDDEN), normal(ENERGY_HIDDEN, 1)
+        self.bias_in, self.bias_mid = nnx.Param(jnp.zeros(ENERGY_HIDDEN)), nnx.Param(jnp.zeros(ENERGY_HIDDEN))
 
-    def points(self, hidden, weights):
-        """Points [..., R] = hidden @ weights at unit RMS: their scale is fixed, their direction is not."""
-        z = hidden.astype(jnp.float32) @ weights[...]
-        return z * jax.lax.rsqrt((z * z).mean(-1, keepdims=True) + 1e-6)
+    def energies(self, points_BKR, step_BK, f_BD):
+        """E [B, K] of points that belong to the steps `step_BK` of an attempt, under its critique."""
+        e_f_BR = f_BD @ self.project_f[...]
+        e_f_BR = e_f_BR * jax.lax.rsqrt((e_f_BR * e_f_BR).mean(-1, keepdims=True) + 1e-6)
+        angle_BKp = (step_BK[..., None] + 1.0) * jnp.pi / cts.MAX_STEPS * 2.0 ** jnp.arange(PLACE_DIM // 2)
+        e_f_BKR = jnp.broadcast_to(e_f_BR[:, None], points_BKR.shape)
+        inputs = jnp.concatenate([points_BKR, jnp.sin(angle_BKp), jnp.cos(angle_BKp), e_f_BKR], -1)
+        hidden = jax.nn.silu(inputs @ self.energy_in[...] + self.bias_in[...])
+        return (jax.nn.silu(hidden @ self.energy_mid[...] + self.bias_mid[...]) @ self.energy_out[...])[..., 0]
 
-    def energies(self, traj_BJR, e_f_BR):
-        """E [B, J] of every point under its critique."""
-        both = jnp.concatenate([traj_BJR, jnp.broadcast_to(e_f_BR[:, None], traj_BJR.shape)], -1)
-        return (jax.nn.silu(both @ self.energy_in[...] + self.energy_bias[...]) @ self.energy_out[...])[..., 0]
+    def slope(self, points_BKR, step_BK, f_BD):
+        """dE/dr [B, K, R] at each point."""
+        return jax.grad(lambda points: self.energies(points, step_BK, f_BD).sum())(points_BKR)
 
 
 def critique_weights(flagged_BJ: np.ndarray, step_mask_BJ: np.ndarray) -> np.ndarray:
-    """alpha [B, J], summing to 1: even on the steps under the span, halved with every step after, 0 before it and on
-    padding; uniform without a span. Flagged [0, 1, 0, 0] with mask [1, 1, 1, 0] gives [0, 2/3, 1/3, 0].
+    """alpha [B, J]: even on the steps under the span and summing to 1; 0 everywhere without a span.
+    Flagged [0, 1, 1, 0] with mask [1, 1, 1, 0] gives [0, 1/2, 1/2, 0].
     """
-    alpha_BJ = np.zeros(flagged_BJ.shape, np.float32)
-    for alpha_J, flagged_J, mask_J in zip(alpha_BJ, flagged_BJ * step_mask_BJ, step_mask_BJ):
-        hit = np.flatnonzero(flagged_J)
-        alpha_J[hit if len(hit) else slice(None)] = 1.0
-        if len(hit):
-            alpha_J[hit[-1] + 1 :] = ALPHA_DECAY ** np.arange(1, len(alpha_J) - hit[-1])
-        alpha_J *= mask_J / max((alpha_J * mask_J).sum(), 1e-9)
-    return alpha_BJ
+    alpha_BJ = flagged_BJ * step_mask_BJ
+    return (alpha_BJ / np.maximum(alpha_BJ.sum(-1, keepdims=True), 1.0)).astype(np.float32)
+
+
+def another_step(alpha_BJ: np.ndarray, step_mask_BJ: np.ndarray, rngs: list[np.random.Generator]) -> np.ndarray:
+    """alpha [B, J] moved to a step of the attempt that is not flagged, drawn by the row's generator; 0 without one."""
+    out_BJ = np.zeros_like(alpha_BJ)
+    for out_J, free_J, rng in zip(out_BJ, (alpha_BJ == 0) * step_mask_BJ * alpha_BJ.sum(-1, keepdims=True), rngs):
+        if free_J.any():
+            out_J[rng.choice(np.flatnonzero(free_J))] = 1.0
+    return out_BJ
 
 
 def with_time(traj_JR, mask_J):
@@ -174,36 +207,61 @@ def with_time(traj_JR, mask_J):
     return jnp.concatenate([traj_JR / traj_JR.shape[-1] ** 0.5, TIME_WEIGHT * t_J[:, None]], -1)
 
 
-def edit_trajectory(critic: Critic, traj_BJR, e_f_BR, alpha_BJ, eta: float):
-    """R* = stopgrad(R - eta * dU/dR / max(alpha)): the flagged step moves by eta times its own gradient."""
-    U = lambda traj_BJR: (critic.energies(traj_BJR, e_f_BR) * alpha_BJ).sum()
-    grad_BJR = jax.grad(U)(traj_BJR) / jnp.maximum(alpha_BJ.max(-1), 1e-9)[:, None, None]
-    return jax.lax.stop_gradient(traj_BJR - eta * grad_BJR)
+def edit_trajectory(critic: Critic, R_BJR, f_BD, alpha_BJ, length_BJ):
+    """R* = stopgrad(R - length_j * dU/dR_j / |dU/dR_j|), U = sum_j alpha_j E(R_j, j, e_f): R where alpha is 0."""
+    step_BJ = jnp.broadcast_to(jnp.arange(R_BJR.shape[1]), alpha_BJ.shape)
+    U = lambda R_BJR: (critic.energies(R_BJR, step_BJ, f_BD) * alpha_BJ).sum()
+    slope_BJR = jax.grad(U)(R_BJR)
+    unit_BJR = slope_BJR / jnp.maximum(jnp.linalg.norm(slope_BJR, axis=-1, keepdims=True), 1e-9)
+    return jax.lax.stop_gradient(R_BJR - length_BJ[..., None] * unit_BJR)
 
 
-def with_replay(revise: cts.Reading, batch) -> list[cts.Reading]:
-    """What CTS reads: the revise prompt's reading with y1 appended; y0 and y1 after the attempt prompt."""
-    revise = revise._replace(completions=[*revise.completions, batch["y1"]])
-    return [revise, cts.Reading(batch["attempt_prompt"], batch["attempt_prompt_len"], [batch["y0"], batch["y1"]])]
-
-
-def step_states(states: list[cts.States], batch):
-    """Pooled states: [B, J, D] of y0's and y1's steps after the attempt prompt, [B, D] of f (y1, f: constants)."""
-    revise, (_, (y0_BTD, y1_BTD)) = states
-    y0_BJD, y1_BJD = cts.pool_steps(y0_BTD, batch["y0_steps"]), cts.pool_steps(y1_BTD, batch["y1_steps"])
+def read_base(model, batch, dtype, hindsight: bool):
+    """What the frozen base makes of a batch: R and ref [B, J, R], the pooled state of f [B, D], and with `hindsight`
+    the points [B, J, R] of y0's steps once it has read x, y0 and f."""
+    attempt = cts.Reading(batch["attempt_prompt"], batch["attempt_prompt_len"], [batch["y0"], batch["y1"]])
+    revise = cts.Reading(batch["prompt"], batch["prompt_len"], [batch["y0"]] if hindsight else [])
+    revise, (_, (y0_BTD, y1_BTD)) = model([revise, attempt], dtype)
+    points = lambda hidden_BTD, y: project(cts.pool_steps(hidden_BTD, batch[f"{y}_steps"]))
     f_BD = cts.pool_steps(revise.prompt, batch["f_tokens"])[:, 0]
-    return y0_BJD, *jax.lax.stop_gradient((y1_BJD, f_BD))
+    behind_f = [points(y0_BTD, "y0") for y0_BTD in revise.completions]
+    return jax.lax.stop_gradient((points(y0_BTD, "y0"), points(y1_BTD, "y1"), f_BD, *behind_f))
+
+
+def pick_target(critic: Critic, R_BJR, ref_BJR, f_BD, hindsight, batch, args: Args) -> tuple[Measure, Measure]:
+    """(R with the mass it is compared under, the target's measure) of `--target`; `batch["edit_length"]` [B] is 0 where
+    the way to ref is known and gives the edit's length, else that length."""
+    alpha_BJ, mask_BJ = batch["alpha"], batch["y0_mask"]
+    way_BJ = jnp.linalg.norm(ref_BJR - R_BJR, axis=-1)
+    length_BJ = args.edit_eta * jnp.where(batch["edit_length"][:, None] > 0, batch["edit_length"][:, None], way_BJ)
+    at_BJ1 = alpha_BJ[..., None] > 0
+    if args.target == "all_steps":
+        even = lambda mask_BJ: mask_BJ / jnp.maximum(mask_BJ.sum(-1, keepdims=True), 1.0)
+        return Measure(R_BJR, mask_BJ, even(mask_BJ)), Measure(ref_BJR, batch["y1_mask"], even(batch["y1_mask"]))
+    if args.target in ("ref_only", "hindsight"):
+        target_BJR = jnp.where(at_BJ1, ref_BJR if args.target == "ref_only" else hindsight[0], R_BJR)
+    elif args.target == "random":
+        noise_BJR = batch["noise"] / jnp.linalg.norm(batch["noise"], axis=-1, keepdims=True)
+        target_BJR = R_BJR + at_BJ1 * length_BJ[..., None] * noise_BJR
+    else:
+        target_BJR = edit_trajectory(critic, R_BJR, f_BD, alpha_BJ, length_BJ)
+    if args.target == "shuffled_locus":
+        edit_BR = ((target_BJR - R_BJR) * alpha_BJ[..., None]).sum(1)
+        alpha_BJ = batch["elsewhere"]
+        target_BJR = R_BJR + alpha_BJ[..., None] * edit_BR[:, None]
+    return Measure(R_BJR, mask_BJ, alpha_BJ), Measure(target_BJR, mask_BJ, alpha_BJ)
 
 
 # ---- loss ---------------------------------------------------------------------------------------------------------
 # CTS: its three terms. A weight is 1 over what the mean runs over in the whole batch, so that micro-batches add up.
-def align_loss(R_BJR, mask_BJ, targets, weight_B, distance):
-    """L_align = sum_b weight_b * mean over targets of S(R_b, target_b), with S and whether it converged [targets, B].
-    A target is points [B, J, R] and their step mask [B, J]; S is `distance(a, b, mask_a, mask_b)`."""
-    target_KBJR, target_mask_KBJ = (jnp.stack(part) for part in zip(*targets))
-    S = jax.vmap(lambda a, b, mask_a, mask_b: distance(with_time(a, mask_a), with_time(b, mask_b), mask_a, mask_b))
-    S_KB, converged_KB = jax.vmap(S, (None, 0, None, 0))(R_BJR, target_KBJR, mask_BJ, target_mask_KBJ)
-    return (S_KB.mean(0) * weight_B).sum(), S_KB, converged_KB
+def align_loss(R_BJR, now: Measure, target: Measure, weight_B, hold: float, distance):
+    """L_align = sum_b weight_b * (S(R_theta, R*) + hold * mean over steps without mass of |R_theta - R|^2), and of each
+    row S, whether it converged and the transported mass that changes its step [B]. `now` has R and the masses."""
+    S = lambda a, b: distance(with_time(a.points, a.mask), with_time(b.points, b.mask), a.mass, b.mass)
+    S_B, converged_B, moved_B = jax.vmap(S)(now._replace(points=R_BJR), target)
+    free_BJ = now.mask * (now.mass == 0)
+    drift_B = (((R_BJR - now.points) ** 2).mean(-1) * free_BJ).sum(-1) / jnp.maximum(free_BJ.sum(-1), 1.0)
+    return ((S_B + hold * drift_B) * weight_B).sum(), (S_B, converged_B, moved_B)
 
 
 def decode_loss(logp_BT, weight_BT):
@@ -211,41 +269,99 @@ def decode_loss(logp_BT, weight_BT):
     return -(logp_BT * weight_BT).sum()
 
 
-def energy_loss(U_y0_B, U_y1_B, weight_B, margin: float):
-    """L_E = sum_b weight_b * max(0, margin - U(y0_b) + U(y1_b)): a wrong attempt has more energy than its revision."""
-    return (jax.nn.relu(margin - U_y0_B + U_y1_B) * weight_B).sum()
+def energy_points(R_BJR, ref_BJR, batch):
+    """What L_E fits: points [B, 2J, R] of R and ref, their steps, the way each should be pushed, and three weights
+    [B, 3, 2J], each summing to 1: R's flagged steps, its others, ref's."""
+    alpha_BJ, y0_BJ, y1_BJ = batch["alpha"], batch["y0_mask"] * (batch["alpha"] == 0), batch["y1_mask"]
+    even = lambda mask_BJ: mask_BJ / jnp.maximum(mask_BJ.sum(-1, keepdims=True), 1.0)
+    none_BJ, step_BJ = jnp.zeros_like(alpha_BJ), jnp.broadcast_to(jnp.arange(alpha_BJ.shape[1]), alpha_BJ.shape)
+    way_BJR = jnp.where(alpha_BJ[..., None] > 0, ref_BJR - R_BJR, 0.0)
+    rows = ([alpha_BJ, none_BJ], [even(y0_BJ), none_BJ], [none_BJ, even(y1_BJ)])
+    weight_B3K = jnp.stack([jnp.concatenate(row, 1) for row in rows], 1)
+    join = lambda a, b: jnp.concatenate([a, b], 1)
+    return join(R_BJR, ref_BJR), join(step_BJ, step_BJ), join(way_BJR, jnp.zeros_like(ref_BJR)), weight_B3K
 
 
-def cts_losses(model, states: list[cts.States], critic: Critic, batch, args: Args):
-    """(L_align, L_decode, L_E, metrics) of a micro-batch, from the States of the readings of `with_replay`."""
-    stop = jax.lax.stop_gradient
-    logp_BT, _ = cts.token_logp(states[0].completions[-1], batch["y1"], model.head_VD())
-    decode = decode_loss(logp_BT, batch["decode_weight"])
-    # L_align: gradient enters by R alone, to the policy (h(y0 | x)) and to `project`
-    y0_BJD, y1_BJD, f_BD = step_states(states, batch)
-    e_f_BR = critic.points(f_BD, critic.project_f)
-    R_BJR, ref_BJR = critic.points(y0_BJD, critic.project), stop(critic.points(y1_BJD, critic.project))
-    edited_BJR = edit_trajectory(critic, stop(R_BJR), stop(e_f_BR), batch["alpha"], args.edit_eta)
-    edit_len_BJ = jnp.linalg.norm(edited_BJR - stop(R_BJR), axis=-1)
-    if args.target == "random":
-        noise_BJR = batch["noise"] / jnp.linalg.norm(batch["noise"], axis=-1, keepdims=True)
-        edited_BJR = stop(R_BJR) + edit_len_BJ[..., None] * noise_BJR
-    edited, ref = (edited_BJR, batch["y0_mask"]), (ref_BJR, batch["y1_mask"])
-    targets = [ref] if args.target == "ref_only" else [edited, ref]
+def energy_loss(critic: Critic, points_BKR, step_BK, way_BKR, f_BD, weight_BK):
+    """L_E = sum_bk weight_bk * |-dE/dr - way|^2: the energy falls along the way from R to ref, and only there."""
+    miss_BK = ((critic.slope(points_BKR, step_BK, f_BD) + way_BKR) ** 2).sum(-1)
+    return (miss_BK * weight_BK).sum()
+
+
+def align_term(model, base_model, critic: Critic, batch, args: Args, dtype):
+    """(L_align, metrics) of a micro-batch: y0 through the policy, R* from what the base reads."""
+    R_BJR, ref_BJR, f_BD, *hindsight = read_base(base_model, batch, dtype, args.target == "hindsight")
+    now, target = pick_target(critic, R_BJR, ref_BJR, f_BD, hindsight, batch, args)
+    (states,) = model([cts.Reading(batch["attempt_prompt"], batch["attempt_prompt_len"], [batch["y0"]])], dtype)
+    R_theta_BJR = project(cts.pool_steps(states.completions[0], batch["y0_steps"]))
     sinkhorn = lambda *a: cts.sinkhorn_distance(*a, SINKHORN_EPSILON, SINKHORN_ITERATIONS, args.sinkhorn_tau)
     soft_dtw = lambda *a: cts.soft_dtw_distance(*a, SOFT_DTW_GAMMA)
     distance = {"sinkhorn": sinkhorn, "soft_dtw": soft_dtw, "l2": cts.l2_distance}[args.align]
-    align, S_KB, converged_KB = align_loss(R_BJR, batch["y0_mask"], targets, batch["wrong_weight"], distance)
-    # L_E: constant states, so that its gradient is the critic's alone
-    U_y0_B = (critic.energies(critic.points(stop(y0_BJD), critic.project), e_f_BR) * batch["alpha"]).sum(-1)
-    alpha_y1_BJ = batch["y1_mask"] / jnp.maximum(batch["y1_mask"].sum(-1, keepdims=True), 1.0)
-    U_y1_B = (critic.energies(critic.points(y1_BJD, critic.project), e_f_BR) * alpha_y1_BJ).sum(-1)
-    energy = energy_loss(U_y0_B, U_y1_B, batch["wrong_weight"], ENERGY_MARGIN)
+    loss, rows = align_loss(R_theta_BJR, now, target, batch["align_weight"], args.hold, distance)
+    aligned_B = batch["align_weight"] > 0
+    metrics = {"losses/align_loss": (loss, batch["share"].sum()), "losses/aligned": (aligned_B.sum(), len(aligned_B))}
+    for name, row_B in zip(("S", "converged", "moved"), rows):
+        metrics[f"losses/align_{name}"] = ((row_B * aligned_B).sum(), aligned_B.sum())
+    return loss, metrics
 
-    of_wrong = lambda value_B: ((value_B * batch["wrong"]).sum(), batch["wrong"].sum())
-    metrics = {"losses/energy_gap": of_wrong(U_y0_B - U_y1_B), "losses/edit_norm": of_wrong(edit_len_BJ.max(-1))}
-    metrics |= {"losses/align_converged": of_wrong(converged_KB.mean(0)), "losses/align_ref": of_wrong(S_KB[-1])}
-    return align, decode, energy, metrics
+
+def decode_term(model, base_model, critic: Critic, batch, args: Args, dtype):
+    """(L_decode, metrics) of a micro-batch: y1 after the revise prompt, through the policy."""
+    (states,) = model([cts.Reading(batch["prompt"], batch["prompt_len"], [batch["y1"]])], dtype)
+    logp_BT, _ = cts.token_logp(states.completions[0], batch["y1"], model.head_VD())
+    loss = decode_loss(logp_BT, batch["decode_weight"])
+    return loss, {"losses/decode_loss": (loss, batch["share"].sum())}
+
+
+def energy_term(model, base_model, critic: Critic, batch, args: Args, dtype):
+    """(L_E, metrics) of a micro-batch, on what the base reads."""
+    R_BJR, ref_BJR, f_BD = read_base(base_model, batch, dtype, hindsight=False)
+    points_BKR, step_BK, way_BKR, weight_B3K = energy_points(R_BJR, ref_BJR, batch)
+    weight_BK = weight_B3K.sum(1) * batch["align_weight"][:, None]
+    loss = energy_loss(critic, points_BKR, step_BK, way_BKR, f_BD, weight_BK)
+    return loss, {"losses/energy_loss": (loss, batch["share"].sum())}
+
+
+def fit_critic(critic_def, critic, cached, updates: int):
+    """The critic after `updates` Adam steps on L_E, each of FIT_ROWS attempts of `cached` (arrays by name, as of
+    `energy_points`, and "f") with one point of each of its three kinds."""
+    tx = optax.adam(optax.cosine_decay_schedule(FIT_RATE, max(updates, 1)))
+
+    @jax.jit
+    def some(state, cached, keys):
+        def one(state, key):
+            (critic, opt_state), (row_key, point_key) = state, jax.random.split(key)
+            row_B = jax.random.randint(row_key, (FIT_ROWS,), 0, len(cached["f"]))
+            rows = {name: array[row_B] for name, array in cached.items()}
+            at_B3 = jax.random.categorical(point_key, jnp.log(rows["weight"]), axis=-1)
+            points, step, way = (jax.vmap(lambda a, at: a[at])(rows[name], at_B3) for name in ("points", "step", "way"))
+            loss = lambda critic: energy_loss(
+                nnx.merge(critic_def, critic), points, step, way, rows["f"], jnp.full(at_B3.shape, 1.0 / FIT_ROWS)
+            )
+            grads = jax.grad(loss)(critic)
+            new, opt_state = tx.update(grads, opt_state)
+            return (optax.apply_updates(critic, new), opt_state), None
+
+        return jax.lax.scan(one, state, keys)[0]
+
+    state, keys = (critic, tx.init(critic)), jax.random.split(jax.random.key(cts.STREAM_INIT), updates)
+    for i in cts.progress(range(0, updates, 100), desc="energy", unit="x100", leave=False):
+        state = some(state, cached, keys[i : i + 100])
+    return state[0]
+
+
+def check_edit(critic: Critic, cached, eta: float) -> dict[str, jax.Array]:
+    """How well the energy's edit repairs attempts, over their flagged steps: its cosine with the way to ref, the share
+    that it brings nearer to ref, the distance left relative to the way; the length of the way, in units of which `edit_eta` is."""
+    R_BJR, ref_BJR, f_BD, alpha_BJ = (cached[name] for name in ("R", "ref", "f", "alpha"))
+    way_BJ = jnp.linalg.norm(ref_BJR - R_BJR, axis=-1)
+    edited_BJR = edit_trajectory(critic, R_BJR, f_BD, alpha_BJ, eta * way_BJ)
+    left_BJ = jnp.linalg.norm(ref_BJR - edited_BJR, axis=-1)
+    dot_BJ = ((edited_BJR - R_BJR) * (ref_BJR - R_BJR)).sum(-1)
+    cosine_BJ = dot_BJ / jnp.maximum(jnp.linalg.norm(edited_BJR - R_BJR, axis=-1) * way_BJ, 1e-9)
+    found = {"cosine": cosine_BJ, "nearer": left_BJ < way_BJ, "left": left_BJ / jnp.maximum(way_BJ, 1e-9)}
+    found |= {"way": way_BJ, "n": jnp.full_like(way_BJ, len(f_BD))}
+    return {name: (value_BJ * alpha_BJ).sum() / jnp.maximum(alpha_BJ.sum(), 1e-9) for name, value_BJ in found.items()}
 
 
 def grpo_loss(logp_MT, old_logp_MT, adv_MT, mask_MT, clip_low: float, clip_high: float, denom):
@@ -293,13 +409,18 @@ def main(args: Args) -> dict:
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: cts.Decoder(cfg, nnx.Rngs(0))))
     rollout_key = jax.random.fold_in(jax.random.key(args.seed), cts.STREAM_ROLLOUT)
     params = {"policy": jax.tree.map(jnp.copy, base_params)}  # a copy: the step donates its parameters
-    # CTS: the projection and the energy are trained beside the policy.
-    init_key = jax.random.fold_in(jax.random.key(args.seed), cts.STREAM_INIT)
-    critic_def, params["critic"] = nnx.split(Critic(cfg.d_model, nnx.Rngs(init_key)), nnx.Param)
+    # CTS: the critic is the same for all seeds; which terms are on, and what each moves.
+    critic_def, params["critic"] = nnx.split(Critic(cfg.d_model, nnx.Rngs(cts.STREAM_INIT)), nnx.Param)
+    aligns, trains_energy = args.lam_align + args.lam_align_final > 0, args.lam_energy > 0 and args.energy == "fitted"
+    terms = [*["align"] * aligns, *["decode"] * (args.lam_decode > 0), *["energy"] * trains_energy]
+    moved = {"align": "policy", "decode": "policy", "energy": "critic"}
+    keeps_base = aligns or trains_energy
     # one optimizer per subtree, so that nothing but the policy's gradient enters the policy's clipping
     schedule = optax.linear_schedule(args.learning_rate, 0.0, args.steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.0))
     opt_state = {name: tx.init(subtree) for name, subtree in params.items()}
+    # CTS: and one per term.
+    opt_state |= {name: tx.init(params[moved[name]]) for name in terms if args.aux == "own"}
     state_sharding = cts.shard_rule(mesh, (params, opt_state))
     params, opt_state = cts.put((params, opt_state), state_sharding)
     by_row, replicated = cts.batch_shardings(mesh)
@@ -313,20 +434,15 @@ def main(args: Args) -> dict:
         how = (G, T, args.temperature, tokenizer.eos_ids, tokenizer.pad_id)
         return cts.generate(model, prompt_BP, prompt_len_B, key, *how, dtype=dtype)
 
-    # CTS: the energies of y0's steps, for their evaluation.
+    # CTS: what the base makes of attempts, for the fit of the critic.
     @jax.jit
-    def step_energies(params, batch):
-        model, critic = nnx.merge(graphdef, params["policy"]), nnx.merge(critic_def, params["critic"])
-        states = model(with_replay(cts.Reading(batch["prompt"], batch["prompt_len"]), batch), dtype)
-        y0_BJD, _, f_BD = step_states(states, batch)
-        return critic.energies(critic.points(y0_BJD, critic.project), critic.points(f_BD, critic.project_f))
+    def base_states(base_params, batch):
+        return read_base(nnx.merge(graphdef, base_params), batch, dtype, hindsight=False)
 
     def forward(policy, batch):
         """(model, its States, log-probs and entropies [M, T] of the completions); a prompt is computed once a group."""
         model, tokens_MT = nnx.merge(graphdef, policy), batch["tokens"].reshape(-1, T)
         readings = [cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])]
-        # CTS: y0 and y1 are read in the same pass.
-        readings = with_replay(readings[0], batch)
         states = model(readings, dtype)
         return model, states, *cts.token_logp(states[0].completions[0], tokens_MT, model.head_VD(), args.temperature)
 
@@ -343,16 +459,37 @@ def main(args: Args) -> dict:
             kl = k3_kl(logp_MT, base_logp_MT, mask_MT, denom)
             loss = loss + args.kl_coef * kl
             metrics["losses/kl"] = (kl, micro_share)
-        # CTS: alignment, decoding and energy.
-        critic = nnx.merge(critic_def, params["critic"])
-        align, decode, energy, cts_metrics = cts_losses(model, states, critic, batch, args)
-        loss = loss + scalars["lam_align"] * align
-        loss = loss + scalars["lam_decode"] * decode
-        loss = loss + scalars["lam_energy"] * energy
-        metrics |= {"losses/align_loss": (align, micro_share), "losses/decode_loss": (decode, micro_share)}
-        metrics |= {"losses/energy_loss": (energy, micro_share), **cts_metrics}
         metrics["losses/loss"] = (loss, micro_share)
         return loss, metrics
+
+    # CTS: its terms, each with a pass of its own over what it needs to read.
+    def term_loss(params, term, batch, base_params):
+        model, critic = nnx.merge(graphdef, params["policy"]), nnx.merge(critic_def, params["critic"])
+        base_model = nnx.merge(graphdef, base_params) if keeps_base else None
+        return {"align": align_term, "decode": decode_term, "energy": energy_term}[term](
+            model, base_model, critic, batch, args, dtype
+        )
+
+    def add_terms(params, grads, micro, scalars, base_params):
+        """Gradients of the terms that are on, with their metrics, norms and cosines with `grads`; --aux joint adds them
+        to `grads`, lam times, and leaves none."""
+        own, metrics = {}, {}
+        for name in terms:
+            def add(total, one, term=name):
+                new, sums = jax.grad(term_loss, has_aux=True)(params, term, one, base_params)
+                return jax.tree.map(jnp.add, total, new), sums
+            new, sums = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
+            new, old = new[moved[name]], grads[moved[name]]
+            norm, dot = optax.tree.norm(new), optax.tree.vdot(new, old)
+            metrics |= jax.tree.map(lambda a: a.sum(0), sums) | {f"losses/{name}_grad_norm": (norm, 1.0)}
+            if moved[name] == "policy":
+                metrics[f"losses/{name}_grad_cosine"] = (dot / jnp.maximum(norm * optax.tree.norm(old), 1e-12), 1.0)
+            own[name] = new
+        if args.aux == "joint":
+            for name, new in own.items():
+                scaled = jax.tree.map(lambda a, lam=scalars[f"lam_{name}"]: lam * a, new)
+                grads[moved[name]] = jax.tree.map(jnp.add, grads[moved[name]], scaled)
+        return grads, {} if args.aux == "joint" else own, metrics
 
     @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*state_sharding, replicated))
     def train_step(params, opt_state, batch, scalars, base_params):
@@ -365,9 +502,17 @@ def main(args: Args) -> dict:
         grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
         metrics = jax.tree.map(lambda a: a.sum(0), metrics)
         metrics["losses/grad_norm"] = (optax.tree.norm(grads["policy"]), 1.0)
+        # CTS: the gradients of its terms, at the same weights.
+        grads, own, cts_metrics = add_terms(params, grads, micro, scalars, base_params)
+        metrics |= cts_metrics
         for name in params:
             updates, opt_state[name] = tx.update(grads[name], opt_state[name], params[name])
             params[name] = optax.apply_updates(params[name], updates)
+        # CTS: each term's own update on top, lam times as far.
+        for name, new in own.items():
+            updates, opt_state[name] = tx.update(new, opt_state[name], params[moved[name]])
+            updates = jax.tree.map(lambda u, lam=scalars[f"lam_{name}"]: lam * u, updates)
+            params[moved[name]] = optax.apply_updates(params[moved[name]], updates)
         return params, opt_state, metrics
 
     # ---- base: what there is to improve ---------------------------------------------------------------------------
@@ -382,23 +527,84 @@ def main(args: Args) -> dict:
             attempts = attempter.complete(params["policy"], prompts, shapes["P_attempt"])
             fits = lambda prompt: len(tokenizer.encode_prompt(prompt)) <= shapes["P_revise"]
             return cts.with_attempts(quads, [a["text"] for a in attempts], fits)
-        another = lambda q: replay["train"][step_rng.integers(len(replay["train"]))].f
-        f_of = {"replay": lambda q: q.f, "shuffled": another, "redacted": lambda q: cts.redact(q.f)}[args.critique]
-        return [dataclasses.replace(q, f=f_of(q)) for q in quads]
+        others = step_rng.integers(len(replay["train"]), size=len(quads))
+        changed = {
+            "replay": lambda q, other: q, "shuffled": cts.with_critique_of,
+            "redacted": lambda q, other: cts.with_critique(q, cts.redact(q.f), None),
+        }[args.critique]  # fmt: skip
+        return [changed(q, replay["train"][i]) for q, i in zip(quads, others)]
+
+    def pack_replay(quads: list[cts.Quadruple], indices: list[int], batch: dict) -> dict:
+        """What the terms read, where the critique points, their weights, and what control arms draw, a row each."""
+        batch = batch | cts.pack_trajectories(tokenizer, quads, shapes, batch)
+        known_BJ = batch["y0_mask"] if args.critique == "online" else batch["y0_mask"] * batch["y1_mask"]
+        batch["alpha"] = critique_weights(batch["flagged"], known_BJ)
+        on_B = batch["wrong"] * (batch["alpha"].sum(-1) > 0 if args.target != "all_steps" else 1.0)
+        batch["align_weight"] = (on_B / max(on_B.sum(), 1.0)).astype(np.float32)
+        batch["decode_weight"] = batch["y1_tokens"] / batch["y1_tokens"].sum()
+        batch["share"] = np.full(len(quads), 1 / len(quads), np.float32)
+        rngs = [np.random.default_rng((args.seed, cts.STREAM_CONTROL, i)) for i in indices]
+        batch["elsewhere"] = another_step(batch["alpha"], batch["y0_mask"], rngs)
+        batch["noise"] = np.stack([rng.standard_normal((cts.MAX_STEPS, LATENT_DIM)) for rng in rngs]).astype(np.float32)
+        batch["edit_length"] = np.full(len(quads), edit["way"] if args.critique == "online" else 0.0, np.float32)
+        return batch
 
     base = cts.base_report(base_dir, evaluator, base_params, replay["train"], B, G, args.temperature)
 
-    # ---- loop -----------------------------------------------------------------------------------------------------
     identity = cts.run_identity(args, base_params, tokenizer, replay, shapes, dtype)
-    base_params = base_params if args.kl_coef else None  # the KL alone still needs it: else its memory is free
+    # CTS: the critic is fitted on the base's states before step 0, once for a base and its replay.
+    def read_quads(quads: list[cts.Quadruple], desc: str) -> dict[str, np.ndarray]:
+        """R, ref, f, alpha and masks of the wrong, located attempts among `quads`, as the base reads them."""
+        parts = []
+        for i in cts.progress(range(0, len(quads), B), desc=desc, unit="batch", leave=False):
+            some = [quads[j % len(quads)] for j in range(i, i + B)]  # the last batch is filled up
+            batch = cts.pack_revise(tokenizer, some, shapes)
+            batch |= cts.pack_trajectories(tokenizer, some, shapes, batch)
+            out = dict(zip(("R", "ref", "f"), cts.fetch(base_states(base_params, cts.put(batch, by_row)))))
+            out["alpha"] = critique_weights(batch["flagged"], batch["y0_mask"] * batch["y1_mask"])
+            out |= {name: batch[name] for name in ("y0_mask", "y1_mask")}
+            keep = np.flatnonzero((np.arange(B) < len(quads) - i) & (batch["wrong"] * out["alpha"].sum(-1) > 0))
+            parts.append({name: array[keep] for name, array in out.items()})
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def fit() -> str:
+        cached, critic = read_quads(cts.first_problems(replay["train"], FIT_QUADS), "states"), params["critic"]
+        if args.energy == "fitted" and len(cached["f"]):
+            arrays = dict(zip(("points", "step", "way", "weight"), energy_points(cached["R"], cached["ref"], cached)))
+            critic = fit_critic(critic_def, critic, arrays | {"f": cached["f"]}, args.energy_fit)
+        held = cts.first_problems(replay["val"], CHECK_QUADS)
+        right = read_quads(held, "states")
+        blank = read_quads([cts.with_critique(q, cts.redact(q.f), q.meta["error_span"]) for q in held], "states")
+        check = jax.jit(lambda critic, a: check_edit(nnx.merge(critic_def, critic), a, args.edit_eta))
+        arms = {"replay": right, "shuffled": right | {"f": np.roll(right["f"], 1, 0)}, "redacted": blank}
+        about = {name: jax.tree.map(float, cts.fetch(check(critic, arrays))) for name, arrays in arms.items()}
+        return cts.pack_arrays(jax.tree.leaves(cts.fetch(critic)), about)
+
+    edit, figures = None, {}
+    if trains_energy or (aligns and (args.target in ("energy", "shuffled_locus") or args.critique == "online")):
+        key = [pathlib.Path(__file__).read_text(), identity["base_weights"], identity["train_replay"], shapes]
+        key += [args.energy, args.energy_fit, args.edit_eta, identity["decode"], jax.default_backend()]
+        leaves, figures = cts.unpack_arrays(cts.kept(base_dir / f"critic_{cts.sha256(json.dumps(key))[:16]}.json", fit))
+        params["critic"] = jax.tree.unflatten(jax.tree.structure(params["critic"]), leaves)
+        params = cts.put(params, state_sharding[0])
+        edit, *controls = (figures[name] for name in ("replay", "shuffled", "redacted"))
+        cts.say(
+            f"Energy critic ({args.energy}), held out: its edit has cosine {edit['cosine']:.2f} with the way to y1's"
+            f" (under another critique {controls[0]['cosine']:.2f}, a redacted one {controls[1]['cosine']:.2f}), brings"
+            f" {edit['nearer']:.0%} of {edit['n']:.0f} attempts nearer to it and leaves {edit['left']:.2f} of the way."
+        )
+        if edit["cosine"] < 0.3:
+            cts.say("R* is not a repair here: the energy does not know which way the flagged step should go.")
+
+    # ---- loop -----------------------------------------------------------------------------------------------------
+    base_params = base_params if args.kl_coef or keeps_base else None  # else its memory is free
     params, opt_state = run.start(identity, params, opt_state)
     clock = cts.StepClock()
     for step in run.steps():
         clock.start()
         quads = [replay["train"][i] for i in cts.data_indices(len(replay["train"]), B, args.seed, step)]
         # CTS: control arms and A6 change the critique before it reaches the prompt.
-        step_rng = np.random.default_rng((args.seed, cts.STREAM_CONTROL, step))
-        quads = change_critiques(quads, step_rng)
+        quads = change_critiques(quads, np.random.default_rng((args.seed, cts.STREAM_CONTROL, step)))
         batch = cts.pack_revise(tokenizer, quads, shapes)
 
         # ---- rollout ----
@@ -431,16 +637,12 @@ def main(args: Args) -> dict:
         batch["adv"] = adv_BGT.astype(np.float32)
         batch["mask"] = mask_BGT.astype(np.float32)
         scalars = {"denom": np.float32(M * T if args.loss_norm == "constant" else max(mask_BGT.sum(), 1.0))}
-        # CTS: what its terms need, their normalisers, and their weights; lam_align moves on its schedule.
-        batch |= cts.pack_trajectories(tokenizer, quads, shapes, batch)
-        batch["alpha"] = critique_weights(batch["flagged"], batch["y0_mask"])
-        batch["decode_weight"] = batch["y1_tokens"] / batch["y1_tokens"].sum()
-        batch["wrong_weight"] = batch["wrong"] / max(batch["wrong"].sum(), 1.0)
-        batch["noise"] = step_rng.standard_normal((B, cts.MAX_STEPS, LATENT_DIM)).astype(np.float32)
+        # CTS: what its terms read and their weights; lam_align moves on its schedule.
+        if terms:
+            batch = pack_replay(quads, cts.data_indices(len(replay["train"]), B, args.seed, step), batch)
         ends = [0, max(args.steps - 1, 1)], [args.lam_align, args.lam_align_final]
-        scalars["lam_align"] = np.float32(np.interp(step, *ends))
-        scalars["lam_decode"] = np.float32(args.lam_decode)
-        scalars["lam_energy"] = np.float32(args.lam_energy if args.energy == "trained" else 0.0)
+        lams = {"align": np.interp(step, *ends), "decode": args.lam_decode, "energy": args.lam_energy}
+        scalars |= {f"lam_{name}": np.float32(lam) for name, lam in lams.items()}
         clock.mark("score")
 
         # ---- update ----
@@ -453,8 +655,10 @@ def main(args: Args) -> dict:
         metrics["charts/accuracy"] = float(np.nanmean(outcome_BG))
         metrics["charts/learning_rate"] = args.learning_rate * (1 - step / args.steps)
         metrics["charts/tokens"] = (step + 1) * B * (shapes["P_revise"] + G * T)
-        # CTS: y1 after the revise prompt, and y0 and y1 after the attempt prompt, are computed too.
-        metrics["charts/tokens"] += (step + 1) * B * (shapes["P_attempt"] + 3 * shapes["T_replay"])
+        # CTS: the base reads f, y0 and y1, the policy y0 (align) and y1 (decode).
+        read = {"align": shapes["P_revise"] + 2 * shapes["P_attempt"] + 3 * shapes["T_replay"]}
+        read |= {"decode": shapes["P_revise"] + shapes["T_replay"], "energy": sum(shapes.values())}
+        metrics["charts/tokens"] += (step + 1) * B * sum(read[name] for name in terms)
         metrics |= clock.metrics(M) | cts.rollout_metrics(out, texts, reward_BG, quads)
         # VERIFIER: how far the steps hold, whether or not the answer is right.
         metrics["rollout/process_mean"] = float(np.nanmean(process_BG))
@@ -463,16 +667,8 @@ def main(args: Args) -> dict:
     # ---- final evaluation, result ---------------------------------------------------------------------------------
     records = evaluator(params["policy"])
     final = cts.summarize(records)
-    # CTS: does the energy rise on the step that the critique points at?
-    energy_auc, test = [], cts.first_problems(replay["test"], args.eval_problems)
-    for i in cts.progress(range(0, len(test), B), desc="energies", unit="batch", leave=False):
-        quads = [test[j % len(test)] for j in range(i, i + B)]  # the last batch is filled up
-        batch = cts.pack_revise(tokenizer, quads, shapes)
-        batch |= cts.pack_trajectories(tokenizer, quads, shapes, batch)
-        energy_BJ = cts.fetch(step_energies(params, cts.put(batch, by_row)))[: len(test) - i]
-        rows = zip(energy_BJ, batch["flagged"], batch["y0_mask"] > 0)
-        energy_auc += [cts.detector_auc(energy_J[real_J], flagged_J[real_J]) for energy_J, flagged_J, real_J in rows]
-    final["energy_auc"] = cts.mean(energy_auc)
+    # CTS: how far the energy's edit repaired held-out attempts.
+    final["edit"] = figures
     return run.finish(replay, shapes, base, records, final, clock, (cfg, params["policy"], tokenizer))
 
 

@@ -10,7 +10,9 @@ J reasoning steps of a trajectory, R latent dim. Masks are 0/1 float32 and come 
 # ruff: noqa: F401, I001
 
 # basics: bad input, JSON lines, atomic writes, digests, PRNG streams, the trace counter
-from common.basics import InputError, STREAM_CONTROL, STREAM_INIT, STREAM_ROLLOUT, TRACES, mean
+from common.basics import (
+    STREAM_CONTROL, STREAM_INIT, STREAM_ROLLOUT, TRACES, InputError, mean, pack_arrays, sha256, unpack_arrays,
+)  # fmt: skip
 # prompts: the three prompts, for math and for code
 from common.prompts import attempt_prompt, critique_prompt, revise_prompt
 # values: the one value that a text states, read whole by a grammar
@@ -27,7 +29,7 @@ from common.programs import run_program, run_programs
 # replay: the quadruple, its file format, splits, leakage
 from common.replay import Quadruple
 # critique: critiques by rules, redaction, another attempt in y0's place
-from common.critique import redact, with_attempts
+from common.critique import redact, with_attempts, with_critique, with_critique_of
 # fixtures: generated problems: a small GSM8K, small functions
 # slips: planted slips: which operations a base gets wrong, errors by kind of step
 # tasks: GSM8K, MBPP, APPS and the table of tasks
@@ -41,7 +43,7 @@ from common.batches import (
 # mistakes: a right solution made wrong
 # mutants: a right program made wrong
 # hosts: several hosts, the mesh, the one sharding table
-from common.hosts import batch_shardings, count_micro_batches, fetch, make_mesh, progress, put, shard_rule
+from common.hosts import batch_shardings, count_micro_batches, fetch, kept, make_mesh, progress, put, say, shard_rule
 # making: from problems to replay files, with a report
 from common.making import load_replay, make_replay
 # model: the decoder: prompts and completions to hidden states

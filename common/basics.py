@@ -2,6 +2,7 @@
 room."""
 
 import ast
+import base64
 import gc
 import hashlib
 import json
@@ -73,6 +74,19 @@ def write_atomic(path: str | os.PathLike, text: str) -> None:
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tmp.write_bytes(text.encode())  # encoded before the file is opened
     os.replace(tmp, path)
+
+
+def pack_arrays(arrays: list[np.ndarray], about: dict[str, Any]) -> str:
+    """float32 arrays and what is said about them as one line of JSON."""
+    rows = [[a.shape, base64.b64encode(np.ascontiguousarray(a, np.float32).tobytes()).decode()] for a in arrays]
+    return json.dumps({"arrays": rows, "about": about})
+
+
+def unpack_arrays(text: str) -> tuple[list[np.ndarray], dict[str, Any]]:
+    """(arrays, about) of `pack_arrays`."""
+    read = json.loads(text)
+    floats = [np.frombuffer(base64.b64decode(raw), np.float32).reshape(shape) for shape, raw in read["arrays"]]
+    return floats, read["about"]
 
 
 def writable(directory: str | os.PathLike, flag: str) -> pathlib.Path:

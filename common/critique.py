@@ -51,6 +51,20 @@ def redact(f: str) -> str:
     return re.sub(rf"\d+(?:[.,]\d+)*(?:th)?|\b(?:{'|'.join(ORDINALS)})\b", "_", f, flags=re.IGNORECASE)
 
 
+def with_critique(q: Quadruple, f: str, span: list[int] | None) -> Quadruple:
+    """The quadruple under another critique, which points at another place or (None) at none."""
+    return dataclasses.replace(q, f=f, meta={**q.meta, "error_span": span})
+
+
+def with_critique_of(q: Quadruple, other: Quadruple) -> Quadruple:
+    """The quadruple under another one's critique (a control): it points where that one points, at the step of the same
+    number, or at none where y0 is too short."""
+    steps = lambda q: [[s.start, s.end] for s in split_steps(q.y0)]
+    start, end = other.meta["error_span"] or (0, 0)
+    at = next((i for i, s in enumerate(steps(other)) if s[0] < end and s[1] > start), None)
+    return with_critique(q, other.f, None if at is None or at >= len(steps(q)) else steps(q)[at])
+
+
 def write_code_critique(line: int | None, flaw: str, call: str) -> str:
     """The critique sentences of the rule-based teachers on a program: the line, the flaw and the call that fails.
 

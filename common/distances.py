@@ -14,21 +14,26 @@ def pool_steps(hidden_BTD, step_BJT):
     return total_BJD / jnp.maximum(step_BJT.sum(-1), 1.0)[..., None]
 
 
-def sinkhorn_distance(a_JR, b_KR, mask_J, mask_K, epsilon: float, iterations: int, tau: float = 1.0):
-    """Debiased Sinkhorn divergence of two masked point sets (equal weights on real points, 0 on padding), and whether
-    it converged within `iterations`; tau below 1 relaxes the marginals. Fixed float epsilon: a data-dependent one would
-    let the padding change the result. b is a constant.
+def sinkhorn_distance(a_JR, b_KR, mass_J, mass_K, epsilon: float, iterations: int, tau: float = 1.0):
+    """Debiased Sinkhorn divergence of two weighted point sets (masses are scaled to sum to 1, padding has 0), whether
+    it converged within `iterations`, and the share of the transported mass that goes from a step to another one (0: the
+    plan is the identity, and the divergence as good as L2). tau below 1 relaxes the marginals. Fixed float epsilon: a
+    data-dependent one would let the padding change the result. b is a constant.
     """
     from ott.geometry import pointcloud
     from ott.tools.sinkhorn_divergence import sinkhorn_divergence
 
-    some = (mask_J.sum() > 0) & (mask_K.sum() > 0)
-    w_J, w_K = jnp.where(some, mask_J, 1.0), jnp.where(some, mask_K, 1.0)
+    some = (mass_J.sum() > 0) & (mass_K.sum() > 0)
+    w_J, w_K = jnp.where(some, mass_J, 1.0), jnp.where(some, mass_K, 1.0)
+    w_J, w_K = w_J / w_J.sum(), w_K / w_K.sum()
     value, out = sinkhorn_divergence(
-        pointcloud.PointCloud, a_JR, jax.lax.stop_gradient(b_KR), a=w_J / w_J.sum(), b=w_K / w_K.sum(), epsilon=epsilon,
+        pointcloud.PointCloud, a_JR, jax.lax.stop_gradient(b_KR), a=w_J, b=w_K, epsilon=epsilon,
         solve_kwargs={"threshold": 1e-3, "max_iterations": iterations, "tau_a": tau, "tau_b": tau},
     )  # fmt: skip
-    return jnp.where(some, value, 0.0), out.converged[0].astype(jnp.float32)
+    (f_J, g_K), same = jax.lax.stop_gradient(out.potentials[0]), min(len(w_J), len(w_K))
+    stay_J = jnp.exp((f_J[:same] + g_K[:same] - ((a_JR[:same] - b_KR[:same]) ** 2).sum(-1)) / epsilon)
+    moved = jnp.where(some, 1.0 - jax.lax.stop_gradient(jnp.where(w_J[:same] * w_K[:same] > 0, stay_J, 0.0)).sum(), 0.0)
+    return jnp.where(some, value, 0.0), out.converged[0].astype(jnp.float32), moved
 
 
 def soft_dtw(cost_JK, n, m, gamma: float):
@@ -54,17 +59,28 @@ def soft_dtw(cost_JK, n, m, gamma: float):
     return table_DJ[n + m - 2, n - 1]
 
 
-def soft_dtw_distance(a_JR, b_KR, mask_J, mask_K, gamma: float):
-    """Debiased soft-DTW divergence of two masked point sequences, per step of the longest possible path."""
-    n, m = mask_J.sum().astype(int), mask_K.sum().astype(int)
-    cost = lambda a, b: ((a[:, None] - b[None]) ** 2).sum(-1)
+def soft_dtw_distance(a_JR, b_KR, mass_J, mass_K, gamma: float):
+    """Debiased soft-DTW divergence of two weighted point sequences, each up to its last point with mass; a cell's cost
+    counts by the mean of its two masses, scaled so that the largest is 1. Per unit of mass.
+
+    Returns (value, 1, 0): there is nothing to converge, and no plan.
+    """
+    scaled = lambda mass_J: mass_J / jnp.maximum(mass_J.max(), 1e-9)
+    end = lambda mass_J: jnp.max(jnp.where(mass_J > 0, jnp.arange(len(mass_J)) + 1, 0))
+    w_J, w_K, n, m = scaled(mass_J), scaled(mass_K), end(mass_J), end(mass_K)
+    cost = lambda a, b, w_a, w_b: ((a[:, None] - b[None]) ** 2).sum(-1) * (w_a[:, None] + w_b[None]) / 2
     some, n, m = (n > 0) & (m > 0), jnp.maximum(n, 1), jnp.maximum(m, 1)
-    self_a, self_b = soft_dtw(cost(a_JR, a_JR), n, n, gamma), soft_dtw(cost(b_KR, b_KR), m, m, gamma)
-    value = soft_dtw(cost(a_JR, b_KR), n, m, gamma) - 0.5 * (self_a + self_b)
-    return jnp.where(some, value / (n + m), 0.0), jnp.float32(1.0)
+    self_a = soft_dtw(cost(a_JR, a_JR, w_J, w_J), n, n, gamma)
+    self_b = soft_dtw(cost(b_KR, b_KR, w_K, w_K), m, m, gamma)
+    value = soft_dtw(cost(a_JR, b_KR, w_J, w_K), n, m, gamma) - 0.5 * (self_a + self_b)
+    return jnp.where(some, value / jnp.maximum(w_J.sum() + w_K.sum(), 1e-9), 0.0), jnp.float32(1.0), jnp.float32(0.0)
 
 
-def l2_distance(a_JR, b_KR, mask_J, mask_K):
-    """Mean squared distance of the steps that both have, index by index."""
-    both_J = mask_J * mask_K
-    return (((a_JR - b_KR) ** 2).sum(-1) * both_J).sum() / jnp.maximum(both_J.sum(), 1.0), jnp.float32(1.0)
+def l2_distance(a_JR, b_KR, mass_J, mass_K):
+    """Mean squared distance of the steps that both have, index by index, weighted by the geometric mean of the masses.
+
+    Returns (value, 1, 0): there is nothing to converge, and no mass moves.
+    """
+    both_J = (mass_J * mass_K) ** 0.5
+    value = (((a_JR - b_KR) ** 2).sum(-1) * both_J).sum() / jnp.maximum(both_J.sum(), 1e-9)
+    return value, jnp.float32(1.0), jnp.float32(0.0)

@@ -15,10 +15,10 @@ from flax import nnx
 from tqdm import tqdm
 
 from common.base import BASE_SEED
-from common.basics import STREAM_EVAL, mean, round_up, sha256, write_atomic
+from common.basics import STREAM_EVAL, mean, round_up, sha256
 from common.batches import bucket, decode_rows, pack_prompts, right_pad
 from common.fingerprint import sources_sha256
-from common.hosts import batch_shardings, broadcast, fetch, leads, progress, put, say, shard_rule
+from common.hosts import batch_shardings, fetch, kept, leads, progress, put, say, shard_rule
 from common.model import Reading
 from common.prompts import attempt_prompt, revise_prompt
 from common.replay import Quadruple, replay_report, replay_sha256
@@ -297,13 +297,13 @@ def base_report(
     key = [prompts, group, temperature, evaluator.dtype, evaluator.shapes, evaluator.tokenizer.sha256(), evaluator.most]
     key += [replay_sha256(train), replay_sha256(evaluator.quads), sources_sha256("evaluation"), jax.default_backend()]
     path = directory / f"report_{sha256(json.dumps(key, sort_keys=True))[:16]}.json"
-    text = broadcast(path.read_text() if leads() and path.is_file() else "")
-    if not text:
+
+    def make() -> str:
         summary = summarize(evaluator(params, lambda seconds: say_ahead(seconds, evaluator, group)))
-        report = {"summary": summary, "precheck": precheck(evaluator, params, train, prompts, group, temperature)}
-        text = json.dumps(report, indent=1)
-        if leads():
-            write_atomic(path, text)
+        check = precheck(evaluator, params, train, prompts, group, temperature)
+        return json.dumps({"summary": summary, "precheck": check}, indent=1)
+
+    text = kept(path, make)
     evaluator.base_logp, _ = evaluator.attempt_logp(params)
     report = json.loads(text)  # as a later run will read it
     print_precheck(report["precheck"])

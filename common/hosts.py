@@ -7,6 +7,7 @@ that all of them see."""
 import importlib
 import os
 import pathlib
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from common.basics import InputError
+from common.basics import InputError, write_atomic
 from common.replay import Quadruple
 
 
@@ -90,6 +91,17 @@ def on_leader(f, *args) -> None:
     error = broadcast(error)
     if error:
         raise InputError(error)
+
+
+def kept(path: pathlib.Path, make: Callable[[], str]) -> str:
+    """The text in a file; where there is none it is made, on every host, and written for the next time."""
+    text = broadcast(path.read_text(encoding="utf-8") if leads() and path.is_file() else "")
+    if not text:
+        text = make()
+        if leads():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, text)
+    return text
 
 
 def put(tree, shardings):
