@@ -102,7 +102,7 @@ class Args(cts.RunArgs):
     target: Literal["energy", "ref_only", "hindsight", "random", "shuffled_locus", "all_steps"] = "energy"
     """R* at the flagged step: by the energy; ref's state; the base's once it has read f; a random edit as long
     (control); the energy's edit at another step (control); all_steps = every step to ref's (control)"""
-    edit_eta: float = 1.0
+    edit_eta: float = 0.5
     """length of the edit, relative to the way from R to ref; online: to its mean in the fit"""
     hold: float = 0.2
     """weight that keeps the other steps of y0 at the base's states; 0 = not held"""

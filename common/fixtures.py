@@ -87,8 +87,7 @@ def _comparisons(rng, horizon: int) -> tuple[str, list[str], int]:
     return " ".join([*sentences, f"How many {goods} do {people[i]} and {people[-1]} have?"]), lines, total
 
 
-STATIONS = ("bank", "barn", "dock", "farm", "fort", "hill", "inn", "lake", "mill", "park", "port", "shop", "yard",
-            "zoo")  # fmt: skip
+STOPS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 VEHICLES = ("bus", "tram", "train", "boat")
 HELD_OUT = 20  # percent of the sequences of operations
 
@@ -166,7 +165,8 @@ def _stock(rng, horizon: int) -> tuple[str, list[str], int, str]:
 
 def _journey(rng, horizon: int) -> tuple[str, list[str], int, str]:
     vehicle, value = VEHICLES[rng.integers(len(VEHICLES))], int(rng.integers(10, 40))
-    where = [f"At the {STATIONS[i]}" for i in rng.permutation(len(STATIONS))]
+    first = int(rng.integers(len(STOPS) - 11))
+    where = [f"At stop {stop}" for stop in STOPS[first : first + 12]]  # in order: what comes next is no riddle
     events = {"+": ("get on", "come in"), "-": ("get off", "go out"), "*": ("times as many",) * 2}
     sentences, lines, last, structure = _chain(rng, horizon, value, where, events)
     x = " ".join([f"A {vehicle} starts with {value} people.", *sentences, f"How many people does the {vehicle} hold?"])

@@ -7,6 +7,7 @@ import itertools
 import json
 import pathlib
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from tqdm import tqdm
 
 from common.answers import score_math
 from common.basics import InputError, normalize_x, writable, write_atomic
-from common.critique import describe_call, write_code_critique
+from common.critique import check_critique, describe_call, write_code_critique
 from common.hosts import on_leader, say
 from common.mistakes import TAG_OF_KIND, attempts, equations_in, lines_of
 from common.mutants import FLAWS, Mutant, count_statements, mutants
@@ -22,6 +23,7 @@ from common.plans import parse_program
 from common.programs import Verdict, grade
 from common.replay import Problem, Quadruple, assign_split, check_leakage, read_replay, replay_report, write_replay
 from common.sandbox import check_sandbox
+from common.slips import Planted, plant_slips
 from common.tasks import TASKS, get_task
 from common.verifier import first_wrong_step, split_steps
 
@@ -68,13 +70,26 @@ def edit_distance(a: str, b: str) -> int:
     return int(row[-1])
 
 
-def perturb(problem: Problem, seed: int = 0, keep_unverified: bool = False) -> Quadruple | str:
-    """The first verified quadruple of a problem, else (if wanted) the first unverified one, else why there is none."""
+def slips(problem: Problem, seed: int, planted: Planted) -> Iterator[tuple[str, str, int, str]]:
+    """Like `mistakes.attempts`: what a base whose slips are planted writes itself, criticised by the step checker."""
+    rng = np.random.default_rng([seed, *hashlib.sha256(problem.task_id.encode()).digest()])
+    for y0 in (plant_slips(problem.reference, planted, rng) for _ in range(4)):
+        flagged = first_wrong_step(y0, problem.reference)
+        if flagged is not None:
+            yield "wrong_result", y0, flagged, check_critique(y0, problem.reference)[0]
+
+
+def perturb(
+    problem: Problem, seed: int = 0, keep_unverified: bool = False, planted: Planted | None = None
+) -> Quadruple | str:
+    """The first verified quadruple of a problem, else (if wanted) the first unverified one, else why there is none.
+    Where slips are planted y0 has such slips, and another mistake where no operation is a planted one."""
     y1_correct = score_math(problem.reference, problem.answer) == 1
     if not any(map(equations_in, lines_of(problem.reference))):
         return "no arithmetic step"
     chosen = None
-    for kind, y0, flagged, f in attempts(problem, seed):
+    tries = attempts(problem, seed)
+    for kind, y0, flagged, f in itertools.chain(slips(problem, seed, planted), tries) if planted else tries:
         y0_correct = score_math(y0, problem.answer) == 1
         verified = y1_correct and not y0_correct and first_wrong_step(y0, problem.reference) == flagged
         if verified or chosen is None:
@@ -181,7 +196,9 @@ def split_problems(problems: list[Problem]) -> dict[str, list[Problem]]:
     return by_split
 
 
-def make_quadruples(by_split: dict[str, list[Problem]], domain: str, seed: int, keep_unverified: bool):
+def make_quadruples(
+    by_split: dict[str, list[Problem]], domain: str, seed: int, keep_unverified: bool, planted: Planted | None = None
+):
     """({split: quadruples}, how many problems yielded none, by reason)."""
     replay: dict[str, list[Quadruple]] = {split: [] for split in by_split}
     rejected: Counter[str] = Counter()
@@ -190,7 +207,7 @@ def make_quadruples(by_split: dict[str, list[Problem]], domain: str, seed: int, 
         for i in range(0, len(todo), BATCH):
             splits, some = zip(*todo[i : i + BATCH])
             if domain == "math":
-                made = [perturb(problem, seed, keep_unverified) for problem in some]
+                made = [perturb(problem, seed, keep_unverified, planted) for problem in some]
             else:
                 made = perturb_programs(some, seed, keep_unverified)
             for split, one in zip(splits, made):
@@ -219,7 +236,7 @@ def make_replay(
     by_split = split_problems(problems)
     twice = len(problems) - sum(map(len, by_split.values()))
     by_split = {split: some[: limit or None] for split, some in by_split.items()}
-    replay, rejected = make_quadruples(by_split, source.domain, seed, keep_unverified == "yes")
+    replay, rejected = make_quadruples(by_split, source.domain, seed, keep_unverified == "yes", source.planted)
     rejected += Counter({"stands in test too": twice})  # a count of 0 is dropped
     check_leakage(replay)
     quads, total = list(itertools.chain(*replay.values())), {s: len(some) for s, some in by_split.items()}
