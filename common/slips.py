@@ -31,7 +31,7 @@ class Planted:
 # In the first sampling finds the right way often, in the second seldom: there only a critique says where to look.
 PLANTED = {
     "fixtures_long": Planted((6, 7), 0.6),
-    "fixtures_rare": Planted((3, 4, 5, 6, 7), 0.95),
+    "fixtures_rare": Planted((4, 5, 6, 7), 0.9),
 }
 
 
