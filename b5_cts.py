@@ -201,6 +201,24 @@ def another_step(alpha_BJ: np.ndarray, step_mask_BJ: np.ndarray, rngs: list[np.r
     return out_BJ
 
 
+def pack_terms(tokenizer, quads: list[cts.Quadruple], rows, shapes, args: Args, way: float = 0.0) -> dict:
+    """What the terms read, where the critique points, their weights, and what control arms draw, of the quadruples that
+    stand in the `rows` of the replay (the same draw every time). `way`: the mean of the fit, for --critique online."""
+    batch = cts.pack_revise(tokenizer, quads, shapes)
+    batch |= cts.pack_trajectories(tokenizer, quads, shapes, batch)
+    known_BJ = batch["y0_mask"] if args.critique == "online" else batch["y0_mask"] * batch["y1_mask"]
+    batch["alpha"] = critique_weights(batch["flagged"], known_BJ)
+    on_B = batch["wrong"] * (1.0 if args.target == "all_steps" else batch["alpha"].sum(-1) > 0)
+    batch["align_weight"] = (on_B / max(on_B.sum(), 1.0)).astype(np.float32)
+    batch["decode_weight"] = batch["y1_tokens"] / batch["y1_tokens"].sum()
+    batch["share"] = np.full(len(quads), 1 / len(quads), np.float32)
+    rngs = [np.random.default_rng((args.seed, cts.STREAM_CONTROL, int(row))) for row in rows]
+    batch["elsewhere"] = another_step(batch["alpha"], batch["y0_mask"], rngs)
+    batch["noise"] = np.stack([rng.standard_normal((cts.MAX_STEPS, LATENT_DIM)) for rng in rngs]).astype(np.float32)
+    batch["edit_length"] = np.full(len(quads), way, np.float32)
+    return batch
+
+
 def with_time(traj_JR, mask_J):
     """Points scaled to unit length with the time channel TIME_WEIGHT * t / T beside them: [J, R + 1]."""
     t_J = jnp.cumsum(mask_J) / jnp.maximum(mask_J.sum(), 1.0)
@@ -352,7 +370,7 @@ def fit_critic(critic_def, critic, cached, updates: int):
 
 def check_edit(critic: Critic, cached, eta: float) -> dict[str, jax.Array]:
     """How well the energy's edit repairs attempts, over their flagged steps: its cosine with the way to ref, the share
-    that it brings nearer to ref, the distance left relative to the way; the length of the way, in units of which `edit_eta` is."""
+    that it brings nearer to ref, the distance left relative to the way, and the way, the unit of `edit_eta`."""
     R_BJR, ref_BJR, f_BD, alpha_BJ = (cached[name] for name in ("R", "ref", "f", "alpha"))
     way_BJ = jnp.linalg.norm(ref_BJR - R_BJR, axis=-1)
     edited_BJR = edit_trajectory(critic, R_BJR, f_BD, alpha_BJ, eta * way_BJ)
@@ -362,6 +380,36 @@ def check_edit(critic: Critic, cached, eta: float) -> dict[str, jax.Array]:
     found = {"cosine": cosine_BJ, "nearer": left_BJ < way_BJ, "left": left_BJ / jnp.maximum(way_BJ, 1e-9)}
     found |= {"way": way_BJ, "n": jnp.full_like(way_BJ, len(f_BD))}
     return {name: (value_BJ * alpha_BJ).sum() / jnp.maximum(alpha_BJ.sum(), 1e-9) for name, value_BJ in found.items()}
+
+
+def read_quads(read_rows, tokenizer, quads: list[cts.Quadruple], shapes, B: int, args: Args) -> dict[str, np.ndarray]:
+    """R, ref, f, alpha and masks of the wrong, located attempts among `quads`; `read_rows` is `read_base` of B rows."""
+    parts = []
+    for i in cts.progress(range(0, len(quads), B), desc="states", unit="batch", leave=False):
+        rows = [j % len(quads) for j in range(i, i + B)]  # the last batch is filled up
+        batch = pack_terms(tokenizer, [quads[j] for j in rows], rows, shapes, args)
+        out = dict(zip(("R", "ref", "f"), read_rows(batch))) | {k: batch[k] for k in ("alpha", "y0_mask", "y1_mask")}
+        keep = np.flatnonzero((np.arange(B) < len(quads) - i) & (batch["wrong"] * batch["alpha"].sum(-1) > 0))
+        parts.append({name: array[keep] for name, array in out.items()})
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def fit_on_base(critic_def, critic, read_rows, tokenizer, replay, shapes, B: int, args: Args) -> str:
+    """The critic fitted on FIT_QUADS quadruples of the train split (--energy frozen: as it is), with `check_edit` on
+    CHECK_QUADS of the validation split, on the same under other critiques and under redacted ones."""
+    args = dataclasses.replace(args, critique="replay")  # one critic for all arms
+    read = lambda quads: read_quads(read_rows, tokenizer, quads, shapes, B, args)
+    cached = read(cts.first_problems(replay["train"], FIT_QUADS))
+    if args.energy == "fitted" and len(cached["f"]):
+        arrays = dict(zip(("points", "step", "way", "weight"), energy_points(cached["R"], cached["ref"], cached)))
+        critic = fit_critic(critic_def, critic, arrays | {"f": cached["f"]}, args.energy_fit)
+    held = cts.first_problems(replay["val"], CHECK_QUADS)
+    redacted = read([cts.with_critique(q, cts.redact(q.f), q.meta["error_span"]) for q in held])
+    found = {"replay": read(held), "redacted": redacted}
+    found["shuffled"] = found["replay"] | {"f": np.roll(found["replay"]["f"], 1, 0)}
+    check = jax.jit(lambda critic, cached: check_edit(nnx.merge(critic_def, critic), cached, args.edit_eta))
+    about = {name: jax.tree.map(float, cts.fetch(check(critic, cached))) for name, cached in found.items()}
+    return cts.pack_arrays(jax.tree.leaves(cts.fetch(critic)), about)
 
 
 def grpo_loss(logp_MT, old_logp_MT, adv_MT, mask_MT, clip_low: float, clip_high: float, denom):
@@ -534,52 +582,12 @@ def main(args: Args) -> dict:
         }[args.critique]  # fmt: skip
         return [changed(q, replay["train"][i]) for q, i in zip(quads, others)]
 
-    def pack_replay(quads: list[cts.Quadruple], indices: list[int], batch: dict) -> dict:
-        """What the terms read, where the critique points, their weights, and what control arms draw, a row each."""
-        batch = batch | cts.pack_trajectories(tokenizer, quads, shapes, batch)
-        known_BJ = batch["y0_mask"] if args.critique == "online" else batch["y0_mask"] * batch["y1_mask"]
-        batch["alpha"] = critique_weights(batch["flagged"], known_BJ)
-        on_B = batch["wrong"] * (batch["alpha"].sum(-1) > 0 if args.target != "all_steps" else 1.0)
-        batch["align_weight"] = (on_B / max(on_B.sum(), 1.0)).astype(np.float32)
-        batch["decode_weight"] = batch["y1_tokens"] / batch["y1_tokens"].sum()
-        batch["share"] = np.full(len(quads), 1 / len(quads), np.float32)
-        rngs = [np.random.default_rng((args.seed, cts.STREAM_CONTROL, i)) for i in indices]
-        batch["elsewhere"] = another_step(batch["alpha"], batch["y0_mask"], rngs)
-        batch["noise"] = np.stack([rng.standard_normal((cts.MAX_STEPS, LATENT_DIM)) for rng in rngs]).astype(np.float32)
-        batch["edit_length"] = np.full(len(quads), edit["way"] if args.critique == "online" else 0.0, np.float32)
-        return batch
-
     base = cts.base_report(base_dir, evaluator, base_params, replay["train"], B, G, args.temperature)
 
     identity = cts.run_identity(args, base_params, tokenizer, replay, shapes, dtype)
     # CTS: the critic is fitted on the base's states before step 0, once for a base and its replay.
-    def read_quads(quads: list[cts.Quadruple], desc: str) -> dict[str, np.ndarray]:
-        """R, ref, f, alpha and masks of the wrong, located attempts among `quads`, as the base reads them."""
-        parts = []
-        for i in cts.progress(range(0, len(quads), B), desc=desc, unit="batch", leave=False):
-            some = [quads[j % len(quads)] for j in range(i, i + B)]  # the last batch is filled up
-            batch = cts.pack_revise(tokenizer, some, shapes)
-            batch |= cts.pack_trajectories(tokenizer, some, shapes, batch)
-            out = dict(zip(("R", "ref", "f"), cts.fetch(base_states(base_params, cts.put(batch, by_row)))))
-            out["alpha"] = critique_weights(batch["flagged"], batch["y0_mask"] * batch["y1_mask"])
-            out |= {name: batch[name] for name in ("y0_mask", "y1_mask")}
-            keep = np.flatnonzero((np.arange(B) < len(quads) - i) & (batch["wrong"] * out["alpha"].sum(-1) > 0))
-            parts.append({name: array[keep] for name, array in out.items()})
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-
-    def fit() -> str:
-        cached, critic = read_quads(cts.first_problems(replay["train"], FIT_QUADS), "states"), params["critic"]
-        if args.energy == "fitted" and len(cached["f"]):
-            arrays = dict(zip(("points", "step", "way", "weight"), energy_points(cached["R"], cached["ref"], cached)))
-            critic = fit_critic(critic_def, critic, arrays | {"f": cached["f"]}, args.energy_fit)
-        held = cts.first_problems(replay["val"], CHECK_QUADS)
-        right = read_quads(held, "states")
-        blank = read_quads([cts.with_critique(q, cts.redact(q.f), q.meta["error_span"]) for q in held], "states")
-        check = jax.jit(lambda critic, a: check_edit(nnx.merge(critic_def, critic), a, args.edit_eta))
-        arms = {"replay": right, "shuffled": right | {"f": np.roll(right["f"], 1, 0)}, "redacted": blank}
-        about = {name: jax.tree.map(float, cts.fetch(check(critic, arrays))) for name, arrays in arms.items()}
-        return cts.pack_arrays(jax.tree.leaves(cts.fetch(critic)), about)
-
+    read_rows = lambda quads: cts.fetch(base_states(base_params, cts.put(quads, by_row)))
+    fit = lambda: fit_on_base(critic_def, params["critic"], read_rows, tokenizer, replay, shapes, B, args)
     edit, figures = None, {}
     if trains_energy or (aligns and (args.target in ("energy", "shuffled_locus") or args.critique == "online")):
         key = [pathlib.Path(__file__).read_text(), identity["base_weights"], identity["train_replay"], shapes]
@@ -638,8 +646,9 @@ def main(args: Args) -> dict:
         batch["mask"] = mask_BGT.astype(np.float32)
         scalars = {"denom": np.float32(M * T if args.loss_norm == "constant" else max(mask_BGT.sum(), 1.0))}
         # CTS: what its terms read and their weights; lam_align moves on its schedule.
-        if terms:
-            batch = pack_replay(quads, cts.data_indices(len(replay["train"]), B, args.seed, step), batch)
+        rows = cts.data_indices(len(replay["train"]), B, args.seed, step)
+        way = edit["way"] if args.critique == "online" and edit else 0.0  # else that to y1's step itself
+        batch |= pack_terms(tokenizer, quads, rows, shapes, args, way) if terms else {}
         ends = [0, max(args.steps - 1, 1)], [args.lam_align, args.lam_align_final]
         lams = {"align": np.interp(step, *ends), "decode": args.lam_decode, "energy": args.lam_energy}
         scalars |= {f"lam_{name}": np.float32(lam) for name, lam in lams.items()}
