@@ -158,7 +158,7 @@ def main(args: Args) -> None:
         raise cts.InputError(what)
     probe = Probe(args)
     print(f"{args.problems} test problems of {args.task}, greedy, percent ± standard error over problems\n")
-    head = ["only this term", "updates", "first attempts right", *KINDS, "log p(y1; x)", "log p(y1; x, y0, f)", "gradient"]
+    head = ["only this term", "updates", "first attempts right", *KINDS, "log p(y1; x)", "log p(y1; x, y0, f)", "norm"]
     print("| " + " | ".join(head) + " |\n|" + "---|" * len(head))
     probe.show("(base)", 0, 0.0, probe.measure(probe.base))
     for name in names:
