@@ -26,7 +26,7 @@ from common.replay import Quadruple
 from common.tokenizer import Tokenizer
 from common.verifier import first_wrong_step, split_steps
 
-LOG_POWERS = np.round(1.1 * np.cos(np.pi * np.arange(11) / 10), 9)  # log 1/T at Chebyshev's nodes: T from 1/3 to 3
+LOG_POWERS = np.round(1.1 * np.cos(np.pi * np.arange(17) / 16), 9)  # log 1/T at Chebyshev's nodes: T from 1/3 to 3
 POWERS = tuple(np.exp(LOG_POWERS).tolist())  # the one in the middle is 1 exactly
 RESOLUTION = 1e-2  # nats: closer values of e are ties
 NOTHING = dict.fromkeys(
@@ -315,8 +315,9 @@ def attempt_record(q: Quadruple, text: str) -> dict[str, int | None]:
     return {"attempt_wrong_step": first_wrong_step(text, q.y1), "attempt_steps": len(split_steps(text))}
 
 
-def survival(records: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
-    """{horizon: shares of its first attempts whose first 1, 2, ... horizon steps hold}; nothing for programs.
+def survival(records: Sequence[dict[str, Any]]) -> dict[str, list[float]] | None:
+    """{horizon: shares of its first attempts whose first 1, 2, ... horizon steps hold, "all": of all attempts whose
+    horizon is as long}; None for programs.
 
     A right attempt without a wrong step holds however few steps it has; one that stops early holds to its end.
     """
@@ -326,7 +327,10 @@ def survival(records: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
         if steps is not None:
             held = wrong if wrong is not None else math.inf if r["attempt"] else steps
             rows.setdefault(r["horizon"], []).append(held)
-    return {str(h): [float(np.mean(np.array(rows[h]) >= j)) for j in range(1, h + 1)] for h in sorted(rows)}
+    share = lambda held, j: float(np.mean(np.array(held) >= j))
+    every = lambda j: [held for horizon in rows if horizon >= j for held in rows[horizon]]
+    by = {str(h): [share(rows[h], j) for j in range(1, h + 1)] for h in sorted(rows)}
+    return {"all": [share(every(j), j) for j in range(1, max(rows) + 1)], **by} if rows else None
 
 
 def kind_rates(attempts: Sequence[Sequence[tuple[str, bool]] | None]) -> dict[str, Any] | None:

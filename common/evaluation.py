@@ -1,7 +1,6 @@
 """The same measurement for every method: first attempt, revision, credit localization, and the pre-check of the base.
 Used by all trainers."""
 
-import dataclasses
 import json
 import math
 import pathlib
@@ -39,6 +38,7 @@ from common.replay import Quadruple, replay_report, replay_sha256
 from common.rewards import format_valid, outcome_scores, score_outcomes
 from common.sampling import generate, read_tokens
 from common.tokenizer import Tokenizer
+from common.verifier import split_steps
 
 EVAL_ROWS = 128  # rows decoded at once
 VALUES_N, VALUES_GROUP = 64, 8  # problems whose steps get values, if so many are evaluated; samples a prefix
@@ -69,7 +69,8 @@ class Evaluator:
         # short and long together would decode to the longest: rows that end together share a batch
         self.quads = sorted(quads, key=lambda q: (len(q.y1), q.meta["task_id"]))
         math_alone = all(q.meta["domain"] == "math" for q in quads)  # a program's lines have no values of their own
-        self.valued = {id(q) for q in valued} if len(quads) >= VALUES_N and math_alone else set()
+        chosen = {id(q) for q in valued} if len(quads) >= VALUES_N and math_alone else ()
+        self.valued = [i for i, q in enumerate(self.quads) if id(q) in chosen]
         self.tokenizer, self.shapes, self.dtype = tokenizer, shapes, jnp.dtype(dtype).name
         self.rows = round_up(min(EVAL_ROWS, len(quads)), mesh.shape["data"])
         self._mesh_rows, (self.by_row, _) = mesh.shape["data"], batch_shardings(mesh)
@@ -157,11 +158,11 @@ class Evaluator:
         (https://arxiv.org/abs/2410.01679), the last that of y0 itself; of the attempts in `valued`, else None."""
         width, group, found = self.shapes["P_attempt"] + self.shapes["T_replay"], VALUES_GROUP, {}
         rows = []  # (problem, steps before, prompt ids, prefix ids, tokens of y0 left)
-        for i, q in enumerate(self.quads):
-            if id(q) in self.valued:
-                ids, prompt = self.tokenizer.encode(q.y0), self.tokenizer.encode_prompt(attempt_prompt(q.x))
-                for j, start in enumerate(step_starts(self.tokenizer, ids, q.y0)):
-                    rows.append((len(ids) - start, i, j, prompt, ids[:start]))
+        for i in self.valued:
+            x, y0 = self.quads[i].x, self.quads[i].y0
+            ids, prompt = self.tokenizer.encode(y0), self.tokenizer.encode_prompt(attempt_prompt(x))
+            for j, start in enumerate(step_starts(self.tokenizer, ids, y0)):
+                rows.append((len(ids) - start, i, j, prompt, ids[:start]))
         rows.sort(key=lambda row: row[:3])  # those that end together share a batch
         size = round_up(max(1, 2 * EVAL_ROWS // group), self._mesh_rows)
         with bar_over(len(rows), "values of steps") as bar:
@@ -323,10 +324,13 @@ def print_precheck(check: dict[str, float]) -> None:
 def say_ahead(seconds: float, evaluator: Evaluator, group: int) -> None:
     """What the report on the base and the evaluation at the end will take, a row of a batch taking so many seconds."""
     n, (n_check, groups) = len(evaluator.quads), precheck_size(evaluator.most)
+    prefixes = sum(len(split_steps(evaluator.quads[i].y0)) for i in evaluator.valued)
+    values = f", {prefixes} beginnings of attempts with {VALUES_GROUP} samples" if prefixes else ""
+    rows = 2 * n + 2 * n_check + groups * group + prefixes * VALUES_GROUP / 2  # half of an attempt stands already
     took = lambda rows: "under a minute" if rows * seconds < 60 else f"about {math.ceil(rows * seconds / 60)} minutes"
     say(
         f"First a report on the base: {n} test problems and {n_check} training problems twice each, {groups} groups of"
-        f" {group} samples. By the first batch that takes {took(2 * n + 2 * n_check + groups * group)}, and the"
+        f" {group} samples{values}. By the first batch that takes {took(rows)}, and the"
         f" evaluation at the end {took(2 * n)}; --eval_problems N makes both shorter."
     )
 
