@@ -29,9 +29,10 @@ from common.verifier import first_wrong_step, split_steps
 LOG_POWERS = np.round(1.1 * np.cos(np.pi * np.arange(17) / 16), 9)  # log 1/T at Chebyshev's nodes: T from 1/3 to 3
 POWERS = tuple(np.exp(LOG_POWERS).tolist())  # the one in the middle is 1 exactly
 RESOLUTION = 1e-2  # nats: closer values of e are ties
-NOTHING = dict.fromkeys(
-    ("credit_matched", "credit_null", "credit_excess", "credit_temperature", "flip_gain", "value_correlation")
-)  # what is known of an attempt in which nothing is flagged
+NOTHING = dict.fromkeys((
+    "credit_matched", "credit_null", "credit_excess", "credit_temperature", "flip_gain", "value_correlation",
+    "value_excess",
+))  # fmt: skip  # what is known of an attempt in which nothing is flagged
 KINDS = ("slip", "arithmetic", "copying", "form")  # what a wrong step can be; slips at planted operations alone
 
 
@@ -149,9 +150,9 @@ def fit_power(base: Sequence[AttemptRead], shifts: Sequence[np.ndarray], layouts
         return float(((e - means[cell]) ** 2).mean())
 
     grid = 0.05 * np.arange(-22, 23)
-    best = grid[np.argmin([residual(u) for u in grid])]
     if residual(0.0) <= 1e-12:
         return 1.0
+    best = grid[np.argmin([residual(u) for u in grid])]
     bounds = (max(best - 0.05, -1.1), min(best + 0.05, 1.1))
     found = scipy.optimize.minimize_scalar(residual, bounds=bounds, method="bounded", options={"xatol": 1e-7})
     return math.exp(found.x)
@@ -258,22 +259,27 @@ def flip_gain(q: Quadruple, kind_V, at: Layout, base: AttemptRead, now: AttemptR
 
 def step_shifts(e_T: np.ndarray, step_T: np.ndarray) -> np.ndarray:
     """Mean of e over the tokens of each step that has any, in order."""
-    return np.array([e_T[step_T == j].mean() for j in np.unique(step_T[step_T >= 0])])
+    return np.array([e_T[step_T == j].mean() for j in np.unique(step_T[step_T >= 0])]).round(9)  # equal ones stay equal
 
 
-def rank_correlation(e_T: np.ndarray, step_T: np.ndarray, values: list[float] | None) -> float | None:
-    """Spearman's correlation between what a step loses (values: of the prefixes of 0, 1, ... all steps) and -e of its
-    tokens in the mean. None without values, for fewer than three steps and where all steps are alike.
-
-    Within one attempt, so that its mean is 0 for a shift that knows nothing of the steps' values.
+def rank_correlation(values: list[float] | None, shifts: np.ndarray, others: list[np.ndarray]) -> dict[str, Any]:
+    """value_correlation: Spearman's correlation between what each step loses in value (values: of the prefixes of 0, 1,
+    ... all steps) and -shifts; value_excess: that minus its mean with the shifts of other attempts of as many steps in
+    place of this one's, which stand at the same places. None without values, for fewer than three steps and where all
+    are alike.
     """
-    shifts = step_shifts(e_T, step_T)
-    if values is None or len(values) != len(shifts) + 1 or len(shifts) < 3:
-        return None
-    drops = -np.diff(values)
-    if np.ptp(drops) == 0 or np.ptp(shifts) == 0:
-        return None
-    return float(scipy.stats.spearmanr(drops, -shifts).statistic)
+    found = {"value_correlation": None, "value_excess": None}
+    if values is None or len(values) != len(shifts) + 1 or len(shifts) < 3 or np.ptp(drops := -np.diff(values)) == 0:
+        return found
+    rows = np.array([row for row in [shifts, *others] if len(row) == len(shifts)])
+    centred = lambda a: (ranks := scipy.stats.rankdata(a, axis=-1)) - ranks.mean(-1, keepdims=True)
+    a, b = centred(drops), centred(-rows)
+    scale = np.sqrt((a**2).sum() * (b**2).sum(-1))
+    rho = np.where(scale > 0, b @ a / np.maximum(scale, 1e-9), np.nan)
+    if not np.isnan(rho[0]):
+        null = mean(rho[1:])
+        found = {"value_correlation": float(rho[0]), "value_excess": None if null is None else float(rho[0] - null)}
+    return found
 
 
 def credit_records(
@@ -293,6 +299,7 @@ def credit_records(
     power = fit_power(some(base), some(shifts), some(layouts))
     e = {i: np.round((shifts[i] - explained(base[i], power)) / RESOLUTION) * RESOLUTION for i in known}
     tables = {i: step_wins(-e[i], layouts[i]) for i in known}
+    shifts_J = {i: step_shifts(e[i], layouts[i].step_T) for i in known}
     places = PlaceRates([tables[i] for i in known], some(layouts))
     records = [credit_record(tokenizer, q, s, b.ids) | NOTHING for q, s, b in zip(quads, shifts, base)]
     for k, i in enumerate(known):
@@ -301,7 +308,7 @@ def credit_records(
         records[i] |= {
             "credit_temperature": 1 / power,
             "flip_gain": None if t is None else flip_gain(quads[i], kind_V, at, base[i], now[i], t, power),
-            "value_correlation": rank_correlation(e[i], at.step_T, values[i]),
+            **rank_correlation(values[i], shifts_J[i], [row for other, row in shifts_J.items() if other != i]),
         }
     return records
 

@@ -42,7 +42,7 @@ from common.verifier import split_steps
 
 EVAL_ROWS = 128  # rows decoded at once
 VALUES_N, VALUES_GROUP = 64, 8  # problems whose steps get values, if so many are evaluated; samples a prefix
-WITH_ERROR = ("credit_excess", "flip_gain", "value_correlation")  # figures of a summary with a standard error
+WITH_ERROR = ("credit_excess", "flip_gain", "value_excess")  # figures of a summary with a standard error
 EDIT_BUCKETS = (2, 5, 10)  # edit distance: 1-2, 3-5, 6-10, 11+
 
 
@@ -164,7 +164,7 @@ class Evaluator:
             for j, start in enumerate(step_starts(self.tokenizer, ids, y0)):
                 rows.append((len(ids) - start, i, j, prompt, ids[:start]))
         rows.sort(key=lambda row: row[:3])  # those that end together share a batch
-        size = round_up(max(1, 2 * EVAL_ROWS // group), self._mesh_rows)
+        size = round_up(EVAL_ROWS // group, self._mesh_rows)
         with bar_over(len(rows), "values of steps") as bar:
             for at in range(0, len(rows), size):
                 some = rows[at : at + size]

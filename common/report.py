@@ -84,8 +84,8 @@ def credit_lines(base: dict[str, Any], final: dict[str, Any]) -> list[str]:
         parts.append(f"AUC of the flagged step over its null {figure('credit_excess')}")
     if known("flip_gain"):
         parts.append(f"flip gain {figure('flip_gain')} nats")
-    if known("value_correlation"):
-        parts.append(f"rank correlation with the drops in value {figure('value_correlation')}")
+    if known("value_excess"):
+        parts.append(f"rank correlation with the drops in value, over its null, {figure('value_excess')}")
     if parts:
         lines.append(f"credit, beyond the base at T {final['credit_temperature']:.2f}: {'; '.join(parts)}")
     if known("survival"):

@@ -10,6 +10,7 @@ import unicodedata
 
 import numpy as np
 import pytest
+import scipy.stats
 from examples import ATTEMPTS, META, QUAD, SOLUTION, code_quad, qwen
 
 from common import credit
@@ -152,7 +153,7 @@ def world(tokenizer):
 def means(records: list[dict]) -> dict[str, float]:
     assert all(r["credit_excess"] == pytest.approx(r["credit_matched"] - r["credit_null"]) for r in records)
     json.dumps(records, allow_nan=False)
-    return {key: float(np.mean([r[key] for r in records])) for key in records[0] if key != "value_correlation"}
+    return {key: float(np.mean([r[key] for r in records])) for key in records[0] if not key.startswith("value_")}
 
 
 def test_an_untrained_policy_has_nothing_exactly(world):
@@ -308,14 +309,37 @@ def test_standard_error():
 
 def test_rank_correlation_by_hand():
     """Drops 0.5, 0, 0.25 of three steps; the shift is lowest where the drop is largest, or the other way round."""
-    step_T, values = np.array([0, 0, -1, 1, 2]), [0.75, 0.25, 0.25, 0.0]
-    of = lambda *e: rank_correlation(np.array(e, float), step_T, values)
-    assert of(-3, -1, 9, 0, -1) == pytest.approx(1.0)
-    assert of(3, 1, 9, 0, 1) == pytest.approx(-1.0)
-    assert of(1, 1, 9, 1, 1) is None
-    assert rank_correlation(np.zeros(5), step_T, None) is None
-    assert rank_correlation(np.arange(5.0), step_T, [0.5] * 4) is None
-    assert rank_correlation(np.arange(3.0), np.array([0, 0, 1]), [1.0, 0.5, 0.0]) is None
+    values = [0.75, 0.25, 0.25, 0.0]
+    of = lambda *shifts, others=(): rank_correlation(values, np.array(shifts, float), [np.array(o) for o in others])
+    assert of(-3, 0, -1) == {"value_correlation": pytest.approx(1.0), "value_excess": None}
+    assert of(3, 0, 1)["value_correlation"] == pytest.approx(-1.0)
+    others = [[-2.0, 0.0, -1.0], [2.0, 0.0, 1.0], [-1.0, 1.0, 0.0], [5.0, 5.0, 5.0], [1.0, 2.0]]  # 1, -1, 1; no others
+    assert of(-3, 0, -1, others=others)["value_excess"] == pytest.approx(1 - 1 / 3)
+    nothing = {"value_correlation": None, "value_excess": None}
+    assert of(1, 1, 1) == of(1, 2) == rank_correlation(None, np.arange(3.0), []) == nothing
+    assert rank_correlation([0.5] * 4, np.arange(3.0), []) == nothing
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_rank_correlation_is_scipys(seed):
+    rng = np.random.default_rng(seed)
+    values, rows = rng.integers(0, 9, 8) / 8, rng.integers(0, 4, (5, 7)).astype(float)
+    rho = [scipy.stats.spearmanr(-np.diff(values), -row).statistic for row in rows]
+    found = rank_correlation(list(values), rows[0], list(rows[1:]))
+    assert found["value_correlation"] == pytest.approx(rho[0])
+    assert found["value_excess"] == pytest.approx(rho[0] - np.mean(rho[1:]))
+
+
+def test_values_drop_at_the_flagged_step(world):
+    """A policy that lowers it follows them, one that lowers early steps alike only as far as its place does."""
+    values = [[*np.where(np.cumsum([0, *at.flagged_J]) > 0, 0.0, 0.75)] for at in world.layouts]
+    of = lambda shift: [r["value_excess"] for r in world.records(world.read(shift=shift), values)]
+    mean = lambda rows: np.mean([v for v in rows if v is not None])
+    assert mean(of(lambda at, i: -1.0 * at.flagged_J[at.step_T] * (at.step_T >= 0))) > 0.6
+    early = lambda at, i: -1.0 / (2 + at.step_T)
+    assert abs(mean(of(early))) < 1e-9
+    noisy = lambda at, i: early(at, i) + 0.3 * np.random.default_rng(i).normal(size=len(at.step_T))
+    assert abs(mean(of(noisy))) < 0.1
 
 
 # ---- first attempts -------------------------------------------------------------------------------------------------

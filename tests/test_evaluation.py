@@ -171,7 +171,7 @@ def test_summarize_by_hand():
     )
     assert s["by_horizon"] == {"2": rates(2, 0.5, 0.5, 0.5), "3": rates(1, 1, 1, 0), "10": rates(2, 0.5, 0.5, 0)}
     assert s["survival"] == {"all": [1.0, 0.5], "2": [1.0, 0.5]}
-    assert s["value_correlation"] is s["value_correlation_se"] is s["attempt_kinds"] is None
+    assert s["value_excess"] is s["value_excess_se"] is s["attempt_kinds"] is None
     assert list(s["by_horizon"]) == ["2", "3", "10"]  # as numbers, not as words
     assert s["by_edit_distance"] == {
         "<=2": rates(2, 1, 1, 0.5), "<=5": rates(1, 0, 0, 0), "<=10": rates(1, 0, 1, 1), ">10": rates(1, 1, 0, -1),
