@@ -157,7 +157,7 @@ class Evaluator:
         """How often y0's first 0, 1, ... steps, continued by samples, end right: the Monte-Carlo values of VinePPO
         (https://arxiv.org/abs/2410.01679), the last that of y0 itself; of the attempts in `valued`, else None."""
         width, group, found = self.shapes["P_attempt"] + self.shapes["T_replay"], VALUES_GROUP, {}
-        rows = []  # (problem, steps before, prompt ids, prefix ids, tokens of y0 left)
+        rows = []  # (tokens of y0 left, problem, steps before, prompt ids, prefix ids)
         for i in self.valued:
             x, y0 = self.quads[i].x, self.quads[i].y0
             ids, prompt = self.tokenizer.encode(y0), self.tokenizer.encode_prompt(attempt_prompt(x))
