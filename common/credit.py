@@ -244,17 +244,17 @@ def credit_record(tokenizer: Tokenizer, q: Quadruple, shift_T: np.ndarray, ids: 
 def flip_gain(q: Quadruple, kind_V, at: Layout, base: AttemptRead, now: AttemptRead, t: int, power: float):
     """How much more than elsewhere the policy has turned from y0's token to y1's where they part, at token t, in nats.
 
-    With m the margin log pi(right) - log pi(wrong), here y1's token over y0's, and at sound tokens of the kind of y1's
-    token the token itself over the base's likeliest other of that kind: gain = m - m_base / T*, here minus the mean at
-    sound tokens (m_base / T* is the margin at the fitted temperature; given x and the prefix of y0). None for a right
-    y0, and where there is no such sound token.
+    With m = log pi(other) - log pi(y0's token) given x and the prefix of y0, the other token being y1's at token t, and
+    elsewhere the base's likeliest other one of the same kind: m - m_base / T* at t, minus its mean over the sound
+    tokens of the kind of y1's. (m_base / T* is m at the fitted temperature; what turns from all of y0 alike gains
+    nothing.) None for a right y0, and where there is no such sound token.
     """
     sound_T = at.sound_T & (at.kind_T == kind_V[base.other[t]])
     sound_T[t] = False
     if q.meta["y0_correct"] or not sound_T.any():
         return None
-    gain_T = (now.logp - now.other_logp) - power * (base.logp - base.other_logp)
-    return float(-gain_T[t] - gain_T[sound_T].mean())
+    gain_T = (now.other_logp - now.logp) - power * (base.other_logp - base.logp)
+    return float(gain_T[t] - gain_T[sound_T].mean())
 
 
 def step_shifts(e_T: np.ndarray, step_T: np.ndarray) -> np.ndarray:

@@ -76,7 +76,7 @@ def plot_curves(directory: pathlib.Path, base: dict[str, Any], final: dict[str, 
 
 
 def credit_lines(base: dict[str, Any], final: dict[str, Any]) -> list[str]:
-    """What the measures of credit say, as far as there are any; +- is a standard error."""
+    """What the measures of credit say, as far as there are any; errors are standard errors."""
     known, lines = lambda key: final[key] is not None, []
     figure = lambda key: f"{final[key]:+.3f}" + (f" \u00b1 {final[f'{key}_se']:.3f}" if known(f"{key}_se") else "")
     parts = []
@@ -84,18 +84,18 @@ def credit_lines(base: dict[str, Any], final: dict[str, Any]) -> list[str]:
         parts.append(f"AUC of the flagged step over its null {figure('credit_excess')}")
     if known("flip_gain"):
         parts.append(f"flip gain {figure('flip_gain')} nats")
-    if known("value_excess"):
-        parts.append(f"rank correlation with the drops in value, over its null, {figure('value_excess')}")
     if parts:
         lines.append(f"credit, beyond the base at T {final['credit_temperature']:.2f}: {'; '.join(parts)}")
+    if known("value_excess"):
+        lines.append(
+            f"rank correlation of steps' shifts with their drops in value, over its null {figure('value_excess')}"
+        )
     if known("survival"):
         shares = lambda summary: " ".join(f"{100 * share:.0f}" for share in summary["survival"]["all"])
         lines.append(f"% of first attempts that hold for 1, 2, ... steps: base {shares(base)}, trained {shares(final)}")
     if known("attempt_kinds"):
         pairs = [(kind, base["attempt_kinds"][kind], final["attempt_kinds"][kind]) for kind in KINDS]
-        changes = [
-            f"{kind} {before:.3f} -> {after:.3f}" for kind, before, after in pairs if None not in (before, after)
-        ]
+        changes = [f"{kind} {was:.3f} -> {now:.3f}" for kind, was, now in pairs if None not in (was, now)]
         lines.append(f"errors of first attempts, a step: {', '.join(changes)}")
     return lines
 

@@ -217,9 +217,9 @@ def test_sharpened_and_credited(world):
 def test_flip_gain_is_what_y1s_token_wins(world, power):
     gains = [r["flip_gain"] for r in world.records(world.read(power=power, turned=1.5))]
     np.testing.assert_allclose(gains, 1.5, atol=0.05)
-    raised = world.read(shift=lambda at, i: 0.25 * (at.kind_T == 1))  # at every digit alike, its own token
-    gain = [r["flip_gain"] for r in world.records(raised)]
-    np.testing.assert_allclose(gain, -0.5, atol=1e-9)  # -0.25 where they part, 0.25 less at the others
+    for shift in (lambda at, i: -2.0 * at.kind_T, lambda at, i: -2.0 + np.zeros(len(at.step_T))):  # y0 as a whole
+        gains = [r["flip_gain"] for r in world.records(world.read(shift=shift))]
+        np.testing.assert_allclose(gains, 0, atol=1e-9)
 
 
 def test_flip_gain_by_hand(byte_tokenizer):
@@ -232,8 +232,8 @@ def test_flip_gain_by_hand(byte_tokenizer):
     now = read([-0.5, -1.0, -1.0, -2.0, -1.0], [-3.0, -9.0, -9.0, -2.5, -9.0])
     at = credit.layout(byte_tokenizer, credit.digit_tokens(byte_tokenizer), q, ids)
     gain = lambda q: credit.flip_gain(q, credit.digit_tokens(byte_tokenizer), at, base, now, 3, 1.0)
-    # where they part: (-2.5 + 2) - (-4 + 1) = 2.5; at "1": (-0.5 + 3) - (-1 + 2) = 1.5
-    assert gain(q) == pytest.approx(1.0)
+    # where they part: (-2.5 + 2) - (-4 + 1) = 2.5; at "1": (-3 + 0.5) - (-2 + 1) = -1.5
+    assert gain(q) == pytest.approx(4.0)
     assert gain(dataclasses.replace(q, meta={**q.meta, "y0_correct": True})) is None
 
 

@@ -59,7 +59,8 @@ def test_credit_lines():
     final = summarize([RECORDS[0] | {"value_excess": 0.5} | kinds("right", "slip"), RECORDS[3]])
     assert credit_lines(base, final) == [
         "credit, beyond the base at T 0.80: AUC of the flagged step over its null +0.100 \u00b1 0.150;"
-        " flip gain +1.000 \u00b1 0.500 nats; rank correlation with the drops in value, over its null, +0.500",
+        " flip gain +1.000 \u00b1 0.500 nats",
+        "rank correlation of steps' shifts with their drops in value, over its null +0.500",
         "% of first attempts that hold for 1, 2, ... steps: base 100 100, trained 100 100",
         "errors of first attempts, a step: slip 1.000 -> 1.000, arithmetic 0.000 -> 0.000, copying 0.250 -> 0.000,"
         " form 0.000 -> 0.000",
