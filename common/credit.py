@@ -28,7 +28,7 @@ from common.verifier import first_wrong_step, split_steps
 
 LOG_POWERS = np.round(1.1 * np.cos(np.pi * np.arange(17) / 16), 9)  # log 1/T at Chebyshev's nodes: T from 1/3 to 3
 POWERS = tuple(np.exp(LOG_POWERS).tolist())  # the one in the middle is 1 exactly
-RESOLUTION = 1e-2  # nats: closer values of e are ties
+RESOLUTION = 1e-2  # nats, that e is rounded to: what is left of a temperature is no order
 NOTHING = dict.fromkeys((
     "credit_matched", "credit_null", "credit_excess", "credit_temperature", "flip_gain", "value_correlation",
     "value_excess",
