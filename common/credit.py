@@ -179,7 +179,7 @@ def spans_auc(wins_JJ: np.ndarray, pairs_JJ: np.ndarray, flagged_J: np.ndarray) 
 
     def auc(label_J):
         total = pairs_JJ[label_J][:, ~label_J].sum()
-        return wins_JJ[label_J][:, ~label_J].sum() / total if total else None
+        return float(wins_JJ[label_J][:, ~label_J].sum() / total) if total else None
 
     moved = [auc(np.arange(len(flagged_J)) == j) for j in np.flatnonzero(~flagged_J)]
     return auc(flagged_J), mean(moved)
