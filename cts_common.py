@@ -65,8 +65,10 @@ from common.checkpoints import load_hf_weights
 from common.fingerprint import run_identity
 # base: what a run starts from: the nano base, trained here or shipped, or a checkpoint
 from common.base import load_model
+# credit: where training moved the policy on a flawed attempt, and what that would be without credit
+from common.credit import detector_auc
 # evaluation: the measurement that all methods share, and the pre-check of the base
-from common.evaluation import Evaluator, base_report, detector_auc, first_problems, summarize
+from common.evaluation import Evaluator, base_report, first_problems, summarize
 # report: result.json, the summary, the curves
 # locks: one process at a time in a run's directory
 # tracking: W&B, in a process of its own that cannot stop a run

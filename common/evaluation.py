@@ -17,30 +17,33 @@ from tqdm import tqdm
 from common.base import BASE_SEED
 from common.basics import STREAM_EVAL, mean, round_up, sha256
 from common.batches import bucket, decode_rows, pack_prompts, right_pad
+from common.credit import (
+    NOTHING,
+    POWERS,
+    AttemptRead,
+    attempt_record,
+    credit_records,
+    digit_tokens,
+    kind_rates,
+    parting,
+    standard_error,
+    step_starts,
+    survival,
+)
 from common.fingerprint import sources_sha256
 from common.hosts import batch_shardings, fetch, kept, leads, progress, put, say, shard_rule
 from common.model import Reading
 from common.prompts import attempt_prompt, revise_prompt
 from common.replay import Quadruple, replay_report, replay_sha256
 from common.rewards import format_valid, outcome_scores, score_outcomes
-from common.sampling import generate, token_logp
+from common.sampling import generate, read_tokens
 from common.tokenizer import Tokenizer
+from common.verifier import split_steps
 
 EVAL_ROWS = 128  # rows decoded at once
+VALUES_N, VALUES_GROUP = 64, 8  # problems whose steps get values, if so many are evaluated; samples a prefix
+WITH_ERROR = ("credit_excess", "flip_gain", "value_excess")  # figures of a summary with a standard error
 EDIT_BUCKETS = (2, 5, 10)  # edit distance: 1-2, 3-5, 6-10, 11+
-
-
-def detector_auc(score_T: np.ndarray, label_T: np.ndarray) -> float | None:
-    """Probability that a labelled position scores above an unlabelled one, ties counting half; None without both kinds.
-
-    >>> detector_auc(np.array([3.0, 1.0, 1.0]), np.array([1, 0, 1]))
-    0.75
-    """
-    hit, miss = score_T[label_T > 0], score_T[label_T == 0]
-    if not len(hit) or not len(miss):
-        return None
-    diff = hit[:, None] - miss[None, :]
-    return float((diff > 0).mean() + 0.5 * (diff == 0).mean())
 
 
 def first_problems(quads: list[Quadruple], most: int) -> list[Quadruple]:
@@ -62,13 +65,17 @@ class Evaluator:
         self, graphdef, tokenizer: Tokenizer, quads: list[Quadruple], shapes: dict[str, int], mesh, dtype, most: int = 0
     ):
         """`most`: `--eval_problems`, which of `quads` are evaluated."""
-        self.most, quads = most, first_problems(quads, most)
+        self.most, valued, quads = most, first_problems(quads, VALUES_N), first_problems(quads, most)
         # short and long together would decode to the longest: rows that end together share a batch
         self.quads = sorted(quads, key=lambda q: (len(q.y1), q.meta["task_id"]))
+        math_alone = all(q.meta["domain"] == "math" for q in quads)  # a program's lines have no values of their own
+        chosen = {id(q) for q in valued} if len(quads) >= VALUES_N and math_alone else ()
+        self.valued = [i for i, q in enumerate(self.quads) if id(q) in chosen]
         self.tokenizer, self.shapes, self.dtype = tokenizer, shapes, jnp.dtype(dtype).name
         self.rows = round_up(min(EVAL_ROWS, len(quads)), mesh.shape["data"])
-        self.by_row, _ = batch_shardings(mesh)
-        self.base_logp = None  # `attempt_logp` of the base, once it is known: what the credit records compare with
+        self._mesh_rows, (self.by_row, _) = mesh.shape["data"], batch_shardings(mesh)
+        self.base: list[AttemptRead] | None = None  # of the flawed attempts, what the credit records compare with
+        self.values: list[list[float] | None] = [None] * len(quads)  # `prefix_values` of the base
         ids = (tokenizer.eos_ids, tokenizer.pad_id)
 
         def rollout(params, prompt_BP, len_B, key, group, temperature, greedy):
@@ -76,12 +83,14 @@ class Evaluator:
             model, T = nnx.merge(graphdef, params), shapes["T"]
             return generate(model, prompt_BP, len_B, key, group, T, temperature, *ids, greedy=greedy, dtype=dtype)
 
-        def logp(params, prompt_BP, len_B, tokens_BT):
+        kind_V = digit_tokens(tokenizer)
+
+        def read(params, prompt_BP, len_B, tokens_BT, other_BT):
             model = nnx.merge(graphdef, params)
             (states,) = model([Reading(prompt_BP, len_B, [tokens_BT])], dtype)
-            return token_logp(states.completions[0], tokens_BT, model.head_VD())[0]
+            return read_tokens(states.completions[0], tokens_BT, other_BT, model.head_VD(), jnp.asarray(kind_V), POWERS)
 
-        self._rollout, self._logp = jax.jit(rollout, static_argnums=(4, 5, 6)), jax.jit(logp)
+        self._rollout, self._read = jax.jit(rollout, static_argnums=(4, 5, 6)), jax.jit(read)
 
     def _batches(self, prompts: list[str], width: int, *arrays: np.ndarray):
         """Batches of `self.rows` packed prompts, each as wide as its longest needs (few widths, up to `width`), and of
@@ -117,17 +126,61 @@ class Evaluator:
                 bar.update(n)
         return done
 
-    def attempt_logp(self, params) -> tuple[list[np.ndarray], list[list[int]]]:
-        """log-probs of every flawed attempt y0 after its attempt prompt, per token, and the tokens themselves."""
+    def read_attempts(self, params, others: list[np.ndarray]) -> list[AttemptRead]:
+        """What a policy says of every flawed attempt y0 after its attempt prompt, and of the tokens `others` beside its
+        own (-1: the likeliest other one of its kind)."""
         ids = [self.tokenizer.encode(q.y0) for q in self.quads]
-        prompts = [attempt_prompt(q.x) for q in self.quads]
         tokens_BT, len_B = right_pad(ids, self.shapes["T_replay"], self.tokenizer.pad_id)
-        rows = []
+        other_BT, _ = right_pad([list(other_T) for other_T in others], self.shapes["T_replay"], self.tokenizer.pad_id)
+        prompts, rows = [attempt_prompt(q.x) for q in self.quads], []
         with bar_over(len(ids), "log-probs") as bar:
-            for n, batch in self._batches(prompts, self.shapes["P_attempt"], tokens_BT):
-                rows += list(fetch(self._logp(params, *batch))[:n])
+            for n, batch in self._batches(prompts, self.shapes["P_attempt"], tokens_BT, other_BT):
+                out = fetch(self._read(params, *batch))
+                rows += [{key: part[i] for key, part in out.items()} for i in range(n)]
                 bar.update(n)
-        return [row[:k] for row, k in zip(rows, len_B)], [t[:k] for t, k in zip(ids, len_B)]
+        return [
+            AttemptRead(t[:k], **{key: part[:k] for key, part in row.items()}) for t, k, row in zip(ids, len_B, rows)
+        ]
+
+    def read_base(self, params) -> None:
+        """From here on these are the base's parameters, and records say how training has moved the policy since."""
+        others = []
+        for q in self.quads:
+            ids, y1 = self.tokenizer.encode(q.y0), self.tokenizer.encode(q.y1)
+            others.append(np.full(len(ids), -1))
+            t = parting(ids, y1)
+            if t is not None:
+                others[-1][t] = y1[t]
+        self.base = self.read_attempts(params, others)
+
+    def prefix_values(self, params, temperature: float) -> list[list[float] | None]:
+        """How often y0's first 0, 1, ... steps, continued by samples, end right: the Monte-Carlo values of VinePPO
+        (https://arxiv.org/abs/2410.01679), the last that of y0 itself; of the attempts in `valued`, else None."""
+        width, group, found = self.shapes["P_attempt"] + self.shapes["T_replay"], VALUES_GROUP, {}
+        rows = []  # (tokens of y0 left, problem, steps before, prompt ids, prefix ids)
+        for i in self.valued:
+            x, y0 = self.quads[i].x, self.quads[i].y0
+            ids, prompt = self.tokenizer.encode(y0), self.tokenizer.encode_prompt(attempt_prompt(x))
+            for j, start in enumerate(step_starts(self.tokenizer, ids, y0)):
+                rows.append((len(ids) - start, i, j, prompt, ids[:start]))
+        rows.sort(key=lambda row: row[:3])  # those that end together share a batch
+        size = round_up(EVAL_ROWS // group, self._mesh_rows)
+        with bar_over(len(rows), "values of steps") as bar:
+            for at in range(0, len(rows), size):
+                some = rows[at : at + size]
+                full = [*some, *[some[0]] * (size - len(some))]
+                packed = right_pad([prompt + prefix for *_, prompt, prefix in full], width, self.tokenizer.pad_id)
+                key = jax.random.fold_in(jax.random.key(STREAM_EVAL), at)
+                out = fetch(self._rollout(params, *put(packed, self.by_row), key, group, temperature, False))
+                tails = [row[:n].tolist() for row, n in zip(out["tokens_MT"], out["len_M"])][: len(some) * group]
+                whole = [[*some[m // group][-1], *tail] for m, tail in enumerate(tails)]
+                owners = [self.quads[some[m // group][1]] for m in range(len(tails))]
+                scores = np.reshape(score_outcomes(self.tokenizer.decode(whole), owners), (-1, group)).mean(1)
+                found |= {row[1:3]: float(score) for row, score in zip(some, scores)}
+                bar.update(len(some))
+        last = score_outcomes([q.y0 for q in self.quads], self.quads) if found else [0.0] * len(self.quads)
+        of = lambda i: [value for (owner, _), value in sorted(found.items()) if owner == i]
+        return [[*of(i), last[i]] if of(i) else None for i in range(len(self.quads))]
 
     def sample(self, params, prompts: list[str], group: int, temperature: float, key) -> list[str]:
         """`group` sampled completions of each prompt, as texts."""
@@ -137,17 +190,17 @@ class Evaluator:
         return decode_rows(self.tokenizer, out["tokens_MT"], out["len_M"])
 
     def __call__(self, params, first: Callable[[float], None] | None = None) -> list[dict[str, Any]]:
-        """One record per quadruple; once `base_logp` is known also how training moved each flawed attempt. `first`: see
+        """One record per quadruple; once the base is known also how training moved each flawed attempt. `first`: see
         `complete`."""
         prompts = [attempt_prompt(q.x) for q in self.quads]
         attempts = self.complete(params, prompts, self.shapes["P_attempt"], "attempts", first)
         prompts = [revise_prompt(q.x, q.y0, q.f) for q in self.quads]
         revisions = self.complete(params, prompts, self.shapes["P_revise"], "revisions")
         records = score_records(self.quads, attempts, revisions)
-        if self.base_logp is not None:
-            now, ids = self.attempt_logp(params)
-            for record, q, a, b, tokens in zip(records, self.quads, now, self.base_logp, ids):
-                record.update(credit_record(self.tokenizer, q, a - b, tokens))
+        if self.base is not None:
+            now = self.read_attempts(params, [b.other for b in self.base])
+            credit = credit_records(self.tokenizer, self.quads, self.base, now, self.values)
+            records = [record | more for record, more in zip(records, credit)]
         return records
 
 
@@ -171,22 +224,9 @@ def score_records(quads: list[Quadruple], attempts: list[dict], revisions: list[
             "attempt_tokens": attempt["tokens"],
             "attempt_truncated": attempt["truncated"],
             "revision": revision["text"],
+            **attempt_record(q, attempt["text"]),
         })  # fmt: skip
     return records
-
-
-def credit_record(tokenizer: Tokenizer, q: Quadruple, shift_T: np.ndarray, ids: list[int]) -> dict[str, float | None]:
-    """Credit localization on one flawed attempt: is the shift log pi - log pi_base lower on the erroneous step?
-
-    credit_auc: AUC of -shift as a detector of the `error_span` tokens; credit_gap: mean shift off the span minus on it.
-    """
-    span = q.meta["error_span"]
-    if span is None:
-        return {"credit_auc": None, "credit_gap": None}
-    label_T = tokenizer.overlap(ids, q.y0, [tuple(span)])[0]
-    auc = detector_auc(-shift_T, label_T)
-    gap = None if auc is None else float(shift_T[label_T == 0].mean() - shift_T[label_T > 0].mean())
-    return {"credit_auc": auc, "credit_gap": gap}
 
 
 def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
@@ -219,7 +259,10 @@ def summarize(records: list[dict[str, Any]]) -> dict[str, Any]:
         "truncated_frac": mean(r["revised_truncated"] for r in records),
         "tokens_mean": mean(r["revised_tokens"] for r in records),
         "credit_auc": mean(r.get("credit_auc") for r in records),
-        "credit_gap": mean(r.get("credit_gap") for r in records), "by_horizon": group(lambda r: r["horizon"]),
+        **{key: mean(r.get(key) for r in records) for key in ("credit_gap", *NOTHING)},
+        **{f"{key}_se": standard_error(r.get(key) for r in records) for key in WITH_ERROR},
+        "survival": survival(records), "attempt_kinds": kind_rates([r.get("attempt_kinds") for r in records]),
+        "by_horizon": group(lambda r: r["horizon"]),
         "by_edit_distance": group(bucket),
         "by_tag": {tag: rates([r for r in records if tag in r["error_tags"]]) for tag in tags},
     }  # fmt: skip
@@ -281,10 +324,13 @@ def print_precheck(check: dict[str, float]) -> None:
 def say_ahead(seconds: float, evaluator: Evaluator, group: int) -> None:
     """What the report on the base and the evaluation at the end will take, a row of a batch taking so many seconds."""
     n, (n_check, groups) = len(evaluator.quads), precheck_size(evaluator.most)
+    prefixes = sum(len(split_steps(evaluator.quads[i].y0)) for i in evaluator.valued)
+    values = f", {prefixes} beginnings of attempts with {VALUES_GROUP} samples" if prefixes else ""
+    rows = 2 * n + 2 * n_check + groups * group + prefixes * VALUES_GROUP / 2  # half of an attempt stands already
     took = lambda rows: "under a minute" if rows * seconds < 60 else f"about {math.ceil(rows * seconds / 60)} minutes"
     say(
         f"First a report on the base: {n} test problems and {n_check} training problems twice each, {groups} groups of"
-        f" {group} samples. By the first batch that takes {took(2 * n + 2 * n_check + groups * group)}, and the"
+        f" {group} samples{values}. By the first batch that takes {took(rows)}, and the"
         f" evaluation at the end {took(2 * n)}; --eval_problems N makes both shorter."
     )
 
@@ -292,19 +338,21 @@ def say_ahead(seconds: float, evaluator: Evaluator, group: int) -> None:
 def base_report(
     directory: pathlib.Path, evaluator: Evaluator, params, train, prompts: int, group: int, temperature: float
 ) -> dict[str, Any]:
-    """{"summary", "precheck"} of the base: what there is to improve. Printed, cached beside the base under a key of all
-    that the numbers depend on; from here on `evaluator` knows the base's log-probs."""
+    """{"summary", "values", "precheck"} of the base: what there is to improve. Printed, cached beside the base under a
+    key of all that the numbers depend on; from here on `evaluator` knows the base."""
     key = [prompts, group, temperature, evaluator.dtype, evaluator.shapes, evaluator.tokenizer.sha256(), evaluator.most]
     key += [replay_sha256(train), replay_sha256(evaluator.quads), sources_sha256("evaluation"), jax.default_backend()]
     path = directory / f"report_{sha256(json.dumps(key, sort_keys=True))[:16]}.json"
 
     def make() -> str:
         summary = summarize(evaluator(params, lambda seconds: say_ahead(seconds, evaluator, group)))
+        values = evaluator.prefix_values(params, temperature)
         check = precheck(evaluator, params, train, prompts, group, temperature)
-        return json.dumps({"summary": summary, "precheck": check}, indent=1)
+        return json.dumps({"summary": summary, "values": values, "precheck": check}, indent=1)
 
     text = kept(path, make)
-    evaluator.base_logp, _ = evaluator.attempt_logp(params)
     report = json.loads(text)  # as a later run will read it
+    evaluator.values = report["values"]
+    evaluator.read_base(params)
     print_precheck(report["precheck"])
     return report

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from common.basics import TRACES
+from common.credit import KINDS
 from common.fingerprint import fingerprint
 from common.replay import replay_report
 
@@ -74,6 +75,31 @@ def plot_curves(directory: pathlib.Path, base: dict[str, Any], final: dict[str, 
     plt.close(figure)
 
 
+def credit_lines(base: dict[str, Any], final: dict[str, Any]) -> list[str]:
+    """What the measures of credit say, as far as there are any; errors are standard errors."""
+    known, lines = lambda key: final[key] is not None, []
+    figure = lambda key: f"{final[key]:+.3f}" + (f" \u00b1 {final[f'{key}_se']:.3f}" if known(f"{key}_se") else "")
+    parts = []
+    if known("credit_excess"):
+        parts.append(f"AUC of the flagged step over its null {figure('credit_excess')}")
+    if known("flip_gain"):
+        parts.append(f"flip gain {figure('flip_gain')} nats")
+    if parts:
+        lines.append(f"credit, beyond the base at T {final['credit_temperature']:.2f}: {'; '.join(parts)}")
+    if known("value_excess"):
+        lines.append(
+            f"rank correlation of steps' shifts with their drops in value, over its null {figure('value_excess')}"
+        )
+    if known("survival"):
+        shares = lambda summary: " ".join(f"{100 * share:.0f}" for share in summary["survival"]["all"])
+        lines.append(f"% of first attempts that hold for 1, 2, ... steps: base {shares(base)}, trained {shares(final)}")
+    if known("attempt_kinds"):
+        pairs = [(kind, base["attempt_kinds"][kind], final["attempt_kinds"][kind]) for kind in KINDS]
+        changes = [f"{kind} {was:.3f} -> {now:.3f}" for kind, was, now in pairs if None not in (was, now)]
+        lines.append(f"errors of first attempts, a step: {', '.join(changes)}")
+    return lines
+
+
 def print_summary(
     name: str, directory: pathlib.Path, result: dict, base: dict[str, Any], final: dict[str, Any]
 ) -> None:
@@ -97,10 +123,8 @@ def print_summary(
         print(f"    horizon {h!s:18}{percent(before):>10}{percent(after):>10}{change:>9}")
     if final["harness_errors"]:
         print(f"  {final['harness_errors']} of {final['n']} could not be scored (harness errors) and are left out")
-    if final["credit_auc"] is not None:
-        print(
-            f"  credit localization: AUC {final['credit_auc']:.3f} (0.5 = chance), gap {final['credit_gap']:+.3f} nats"
-        )
+    for line in credit_lines(base, final):
+        print(f"  {line}")
     t = result["timings"]
     parts = ", ".join(f"{k} {v:.2f}" for k, v in t.items() if k not in ("step", "first_step", "total"))
     print(f"  time: {t['total']:.0f} s in all; a step {t['step']:.2f} s ({parts})")

@@ -6,15 +6,23 @@ import jax.numpy as jnp
 from common.model import Decoder, last_tokens
 
 
+def by_chunks(one, inputs, chunk: int):
+    """`one(None, inputs)` of chunks of the arrays [M, T, ...] over time, its results [M, T, ...] put together again."""
+    M, T = inputs[0].shape[:2]
+    n = -(-T // chunk)
+    chunk = -(-T // n)  # as even as may be; the last chunk is filled up
+    fill = lambda a: jnp.pad(a, [(0, 0), (0, n * chunk - T)] + [(0, 0)] * (a.ndim - 2))
+    split = lambda a: fill(a).reshape(M, n, chunk, *a.shape[2:]).swapaxes(0, 1)
+    _, outs = jax.lax.scan(one, None, tuple(map(split, inputs)))
+    return tuple(a.swapaxes(0, 1).reshape(M, n * chunk, *a.shape[3:])[:, :T] for a in outs)
+
+
 def token_logp(hidden_MTD, tokens_MT, head_VD, temperature=1.0, chunk: int = 32):
     """log-prob and entropy [M, T] (float32) of tokens_MT under softmax(hidden @ head / temperature).
 
     Computed in chunks over time and recomputed in the backward pass, so that no [M, T, V] array ever exists.
     """
-    M, T, D = hidden_MTD.shape
-    n = -(-T // chunk)
-    chunk = -(-T // n)  # as even as may be; the last chunk is filled up
-    head_VD = head_VD.astype(hidden_MTD.dtype)
+    D, head_VD = hidden_MTD.shape[-1], head_VD.astype(hidden_MTD.dtype)
 
     @jax.checkpoint
     def one(_, inputs):
@@ -27,10 +35,33 @@ def token_logp(hidden_MTD, tokens_MT, head_VD, temperature=1.0, chunk: int = 32)
         entropy = norm - (probs * logits).sum(-1)
         return None, (picked - norm, jax.lax.stop_gradient(entropy))
 
-    fill = lambda a: jnp.pad(a, [(0, 0), (0, n * chunk - T)] + [(0, 0)] * (a.ndim - 2))
-    split = lambda a: fill(a).reshape(M, n, chunk, *a.shape[2:]).swapaxes(0, 1)
-    _, outs = jax.lax.scan(one, None, (split(hidden_MTD), split(tokens_MT)))
-    return tuple(a.swapaxes(0, 1).reshape(M, n * chunk)[:, :T] for a in outs)
+    return by_chunks(one, (hidden_MTD, tokens_MT), chunk)
+
+
+def read_tokens(
+    hidden_MTD, tokens_MT, other_MT, head_VD, kind_V, powers: tuple[float, ...], chunk: int = 32
+) -> dict[str, jax.Array]:
+    """What the next token's probabilities p say of tokens_MT and of others beside them, in chunks like `token_logp`.
+
+    other_MT: a token, or -1 for the likeliest one of the same kind (kind_V [V]: integers) as the token itself, which it
+    is not. "logp", "other_logp" [M, T]; "other" [M, T]; "norm" [M, T, K]: log sum_v p_v^k for K `powers` k, so that
+    at temperature 1 / k a token has the log-prob k log p - norm.
+    """
+    D, head_VD = hidden_MTD.shape[-1], head_VD.astype(hidden_MTD.dtype)
+
+    def one(_, inputs):
+        hidden, tokens, other = inputs
+        logits = jnp.dot(hidden.reshape(-1, D), head_VD.T, preferred_element_type=jnp.float32)
+        logp = jax.nn.log_softmax(logits.reshape(*tokens.shape, -1))
+        itself = jnp.arange(len(kind_V)) == tokens[..., None]
+        rival = first_argmax(jnp.where((kind_V == kind_V[tokens][..., None]) & ~itself, logp, -jnp.inf))
+        other = jnp.where(other < 0, rival, other)
+        pick = lambda at: jnp.take_along_axis(logp, at[..., None], -1)[..., 0]
+        norm = jnp.stack([jax.nn.logsumexp(k * logp, -1) for k in powers], -1)
+        return None, (pick(tokens), pick(other), other, norm)
+
+    outs = by_chunks(one, (hidden_MTD, tokens_MT, other_MT), chunk)
+    return dict(zip(("logp", "other_logp", "other", "norm"), outs))
 
 
 def first_argmax(z_MV):

@@ -58,12 +58,15 @@ def record(horizon, edit, tags, y0, attempt, revised, **further) -> dict:
 
 
 RECORDS = [
-    record(2, 1, ["local_arithmetic"], 0.0, 1.0, 1.0, credit_auc=0.75, credit_gap=2.0),
-    record(2, 3, ["local_arithmetic", "missing_case"], 0.0, 0.0, 0.0, revised_format=False, revised_truncated=True),
+    record(2, 1, ["local_arithmetic"], 0.0, 1.0, 1.0, credit_auc=0.75, credit_gap=2.0, credit_excess=0.25,
+           credit_temperature=0.8, flip_gain=1.5, attempt_wrong_step=None, attempt_steps=3),
+    record(2, 3, ["local_arithmetic", "missing_case"], 0.0, 0.0, 0.0, revised_format=False, revised_truncated=True,
+           attempt_wrong_step=1, attempt_steps=3),
     record(10, 12, [], 1.0, 1.0, 0.0, credit_auc=None, credit_gap=None),
-    record(10, 10, ["missing_case"], 0.0, 0.0, 1.0, credit_auc=0.25, credit_gap=-1.0),
+    record(10, 10, ["missing_case"], 0.0, 0.0, 1.0, credit_auc=0.25, credit_gap=-1.0, credit_excess=-0.05,
+           credit_temperature=0.8, flip_gain=0.5),
     record(3, 2, [], 1.0, 1.0, 1.0, revised_tokens=60),
-]
+]  # fmt: skip
 
 SOLUTION = (
     "Tom has 48/2 = <<48/2=24>>24 blue pens.\n"

@@ -1,21 +1,24 @@
-"""Records and summaries of an evaluation, and the credit that the critique's shift localizes, by hand.
+"""Records and summaries of an evaluation, and the values of steps, by hand.
 
 pytest tests/test_evaluation.py
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import types
-import unicodedata
 
 import numpy as np
 import pytest
-from examples import META, QUAD, RECORDS, REFERENCE, WRONG, Y1, code_quad, math_quad, qwen
+from examples import QUAD, RECORDS, REFERENCE, WRONG, Y1, code_quad, math_quad, mesh
+from flax import nnx
 
+from common import evaluation
+from common.batches import fixed_shapes, right_pad
+from common.credit import parting
 from common.evaluation import (
-    credit_record,
-    detector_auc,
+    Evaluator,
     first_problems,
     precheck_size,
     print_precheck,
@@ -23,49 +26,8 @@ from common.evaluation import (
     score_records,
     summarize,
 )
-
-
-# ---- credit localization --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("seed", range(5))
-def test_detector_auc_against_all_pairs(seed):
-    """Random scores with many ties against two loops."""
-    rng = np.random.default_rng(seed)
-    score, label = rng.integers(0, 6, 40).astype(float), rng.integers(0, 2, 40)
-    wins = [(a > b) + 0.5 * (a == b) for a, la in zip(score, label) for b, lb in zip(score, label) if la and not lb]
-    assert detector_auc(score, label) == pytest.approx(sum(wins) / len(wins))
-
-
-def test_detector_auc_without_both_kinds():
-    """Undefined, not 0.5."""
-    assert detector_auc(np.ones(3), np.zeros(3)) is None
-    assert detector_auc(np.ones(3), np.ones(3)) is None
-    assert detector_auc(np.zeros(0), np.zeros(0)) is None
-
-
-def test_credit_record_by_hand(byte_tokenizer):
-    """Five tokens, the first two on the span."""
-    q = dataclasses.replace(QUAD, y0="ab cd", meta={**META, "error_span": [0, 2]})
-    shift, ids = np.array([-3.0, -1.0, 0.0, -2.0, 1.0]), byte_tokenizer.encode("ab cd")
-    record = credit_record(byte_tokenizer, q, shift, ids)
-    assert record["credit_auc"] == pytest.approx(5 / 6)  # of 3 and 1 against 0, 2 and -1, only 1 against 2 is lost
-    assert record["credit_gap"] == pytest.approx(-1 / 3 + 2)
-    nothing = {"credit_auc": None, "credit_gap": None}
-    for span in (None, [0, 5]):  # nothing to find, and nothing to tell it from
-        q = dataclasses.replace(q, meta={**META, "error_span": span})
-        assert credit_record(byte_tokenizer, q, shift, ids) == nothing
-
-
-def test_credit_record_behind_a_normalizer():
-    """y0 decomposed, Qwen's NFC: the shift is down on the tokens of "wrong", and there it is looked for."""
-    y0 = unicodedata.normalize("NFD", "\u00e9\u00e9\u00e9\u00e9\u00e9 ") + "wrong step"
-    q = dataclasses.replace(QUAD, y0=y0, meta={**META, "error_span": [y0.index("wrong"), y0.index("wrong") + 5]})
-    tokenizer = qwen()
-    ids = tokenizer.encode(y0)
-    spelled = b"".join(tokenizer.bytes_V[i] for i in ids).decode()
-    before = np.cumsum([0, *(len(tokenizer.bytes_V[i]) for i in ids)])
-    at = len(spelled[: spelled.index("wrong")].encode())
-    shift = np.array([-2.0 if at <= start < at + 5 else 0.0 for start in before[:-1]])
-    assert credit_record(tokenizer, q, shift, ids) == {"credit_auc": 1.0, "credit_gap": 2.0}
+from common.model import Decoder, ModelConfig
+from common.prompts import attempt_prompt
 
 
 # ---- records --------------------------------------------------------------------------------------------------------
@@ -78,6 +40,7 @@ def test_score_records():
         "task_id": "own/1", "horizon": 1, "edit_distance": 2, "error_tags": ["local_arithmetic"], "y0": 0.0,
         "attempt": 0.0, "revised": 0.0, "revised_tokens": 9, "revised_truncated": True, "revised_format": False,
         "attempt_tokens": 6, "attempt_truncated": False, "revision": "So 5",
+        "attempt_wrong_step": 0, "attempt_steps": 1,
     }  # fmt: skip
     (good,) = score_records([QUAD], [{**attempt, "text": Y1}], [{**revision, "text": Y1}])
     assert (good["y0"], good["attempt"], good["revised"], good["revised_format"]) == (0.0, 1.0, 1.0, True)
@@ -96,6 +59,68 @@ def test_evaluation_leaves_out_what_was_not_scored(broken_harness):
     assert figures == pytest.approx([2, 1.0, 1 / 3])
     assert (summary["delta_critique"], summary["wrong_to_right"], summary["right_to_wrong"]) == (1.0, 1.0, None)
     json.dumps(summary, allow_nan=False)
+
+
+def test_summary_of_kinds_of_steps():
+    """Where records have them."""
+    records = [{**r, "attempt_kinds": [["right", False], ["slip", True]]} for r in RECORDS[:2]]
+    assert summarize([*records, *RECORDS[2:]])["attempt_kinds"]["slip"] == 1.0
+
+
+# ---- the values of steps --------------------------------------------------------------------------------------------
+@functools.cache
+def small_evaluator(tokenizer, dtype="float32"):
+    """Of four attempts, with a random model and its parameters; y0 "So <<2+3=6>>6.\n#### 6", three right, one wrong."""
+    cfg = ModelConfig(tokenizer.vocab_size, d_model=16, n_layers=1, head_dim=8, d_ff=32)
+    graphdef, params = nnx.split(Decoder(cfg, nnx.Rngs(0)), nnx.Param)
+    quads = [dataclasses.replace(QUAD, x=f"What is {i}+3?") for i in range(4)]
+    shapes = fixed_shapes(tokenizer, {"test": quads}, 512, 16)
+    return Evaluator(graphdef, tokenizer, quads, shapes, mesh(), dtype), params
+
+
+def test_too_few_problems_have_no_values(byte_tokenizer):
+    evaluator, params = small_evaluator(byte_tokenizer)
+    assert evaluator.valued == [] and evaluator.prefix_values(params, 1.0) == [None] * 4
+
+
+def test_values_of_steps(byte_tokenizer, monkeypatch):
+    """A sampler that always ends a first step right, and otherwise states the right answer in one of two samples."""
+    monkeypatch.setattr(evaluation, "VALUES_N", 3)
+    monkeypatch.setattr(evaluation, "VALUES_GROUP", 2)
+    small_evaluator.cache_clear()
+    evaluator, params = small_evaluator(byte_tokenizer)
+    assert len(evaluator.valued) == 3
+    seen = []
+
+    def rollout(params, prompt_BP, len_B, key, group, temperature, greedy):
+        assert (group, temperature, greedy) == (2, 0.7, False)
+        tails = []
+        for row, n in zip(np.asarray(prompt_BP), np.asarray(len_B)):
+            text = byte_tokenizer.decode([row[:n].tolist()])[0]
+            seen.append(text)
+            tails += ["So 5.\n#### 5"] * 2 if text.endswith("Solution:\n") else ["#### 5", "#### 6"]
+        tokens, lengths = right_pad([[*byte_tokenizer.encode(t), byte_tokenizer.eos_id] for t in tails], 16, 0)
+        return {"tokens_MT": tokens, "len_M": lengths}
+
+    monkeypatch.setattr(evaluator, "_rollout", rollout)
+    values = evaluator.prefix_values(params, 0.7)
+    assert [values[i] for i in evaluator.valued] == [[1.0, 0.5, 0.0]] * 3 and values.count(None) == 1
+    prompts = [attempt_prompt(evaluator.quads[i].x) for i in evaluator.valued]
+    assert {*seen} == {*prompts, *(prompt + "So <<2+3=6>>6.\n" for prompt in prompts)}
+
+
+def test_the_base_read_twice_has_moved_nowhere(byte_tokenizer):
+    """To the bit; and where y0 and y1 part, y1's token stands beside y0's."""
+    small_evaluator.cache_clear()
+    evaluator, params = small_evaluator(byte_tokenizer)
+    evaluator.read_base(params)
+    for q, read in zip(evaluator.quads, evaluator.base):
+        t = parting(read.ids, byte_tokenizer.encode(q.y1))
+        assert byte_tokenizer.decode([[read.ids[t]], [read.other[t]]]) == ["6", "5"]
+        assert len(read.logp) == len(read.norm) == len(q.y0)
+    for r in evaluator(params):
+        assert (r["credit_excess"], r["credit_gap"], r["flip_gain"], r["value_correlation"]) == (0, 0, 0, None)
+        assert r["credit_temperature"] == 1
 
 
 # ---- how many problems ----------------------------------------------------------------------------------------------
@@ -117,12 +142,16 @@ def test_precheck_size(most, size):
 
 def test_say_ahead(capsys):
     """605 problems, nothing set: 2 * 605 + 2 * 200 + 96 * 8 rows, of which the last evaluation has 2 * 605."""
-    say_ahead(0.5, types.SimpleNamespace(quads=[None] * 605, most=0), 8)
+    say_ahead(0.5, types.SimpleNamespace(quads=[None] * 605, most=0, valued=[]), 8)
     out = capsys.readouterr().out
     assert "605 test problems and 200 training problems twice each, 96 groups of 8" in out
     assert "about 20 minutes, and the evaluation at the end about 11 minutes; --eval_problems" in out
-    say_ahead(0.5, types.SimpleNamespace(quads=[None] * 16, most=16), 4)
+    say_ahead(0.5, types.SimpleNamespace(quads=[None] * 16, most=16, valued=[]), 4)
     assert "about 2 minutes, and the evaluation at the end under a minute" in capsys.readouterr().out
+    say_ahead(0.5, types.SimpleNamespace(quads=[QUAD] * 605, most=0, valued=range(64)), 8)  # of two steps each
+    out = capsys.readouterr().out
+    assert "96 groups of 8 samples, 128 beginnings of attempts with 8 samples" in out
+    assert "about 25 minutes, and the evaluation at the end about 11 minutes" in out
 
 
 # ---- summary --------------------------------------------------------------------------------------------------------
@@ -133,13 +162,16 @@ def test_summarize_by_hand():
     figures = {
         "accuracy": 3 / 5, "accuracy_revised": 3 / 5, "delta_critique": 1 / 5, "accuracy_y0": 2 / 5,
         "wrong_to_right": 2 / 3, "right_to_wrong": 1 / 2, "format_frac": 4 / 5, "truncated_frac": 1 / 5,
-        "tokens_mean": 20.0, "credit_auc": 0.5, "credit_gap": 0.5,
+        "tokens_mean": 20.0, "credit_auc": 0.5, "credit_gap": 0.5, "credit_excess": 0.1, "credit_excess_se": 0.15,
+        "flip_gain": 1.0, "flip_gain_se": 0.5, "credit_temperature": 0.8,
     }  # fmt: skip
     assert {k: s[k] for k in figures} == pytest.approx(figures)
     rates = lambda n, accuracy, revised, delta: pytest.approx(
         {"n": n, "accuracy": accuracy, "accuracy_revised": revised, "delta_critique": delta}
     )
     assert s["by_horizon"] == {"2": rates(2, 0.5, 0.5, 0.5), "3": rates(1, 1, 1, 0), "10": rates(2, 0.5, 0.5, 0)}
+    assert s["survival"] == {"all": [1.0, 0.5], "2": [1.0, 0.5]}
+    assert s["value_excess"] is s["value_excess_se"] is s["attempt_kinds"] is None
     assert list(s["by_horizon"]) == ["2", "3", "10"]  # as numbers, not as words
     assert s["by_edit_distance"] == {
         "<=2": rates(2, 1, 1, 0.5), "<=5": rates(1, 0, 0, 0), "<=10": rates(1, 0, 1, 1), ">10": rates(1, 1, 0, -1),

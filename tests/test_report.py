@@ -8,7 +8,7 @@ import json
 from examples import RECORDS
 
 from common.evaluation import summarize
-from common.report import plot_curves, print_summary, read_metrics
+from common.report import credit_lines, plot_curves, print_summary, read_metrics
 
 
 def test_plot_curves_writes_a_picture(tmp_path):
@@ -42,10 +42,27 @@ def test_print_summary(capsys, tmp_path):
         "right -> wrong - -",
         "well-formed answers 50.0% 50.0% +0.0",
         "horizon 2 50.0% 100.0% +50.0",
-        "credit localization: AUC 0.750 (0.5 = chance), gap +2.000 nats",
+        "credit, beyond the base at T 0.80: AUC of the flagged step over its null +0.250; flip gain +1.500 nats",
+        "% of first attempts that hold for 1, 2, ... steps: base 100 50, trained 100 50",
         "time: 61 s in all; a step 2.00 s (rollout 1.25, score 0.25, update 0.50)",
         f"fingerprint 0123456789abcdef; result.json, metrics.jsonl, curves.png in {tmp_path}",
     ]
     result["replay"]["test"]["quadruples"] = 605  # and --eval_problems 2
     print_summary("b9__own__s1", tmp_path, result, base, final)
     assert "b9__own__s1: the first 2 in a fixed shuffled order of 605 test problems, greedy" in capsys.readouterr().out
+
+
+def test_credit_lines():
+    """With errors of several problems, with kinds of steps and values where they are known; without any."""
+    kinds = lambda *found: {"attempt_kinds": [[kind, kind == "slip"] for kind in found]}
+    base = summarize([RECORDS[0] | kinds("slip", "right"), RECORDS[3] | kinds("slip", "copying")])
+    final = summarize([RECORDS[0] | {"value_excess": 0.5} | kinds("right", "slip"), RECORDS[3]])
+    assert credit_lines(base, final) == [
+        "credit, beyond the base at T 0.80: AUC of the flagged step over its null +0.100 \u00b1 0.150;"
+        " flip gain +1.000 \u00b1 0.500 nats",
+        "rank correlation of steps' shifts with their drops in value, over its null +0.500",
+        "% of first attempts that hold for 1, 2, ... steps: base 100 100, trained 100 100",
+        "errors of first attempts, a step: slip 1.000 -> 1.000, arithmetic 0.000 -> 0.000, copying 0.250 -> 0.000,"
+        " form 0.000 -> 0.000",
+    ]
+    assert credit_lines(summarize(RECORDS[-1:]), summarize(RECORDS[-1:])) == []

@@ -26,7 +26,7 @@ from naive_decoder import (
 )
 
 from common.model import ModelConfig, Reading
-from common.sampling import generate, token_logp
+from common.sampling import generate, read_tokens, token_logp
 
 
 # ---- log-probs ------------------------------------------------------------------------------------------------------
@@ -53,6 +53,25 @@ def test_entropy_carries_no_gradient():
     hidden = np.random.default_rng(6).standard_normal((1, 4, 5)).astype(np.float32)
     grad = jax.grad(lambda h: token_logp(h, np.zeros((1, 4), int), np.eye(V, 5, dtype=np.float32))[1].sum())(hidden)
     np.testing.assert_array_equal(grad, 0)
+
+
+@pytest.mark.parametrize("chunk", [32, 5])
+def test_read_tokens_equals_naive(chunk):
+    """Against the full formula: given others are kept, the rest are the likeliest of their kind but for the token."""
+    rng = np.random.default_rng(7)
+    hidden, head = rng.standard_normal((3, 13, 5)).astype(np.float32), rng.standard_normal((V, 5)).astype(np.float32)
+    tokens, kind, powers = rng.integers(V, size=(3, 13)), rng.integers(0, 2, V), (0.5, 1.0, 2.5)
+    other = np.where(rng.random((3, 13)) < 0.2, rng.integers(V, size=(3, 13)), -1)
+    out = jax.jit(read_tokens, static_argnums=(5, 6))(hidden, tokens, other, head, kind, powers, chunk)
+    full = log_softmax(np.einsum("MTD,VD->MTV", hidden.astype(float), head))
+    for m, t in np.ndindex(3, 13):
+        rivals = [v for v in range(V) if kind[v] == kind[tokens[m, t]] and v != tokens[m, t]]
+        beside = other[m, t] if other[m, t] >= 0 else max(rivals, key=lambda v: full[m, t, v])
+        assert out["other"][m, t] == beside
+        expected = [full[m, t, tokens[m, t]], full[m, t, beside]]
+        np.testing.assert_allclose([out["logp"][m, t], out["other_logp"][m, t]], expected, atol=1e-5)
+        norms = [np.log((np.exp(full[m, t]) ** k).sum()) for k in powers]
+        np.testing.assert_allclose(out["norm"][m, t], norms, atol=1e-5)
 
 
 # ---- the sampler ----------------------------------------------------------------------------------------------------
