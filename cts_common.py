@@ -52,7 +52,7 @@ from common.sampling import first_argmax, generate, token_logp
 # distances: distances of padded trajectories
 from common.distances import l2_distance, pool_steps, sinkhorn_distance, soft_dtw_distance
 # rewards: outcome, process, uptake and step rewards
-from common.rewards import outcome_scores, process_scores, step_rewards, uptake_scores
+from common.rewards import from_first_error, outcome_scores, process_scores, step_rewards, uptake_scores
 # hf_config: config.json of a checkpoint, into the decoder's shape and back
 from common.hf_config import read_hf_config
 # checkpoints: Hugging Face checkpoints in and out
