@@ -69,3 +69,5 @@ from common.evaluation import Evaluator, base_report, detector_auc, first_proble
 # tracking: W&B, in a process of its own that cannot stop a run
 # run: command line, run directory, checkpoints, signals, the clock
 from common.run import Run, RunArgs, StepClock, check_args, cli, open_out_dir, pick_dtype, reduce, rollout_metrics
+# sampled: replay whose flawed attempts a model made
+from common.sampled import sample_replay
