@@ -15,7 +15,7 @@ With `--y0 model` the flawed attempts are a model's own: of each problem the fir
 which the step checker finds the wrong step. f names that step, y1 is the reference as before (math tasks).
 
     python teacher.py --task gsm8k          (about half a minute; fixtures_math about ten seconds)
-    python teacher.py --y0 model            (two to three minutes on 2 CPU cores, and first the base, where there is none)
+    python teacher.py --y0 model            (two to three minutes on 2 CPU cores, more where it makes the base)
     python teacher.py --task mbpp           (two to three minutes on 2 CPU cores: every program is run)
 """
 
