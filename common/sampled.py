@@ -56,7 +56,7 @@ def make_sampler(graphdef, params, tokenizer, P: int, T: int, rows: int, tempera
 
 def judge(problem: Problem, y0: str, ended: bool, y1_correct: bool) -> Quadruple | str:
     """The quadruple of one sampled attempt, its critique and span by the step checker, else why it makes none: it was
-    cut off, it is right, or no rule finds its wrong step (as where the answer is right and only its form is not)."""
+    cut off, it is right, or no rule finds its wrong step: its steps hold and its answer stands nowhere in form."""
     if not ended:
         return CUT_OFF
     if score_math(y0, problem.answer) == 1:

@@ -24,7 +24,8 @@ LINES = ("All: <<3+5=8>>8.", "Now: <<8+4=12>>12.", "#### 12")
 PENS = problem_of("3 and 5 pens, 4 more. All?", *LINES)
 Y1 = "\n".join(LINES)
 SLIP = "All: <<3+5=8>>8.\nNow: <<8+4=13>>13.\n#### 13"
-FORM = "All: <<3+5=8>>8.\nNow: <<8+4=12>>12.\nAnd there it ends."  # the steps hold, no answer is stated
+PROSE = Y1.replace("#### 12", "The answer is 12.")
+STOPS = "All: <<3+5=8>>8.\nNow she counts them."
 
 
 # ---- one attempt ----------------------------------------------------------------------------------------------------
@@ -56,7 +57,7 @@ def test_the_tag_follows_the_slip_and_no_critique_leaks(y0, tag, f):
 
 @pytest.mark.parametrize(
     ("y0", "ended", "reason"),
-    [(SLIP, False, CUT_OFF), (Y1, True, RIGHT), (FORM, True, NOT_FOUND), ("", True, NOT_FOUND)],
+    [(SLIP, False, CUT_OFF), (Y1, True, RIGHT), *((y0, True, NOT_FOUND) for y0 in (PROSE, STOPS, ""))],
 )
 def test_why_an_attempt_makes_none(y0, ended, reason):
     assert judge(PENS, y0, ended, True) == reason
@@ -68,9 +69,9 @@ def test_each_problem_is_tried_until_an_attempt_makes_a_quadruple():
     other = lambda x, **fields: dataclasses.replace(PENS, task_id=x, x=x, **fields)
     script = {
         "at once": [(SLIP, True)],
-        "late": [(Y1, True), (FORM, True), (SLIP, True)],
+        "late": [(Y1, True), (PROSE, True), (SLIP, True)],
         "too good": [(Y1, True)] * 3,
-        "form": [(Y1, True), (SLIP, False), (FORM, True)],
+        "form": [(Y1, True), (SLIP, False), (PROSE, True)],
         "long": [(Y1, True), (SLIP, False), (Y1, True)],
     }
     problems = [other(x) for x in script]
