@@ -3,13 +3,14 @@
     A       = r - mean(r over the group)                                    group-centred advantage (Dr. GRPO)
     L       = -sum min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) / budget  + kl_coef * kl
     r       = outcome in {0, 1}  +  process_coef * (share of steps that hold up to the first that does not)
+    A_t     = A;  with --process_credit from_error: 0 where A < 0 and token t stands before the first wrong step
 
 Prompts are replay's (x, y0, f): revise the flawed attempt y0 under the critique f. One optimizer step per batch of
 `prompts` x `group` completions, so the ratio is that of trainer to sampler and the clip guards only numerics.
 
 Papers: GRPO https://arxiv.org/abs/2402.03300 (process credit: its section 4.1.3), Dr. GRPO
 https://arxiv.org/abs/2503.20783, DAPO https://arxiv.org/abs/2503.14476, prefix-form process reward
-https://arxiv.org/abs/2504.15275.
+https://arxiv.org/abs/2504.15275, VPPO (error-localised advantages) https://arxiv.org/abs/2601.18984.
 
     python b3_grpo_verifier.py --task fixtures_math --seed 0      (1 to 4 minutes on 2 CPU cores, 4 to 9 the first time)
 """
@@ -71,8 +72,8 @@ class Args(cts.RunArgs):
     # VERIFIER: what B3 adds to outcome-only GRPO.
     process_coef: float = 0.5
     """weight of the process reward; 0 = outcome only"""
-    process_credit: Literal["rolled_up", "per_step"] = "rolled_up"
-    """rolled_up = one scalar per completion; per_step = step-level advantages (DeepSeekMath 4.1.3)"""
+    process_credit: Literal["rolled_up", "per_step", "from_error"] = "rolled_up"
+    """rolled_up = one scalar; per_step = DeepSeekMath 4.1.3; from_error = blame from the first wrong step on (VPPO)"""
 
 
 # ---- method pieces ------------------------------------------------------------------------------------------------
@@ -102,6 +103,14 @@ def step_advantages(step_reward_BGT: np.ndarray, step_end_BGT: np.ndarray, norm:
     if norm == "std":
         centred_BGT = centred_BGT / (np.sqrt((centred_BGT**2).sum((1, 2), keepdims=True) / n_B11) + 1e-6)
     return centred_BGT[..., ::-1].cumsum(-1)[..., ::-1].astype(np.float32)
+
+
+def from_error_advantages(adv_BGT: np.ndarray, from_error_BGT: np.ndarray) -> np.ndarray:
+    """VPPO's form: what is negative counts from the first wrong step on alone; what is positive counts everywhere.
+
+    A completion with -1/2 on its four tokens, the third its first wrong one, [0, 0, 1, 1], keeps [0, 0, -1/2, -1/2].
+    """
+    return np.where(adv_BGT < 0, adv_BGT * from_error_BGT, adv_BGT).astype(np.float32)
 
 
 # ---- loss ---------------------------------------------------------------------------------------------------------
@@ -231,7 +240,7 @@ def main(args: Args) -> dict:
         reward_BG = outcome_BG
         # VERIFIER: the process reward joins the outcome.
         process_BG = cts.process_scores(texts, quads)
-        if args.process_credit == "rolled_up":
+        if args.process_credit != "per_step":
             reward_BG = reward_BG + args.process_coef * process_BG
 
         # ---- advantages ----
@@ -239,11 +248,14 @@ def main(args: Args) -> dict:
         adv_BG = group_advantages(np.nan_to_num(reward_BG), valid_BG, args.adv_norm)  # NaN: not scored, harness error
         mask_BGT = cts.length_mask(out["len_M"], T).reshape(B, G, T) * valid_BG[..., None]
         adv_BGT = np.repeat(adv_BG[..., None], T, axis=-1)
-        # VERIFIER: or each step's own reward goes to the tokens before its end.
+        # VERIFIER: or each step's own reward goes to the tokens before its end; or blame starts where the error is.
         if args.process_credit == "per_step":
             step_reward_BGT, step_end_BGT = cts.step_rewards(tokenizer, out["tokens_MT"], out["len_M"], texts, quads)
             step_end_BGT = step_end_BGT * valid_BG[..., None]
             adv_BGT = adv_BGT + args.process_coef * step_advantages(step_reward_BGT, step_end_BGT, args.adv_norm)
+        elif args.process_credit == "from_error":
+            from_error_BGT = cts.from_first_error(tokenizer, out["tokens_MT"], out["len_M"], texts, quads)
+            adv_BGT = from_error_advantages(adv_BGT, from_error_BGT)
         batch["tokens"] = out["tokens_MT"].reshape(B, G, T)
         batch["old_logp"] = out["logp_MT"].reshape(B, G, T)
         batch["adv"] = adv_BGT.astype(np.float32)

@@ -55,7 +55,7 @@ from common.sampling import first_argmax, generate, token_logp
 # distances: distances of padded trajectories
 from common.distances import l2_distance, pool_steps, sinkhorn_distance, soft_dtw_distance
 # rewards: outcome, process, uptake and step rewards
-from common.rewards import outcome_scores, process_scores, step_rewards, uptake_scores
+from common.rewards import from_first_error, outcome_scores, process_scores, step_rewards, uptake_scores
 # hf_config: config.json of a checkpoint, into the decoder's shape and back
 from common.hf_config import read_hf_config
 # checkpoints: Hugging Face checkpoints in and out
@@ -74,3 +74,5 @@ from common.evaluation import Evaluator, base_report, first_problems, summarize
 # tracking: W&B, in a process of its own that cannot stop a run
 # run: command line, run directory, checkpoints, signals, the clock
 from common.run import Run, RunArgs, StepClock, check_args, cli, open_out_dir, pick_dtype, reduce, rollout_metrics
+# sampled: replay whose flawed attempts a model made
+from common.sampled import sample_replay

@@ -93,7 +93,7 @@ def perturb(
         y0_correct = score_math(y0, problem.answer) == 1
         verified = y1_correct and not y0_correct and first_wrong_step(y0, problem.reference) == flagged
         if verified or chosen is None:
-            place, horizon = split_steps(y0)[flagged], sum("####" not in line for line in lines_of(problem.reference))
+            place, horizon = split_steps(y0)[flagged], count_steps(problem)
             chosen = quadruple(problem, "math", y0, f, TAG_OF_KIND[kind], [place.start, place.end], horizon, y0_correct,
                                y1_correct, answer=problem.answer, verified=verified)  # fmt: skip
         if verified or (keep_unverified and not y1_correct):
@@ -103,11 +103,17 @@ def perturb(
     return chosen
 
 
+def count_steps(problem: Problem) -> int:
+    """The horizon of a math problem: the lines of its reference before the answer's."""
+    return sum("####" not in line for line in lines_of(problem.reference))
+
+
 def quadruple(
     problem: Problem, domain: str, y0: str, f: str, tag: str, span: list[int], horizon: int, y0_correct: bool,
     y1_correct: bool, **more: Any,
 ) -> Quadruple:  # fmt: skip
-    """The quadruple of a problem and a flawed attempt; `more` are the fields of meta that only its domain has."""
+    """The quadruple of a problem and a flawed attempt; `more` are the fields of meta that only its domain, or its
+    teacher, has."""
     meta = {
         "task_id": problem.task_id, "domain": domain, "split": assign_split(problem), "horizon": horizon,
         "edit_distance": edit_distance(y0, problem.reference), "error_tags": [tag], "error_span": span,
@@ -176,9 +182,11 @@ def code_quadruple(problem: Problem, mutant: Mutant, verdict: Verdict, reference
 
 
 def print_report(report: dict[str, Any], out: pathlib.Path) -> None:
-    kept, total, replay = report["kept"], report["problems"], {"rejected": report["rejected"], **report["replay"]}
+    kept, total, replay = report["kept"], report["problems"], {**report, **report["replay"]}
     print(f"{report['task']}: {kept} of {total} problems kept ({kept / max(1, total):.1%})")
-    for name in ("rejected", "tags", "horizons"):
+    for name in ("attempts", "rejected", "tags", "horizons"):
+        if name not in replay:  # attempts are those of a model
+            continue
         print(f"  {name:9s} " + (", ".join(f"{key} {n}" for key, n in replay[name].items()) or "none"))
     print("  splits    " + ", ".join(f"{split} {n['kept']}/{n['total']}" for split, n in report["splits"].items()))
     print(f"  leak rate {replay['leak_rate']:.3f} (critiques that say what the revision has to say)")
@@ -199,7 +207,7 @@ def split_problems(problems: list[Problem]) -> dict[str, list[Problem]]:
 def make_quadruples(
     by_split: dict[str, list[Problem]], domain: str, seed: int, keep_unverified: bool, planted: Planted | None = None
 ):
-    """({split: quadruples}, how many problems yielded none, by reason)."""
+    """({split: quadruples}, how many problems yielded none, by reason, what else the report says: nothing)."""
     replay: dict[str, list[Quadruple]] = {split: [] for split in by_split}
     rejected: Counter[str] = Counter()
     todo = [(split, problem) for split, problems in by_split.items() for problem in problems]
@@ -216,14 +224,15 @@ def make_quadruples(
                 else:
                     replay[split].append(one)
             bar.update(len(some))
-    return replay, rejected
+    return replay, rejected, {}
 
 
 def make_replay(
     task: str, teacher: str = "perturb", data_dir: str | None = None, out: str | None = None, seed: int = 0,
-    limit: int = 0, keep_unverified: str = "no", unsafe_sandbox: str = "refuse",
+    limit: int = 0, keep_unverified: str = "no", unsafe_sandbox: str = "refuse", make=make_quadruples,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write {train,val,test}.jsonl and report.json of a task into `out`; returns the report."""
+    """Write {train,val,test}.jsonl and report.json of a task into `out`; returns the report. `make` makes the
+    quadruples, as `make_quadruples` does."""
     if limit < 0:
         raise InputError(f"--limit {limit}: must be 0 (all) or more")
     source, out = get_task(task), pathlib.Path(out or f"data/replay/{task}")
@@ -236,7 +245,8 @@ def make_replay(
     by_split = split_problems(problems)
     twice = len(problems) - sum(map(len, by_split.values()))
     by_split = {split: some[: limit or None] for split, some in by_split.items()}
-    replay, rejected = make_quadruples(by_split, source.domain, seed, keep_unverified == "yes", source.planted)
+    more = {} if make is not make_quadruples else {"planted": source.planted}
+    replay, rejected, further = make(by_split, source.domain, seed, keep_unverified == "yes", **more)
     rejected += Counter({"stands in test too": twice})  # a count of 0 is dropped
     check_leakage(replay)
     quads, total = list(itertools.chain(*replay.values())), {s: len(some) for s, some in by_split.items()}
@@ -244,7 +254,7 @@ def make_replay(
         "task": task, "teacher": teacher, "seed": seed, "problems": sum(total.values()) + twice, "kept": len(quads),
         "unverified": sum(not q.meta["verified"] for q in quads), "rejected": dict(sorted(rejected.items())),
         "splits": {s: {"kept": len(kept), "total": total[s]} for s, kept in replay.items()},
-        "replay": replay_report(quads), "source_sha256": digest.hexdigest(),
+        "replay": replay_report(quads), "source_sha256": digest.hexdigest(), **further,
     }  # fmt: skip
     for split, kept in replay.items():
         write_replay(out / f"{split}.jsonl", kept)

@@ -84,10 +84,15 @@ def uptake_scores(texts: list[str], quads: list[Quadruple]) -> np.ndarray:
     return by_host(all_of, texts, quads)
 
 
+def check_math(quads: list[Quadruple], what: str) -> None:
+    """InputError where a quadruple's steps cannot be checked one by one."""
+    if any(q.meta["domain"] != "math" for q in quads):
+        raise InputError(f"{what} of single steps: math only; use --process_credit rolled_up")
+
+
 def step_rewards(tokenizer: Tokenizer, tokens_MT, len_M, texts: list[str], quads: list[Quadruple]):
     """(reward, end) [B, G, T]: end is 1 on each step's last token, reward 1 there while all steps so far hold. Math."""
-    if any(q.meta["domain"] != "math" for q in quads):
-        raise InputError("rewards of single steps: math only; use --process_credit rolled_up")
+    check_math(quads, "rewards")
     (M, T), B = np.asarray(tokens_MT).shape, len(quads)
     reward_MT, end_MT = np.zeros((M, T), np.float32), np.zeros((M, T), np.float32)
     for m, text in enumerate(texts):
@@ -99,3 +104,20 @@ def step_rewards(tokenizer: Tokenizer, tokens_MT, len_M, texts: list[str], quads
                 end_MT[m, last] = 1.0
                 reward_MT[m, last] = float(wrong is None or j < wrong)
     return reward_MT.reshape(B, -1, T), end_MT.reshape(B, -1, T)
+
+
+def from_first_error(tokenizer: Tokenizer, tokens_MT, len_M, texts: list[str], quads: list[Quadruple]) -> np.ndarray:
+    """0/1 [B, G, T]: 1 from the first token of each completion's first wrong step on; all 1 where none is found. Math.
+
+    "2+3=5\\n#### 6" in tokens "2", "+", "3=5", "\\n", "####", " 6", where y1 is "2+3=5\\n#### 5": [0, 0, 0, 0, 1, 1].
+    """
+    check_math(quads, "errors")
+    (M, T), B = np.asarray(tokens_MT).shape, len(quads)
+    from_error_MT = np.ones((M, T), np.float32)
+    for m, text in enumerate(texts):
+        wrong = first_wrong_step(text, quads[m // (M // B)].y1)
+        if wrong is not None:
+            step = split_steps(text)[wrong]
+            (on_T,) = tokenizer.overlap(list(tokens_MT[m][: len_M[m]]), text, [(step.start, step.end)])
+            from_error_MT[m, : int(np.argmax(on_T > 0))] = 0.0
+    return from_error_MT.reshape(B, -1, T)

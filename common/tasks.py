@@ -198,6 +198,6 @@ def get_task(name: str) -> Task:
 
 
 def check_step_credit(task: str, credit: str) -> None:
-    """Rewards of single steps need steps that can be checked one by one; InputError for a code task."""
-    if credit == "per_step" and get_task(task).domain != "math":
-        raise InputError(f"--process_credit per_step: works on math tasks, {task} is code; use rolled_up")
+    """Credit of single steps needs steps that can be checked one by one; InputError for a code task."""
+    if credit != "rolled_up" and get_task(task).domain != "math":
+        raise InputError(f"--process_credit {credit}: works on math tasks, {task} is code; use rolled_up")

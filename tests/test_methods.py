@@ -86,6 +86,17 @@ def test_step_advantages_by_loops(script, norm):
                 assert out[b, g, t] == pytest.approx(sum(later), abs=1e-4)
 
 
+@pytest.mark.parametrize("script", [b3])
+def test_from_error_advantages_by_hand(script):
+    """Blame before the first wrong step is dropped, praise is not; per completion, with an error or without one."""
+    adv = floats([-0.5] * 4, [-0.5] * 4, [0.75] * 4, [0] * 4)[None]
+    from_error = floats([0, 0, 1, 1], [1, 1, 1, 1], [0, 1, 1, 1], [0, 0, 0, 1])[None]
+    out = script.from_error_advantages(adv, from_error)
+    np.testing.assert_array_equal(out[0], [[0, 0, -0.5, -0.5], [-0.5] * 4, [0.75] * 4, [0] * 4])
+    assert out.dtype == np.float32
+    np.testing.assert_array_equal(script.from_error_advantages(adv, np.ones_like(adv)), adv)
+
+
 # ---- losses -------------------------------------------------------------------------------------------------------
 @SCRIPTS
 def test_grpo_loss_by_hand(script):

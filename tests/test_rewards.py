@@ -12,7 +12,14 @@ from examples import BAD, OTHER, QUAD, REFERENCE, ROOT, WRONG, Y1, code_quad, fe
 import b2_grpo
 from common.basics import InputError
 from common.batches import pack_answers, right_pad
-from common.rewards import format_valid, outcome_scores, process_scores, step_rewards, uptake_scores
+from common.rewards import (
+    format_valid,
+    from_first_error,
+    outcome_scores,
+    process_scores,
+    step_rewards,
+    uptake_scores,
+)
 from common.tokenizer import train_tokenizer
 
 # ---- math -----------------------------------------------------------------------------------------------------------
@@ -39,6 +46,30 @@ def test_step_rewards_by_hand(byte_tokenizer):
     assert [positions(r) for r in end.reshape(4, T)] == [[13, 20], [13, 20], [9, 20, 27], []]
     assert [positions(r) for r in reward.reshape(4, T)] == [[13, 20], [], [9], []]
     assert set(np.unique(reward)) == set(np.unique(end)) == {0.0, 1.0}
+
+
+def test_from_first_error_by_hand(byte_tokenizer):
+    """From the first byte of the first wrong line to the end of the row; all of it where no line is found wrong."""
+    late = "<<4+3=7>>7\n<<7+0=8>>8\n#### 7"  # its arithmetic is wrong in the second line, byte 11; the answer right
+    final = "So <<2+3=5>>5.\n#### 6"  # only the answer line, byte 15
+    prose = "It is five."  # not right, and nothing that a rule can check
+    texts, T = [Y1, final, prose, BAD, late, ""], 32
+    ids = [[*byte_tokenizer.encode(t), byte_tokenizer.eos_id] for t in texts]
+    tokens, lengths = right_pad(ids, T, byte_tokenizer.pad_id)
+    mask = from_first_error(byte_tokenizer, tokens, lengths, texts, [QUAD, OTHER])
+    assert mask.shape == (2, 3, T) and mask.dtype == np.float32 and set(np.unique(mask)) == {0.0, 1.0}
+    starts = [0, 15, 0, 0, 11, 0]
+    np.testing.assert_array_equal(mask.reshape(6, T), np.arange(T) >= np.array(starts)[:, None])
+
+
+def test_from_first_error_of_merged_tokens():
+    """With a trained tokenizer the first is the token that holds the line's first character."""
+    text = "na\u00efve: <<2+3=5>>5.\n#### 6"
+    tokenizer = train_tokenizer([text, Y1, BAD] * 20, 300)
+    tokens, lengths = pack_answers(tokenizer, [text], 40)
+    first = int(from_first_error(tokenizer, tokens, lengths, [text], [QUAD]).argmax())
+    before, upto = tokenizer.decode([tokens[0, :first].tolist(), tokens[0, : first + 1].tolist()])
+    assert 0 < first < lengths[0] and len(before) <= text.index("####") < len(upto)
 
 
 def test_step_rewards_of_merged_tokens():
@@ -124,6 +155,8 @@ def test_format_is_a_program_that_can_be_read():
 def test_step_rewards_are_for_math():
     with pytest.raises(InputError, match="math only"):
         step_rewards(None, np.zeros((1, 4), int), np.array([4]), [REFERENCE], [code_quad()])
+    with pytest.raises(InputError, match="errors of single steps: math only"):
+        from_first_error(None, np.zeros((1, 4), int), np.array([4]), [REFERENCE], [code_quad()])
 
 
 # ---- harness errors -------------------------------------------------------------------------------------------------

@@ -372,6 +372,24 @@ def test_step_level_credit_and_validation_run(space):
     assert "eval/accuracy_revised" in rows[2] and "eval/accuracy_revised" not in rows[1]
 
 
+def test_error_localised_advantages_are_those_of_the_step(space, runs, monkeypatch):
+    """Where no wrong step is found it is rolled_up to the bit; where it is the last token, only that is blamed."""
+    assert runs["b3"]
+    rows = {"rolled_up": metrics(run_dir(space, "b3", "b3_grpo_verifier"))}
+    for name, start in (("nowhere", 0), ("last", tiny.FLAGS["max_new_tokens"] - 1)):
+        mask = lambda tokenizer, tokens_MT, len_M, texts, quads, start=start: np.broadcast_to(
+            np.arange(tokens_MT.shape[1]) >= start, (len(quads), len(texts) // len(quads), tokens_MT.shape[1])
+        ).astype(np.float32)
+        monkeypatch.setattr(cts, "from_first_error", mask)
+        run(space, "b3_grpo_verifier", name, process_credit="from_error")
+        rows[name] = metrics(run_dir(space, name, "b3_grpo_verifier"))
+    assert rows["nowhere"] == rows["rolled_up"]
+    first, other = rows["last"][0], rows["rolled_up"][0]
+    assert first["charts/reward"] == other["charts/reward"]  # the same samples, the same reward
+    assert first["losses/policy_loss"] < other["losses/policy_loss"] - 1e-4  # praise stays, almost no blame is left
+    assert first["losses/grad_norm"] > 0
+
+
 # ---- stopping and going on ------------------------------------------------------------------------------------------
 def test_stop_and_resume_is_bit_identical(space, runs, monkeypatch):
     """And with it: the same seed twice gives the same result."""

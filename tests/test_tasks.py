@@ -253,3 +253,6 @@ def test_step_credit_is_for_math():
     check_step_credit("fixtures_math", "per_step")
     with pytest.raises(InputError, match="--process_credit per_step: works on math tasks, apps is code"):
         check_step_credit("apps", "per_step")
+    check_step_credit("fixtures_math", "from_error")
+    with pytest.raises(InputError, match="--process_credit from_error: works on math tasks, apps is code"):
+        check_step_credit("apps", "from_error")
