@@ -87,9 +87,8 @@ def _comparisons(rng, horizon: int) -> tuple[str, list[str], int]:
     return " ".join([*sentences, f"How many {goods} do {people[i]} and {people[-1]} have?"]), lines, total
 
 
-# The stops of a circular line, in order.
-LINE = ("Ash", "Bay", "Cove", "Dale", "Elm", "Fort", "Glen", "Hill", "Inn", "Kirk", "Lake", "Mill", "Nook", "Oak",
-        "Park")  # fmt: skip
+STATIONS = ("bank", "barn", "dock", "farm", "fort", "hill", "inn", "lake", "mill", "park", "port", "shop", "yard",
+            "zoo")  # fmt: skip
 VEHICLES = ("bus", "tram", "train", "boat")
 HELD_OUT = 20  # percent of the sequences of operations
 
@@ -106,8 +105,7 @@ def fixtures_rare(seed: int = 0, size: int = 11_000) -> list[Problem]:
 
 def _chains(task: str, seed: tuple[int, int], size: int, weights: np.ndarray) -> list[Problem]:
     """Problems with horizons 2, 3, ... as often as `weights` say. Two templates: a stock that changes month by month
-    and a vehicle that people get on and off at the stops of a line. What comes next, a month or a stop, is known without
-    a look at the problem; what happens there is not.
+    and a vehicle that people get on and off.
 
     Split by structure: no sequence of operations of a test problem is one of training, whatever stands around it.
     """
@@ -168,8 +166,7 @@ def _stock(rng, horizon: int) -> tuple[str, list[str], int, str]:
 
 def _journey(rng, horizon: int) -> tuple[str, list[str], int, str]:
     vehicle, value = VEHICLES[rng.integers(len(VEHICLES))], int(rng.integers(10, 40))
-    first = int(rng.integers(len(LINE)))
-    where = [f"At {LINE[(first + i) % len(LINE)]}" for i in range(len(LINE))]
+    where = [f"At the {STATIONS[i]}" for i in rng.permutation(len(STATIONS))]
     events = {"+": ("get on", "come in"), "-": ("get off", "go out"), "*": ("times as many",) * 2}
     sentences, lines, last, structure = _chain(rng, horizon, value, where, events)
     x = " ".join([f"A {vehicle} starts with {value} people.", *sentences, f"How many people does the {vehicle} hold?"])

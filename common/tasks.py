@@ -181,8 +181,8 @@ class Task:
 
 TASKS = {
     "fixtures_math": Task("math", lambda data_dir: fixtures_math(), 128, 512, 480, 288),
-    "fixtures_long": Task("math", lambda data_dir: fixtures_long(), 256, 512, 900, 520, PLANTED["fixtures_long"]),
-    "fixtures_rare": Task("math", lambda data_dir: fixtures_rare(), 256, 512, 900, 520, PLANTED["fixtures_rare"]),
+    "fixtures_long": Task("math", lambda data_dir: fixtures_long(), 256, 512, 900, 576, PLANTED["fixtures_long"]),
+    "fixtures_rare": Task("math", lambda data_dir: fixtures_rare(), 256, 512, 900, 576, PLANTED["fixtures_rare"]),
     "gsm8k": Task("math", gsm8k, 256, 2048, 100, 768),
     "fixtures_code": Task("code", lambda data_dir: fixtures_code(), 80, 512, 480, 288),
     "mbpp": Task("code", mbpp, 256, 2048, 100, 768),
