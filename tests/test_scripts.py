@@ -571,7 +571,7 @@ def test_not_finite_stops_with_step_and_batch(space, monkeypatch):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        (dict(task="gsm9k"), "--task gsm9k: unknown; choose one of fixtures_math, gsm8k"),
+        (dict(task="gsm9k"), "--task gsm9k: unknown; choose one of fixtures_math, fixtures_long"),
         (dict(model="no/such-model"), "--model no/such-model: no such directory, and not fetched from the hub"),
         (dict(replay="no/such"), r"--replay no/such: train.jsonl is missing"),
         (dict(max_prompt_tokens=20), r"fixtures_math/\d+ has \d+ tokens, more than --max_prompt_tokens 20"),
