@@ -23,7 +23,8 @@ import dataclasses
 import functools
 import json
 import pathlib
-from typing import Literal, NamedTuple
+import typing
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -78,8 +79,8 @@ class Args(cts.RunArgs):
     # VERIFIER: what B3 adds to outcome-only GRPO.
     process_coef: float = 0.5
     """weight of the process reward; 0 = outcome only"""
-    process_credit: Literal["rolled_up", "per_step"] = "rolled_up"
-    """rolled_up = one scalar per completion; per_step = step-level advantages (DeepSeekMath 4.1.3)"""
+    process_credit: Literal["rolled_up", "per_step", "from_error"] = "rolled_up"
+    """rolled_up = one scalar; per_step = DeepSeekMath 4.1.3; from_error = blame from the first wrong step on (VPPO)"""
     # CTS: what B5 adds.
     lam_align: float = 1.0
     """length of the alignment's updates at the first step, relative to GRPO's; 0 = off"""
@@ -145,8 +146,16 @@ def step_advantages(step_reward_BGT: np.ndarray, step_end_BGT: np.ndarray, norm:
     return centred_BGT[..., ::-1].cumsum(-1)[..., ::-1].astype(np.float32)
 
 
+def from_error_advantages(adv_BGT: np.ndarray, from_error_BGT: np.ndarray) -> np.ndarray:
+    """VPPO's form: what is negative counts from the first wrong step on alone; what is positive counts everywhere.
+
+    A completion with -1/2 on its four tokens, the third its first wrong one, [0, 0, 1, 1], keeps [0, 0, -1/2, -1/2].
+    """
+    return np.where(adv_BGT < 0, adv_BGT * from_error_BGT, adv_BGT).astype(np.float32)
+
+
 # CTS: the energy critic and the pieces of the alignment.
-class Measure(NamedTuple):
+class Measure(typing.NamedTuple):
     """A trajectory as a measure: points [B, J, R], which of them are steps [B, J], their mass [B, J]."""
 
     points: jax.Array
@@ -584,6 +593,7 @@ def main(args: Args) -> dict:
 
     base = cts.base_report(base_dir, evaluator, base_params, replay["train"], B, G, args.temperature)
 
+    # ---- loop -----------------------------------------------------------------------------------------------------
     identity = cts.run_identity(args, base_params, tokenizer, replay, shapes, dtype)
     # CTS: the critic is fitted on the base's states before step 0, once for a base and its replay.
     read_rows = lambda quads: cts.fetch(base_states(base_params, cts.put(quads, by_row)))
@@ -603,9 +613,10 @@ def main(args: Args) -> dict:
         )
         if edit["cosine"] < 0.3:
             cts.say("R* is not a repair here: the energy does not know which way the flagged step should go.")
-
-    # ---- loop -----------------------------------------------------------------------------------------------------
-    base_params = base_params if args.kl_coef or keeps_base else None  # else its memory is free
+    frozen_params = base_params if keeps_base else None
+    base_params = base_params if args.kl_coef else None  # the KL alone still needs it: else its memory is free
+    # CTS: the alignment and L_E need it too.
+    base_params = frozen_params if keeps_base else base_params
     params, opt_state = run.start(identity, params, opt_state)
     clock = cts.StepClock()
     for step in run.steps():
@@ -627,7 +638,7 @@ def main(args: Args) -> dict:
         reward_BG = outcome_BG
         # VERIFIER: the process reward joins the outcome.
         process_BG = cts.process_scores(texts, quads)
-        if args.process_credit == "rolled_up":
+        if args.process_credit != "per_step":
             reward_BG = reward_BG + args.process_coef * process_BG
 
         # ---- advantages ----
@@ -635,11 +646,14 @@ def main(args: Args) -> dict:
         adv_BG = group_advantages(np.nan_to_num(reward_BG), valid_BG, args.adv_norm)  # NaN: not scored, harness error
         mask_BGT = cts.length_mask(out["len_M"], T).reshape(B, G, T) * valid_BG[..., None]
         adv_BGT = np.repeat(adv_BG[..., None], T, axis=-1)
-        # VERIFIER: or each step's own reward goes to the tokens before its end.
+        # VERIFIER: or each step's own reward goes to the tokens before its end; or blame starts where the error is.
         if args.process_credit == "per_step":
             step_reward_BGT, step_end_BGT = cts.step_rewards(tokenizer, out["tokens_MT"], out["len_M"], texts, quads)
             step_end_BGT = step_end_BGT * valid_BG[..., None]
             adv_BGT = adv_BGT + args.process_coef * step_advantages(step_reward_BGT, step_end_BGT, args.adv_norm)
+        elif args.process_credit == "from_error":
+            from_error_BGT = cts.from_first_error(tokenizer, out["tokens_MT"], out["len_M"], texts, quads)
+            adv_BGT = from_error_advantages(adv_BGT, from_error_BGT)
         batch["tokens"] = out["tokens_MT"].reshape(B, G, T)
         batch["old_logp"] = out["logp_MT"].reshape(B, G, T)
         batch["adv"] = adv_BGT.astype(np.float32)
