@@ -21,6 +21,8 @@ in blocks marked CTS; with all lam 0 and --critique=replay it is B3, update for 
 
 import dataclasses
 import functools
+
+# CTS: the critic's file, and measures.
 import json
 import pathlib
 import typing
@@ -85,7 +87,7 @@ class Args(cts.RunArgs):
     lam_align: float = 1.0
     """length of the alignment's updates at the first step, relative to GRPO's; 0 = off"""
     lam_align_final: float = 1.0
-    """and at the last step, reached linearly"""
+    """what share of that is left at the last step, reached linearly"""
     lam_decode: float = 0.5
     """length of the updates by the next-token loss on the revision y1; 0 = off"""
     lam_energy: float = 0.0
@@ -101,8 +103,7 @@ class Args(cts.RunArgs):
     critique: Literal["replay", "shuffled", "redacted", "online"] = "replay"
     """f of replay; another problem's f and place; without numbers and place (controls); of the policy's attempt (A6)"""
     target: Literal["energy", "ref_only", "hindsight", "random", "shuffled_locus", "all_steps"] = "energy"
-    """R* at the flagged step: by the energy; ref's state; the base's once it has read f; a random edit as long
-    (control); the energy's edit at another step (control); all_steps = every step to ref's (control)"""
+    """R* by the energy; y1's state; the base's behind f; controls: a random edit, at another step, all steps to y1's"""
     edit_eta: float = 0.5
     """length of the edit, relative to the way from R to ref; online: to its mean in the fit"""
     hold: float = 0.2
@@ -327,8 +328,8 @@ def align_term(model, base_model, critic: Critic, batch, args: Args, dtype):
     loss, rows = align_loss(R_theta_BJR, now, target, batch["align_weight"], args.hold, distance)
     aligned_B = batch["align_weight"] > 0
     metrics = {"losses/align_loss": (loss, batch["share"].sum()), "losses/aligned": (aligned_B.sum(), len(aligned_B))}
-    for name, row_B in zip(("S", "converged", "moved"), rows):
-        metrics[f"losses/align_{name}"] = ((row_B * aligned_B).sum(), aligned_B.sum())
+    names = ("losses/align_distance", "losses/align_converged", "losses/align_moved")
+    metrics |= {name: ((row_B * aligned_B).sum(), aligned_B.sum()) for name, row_B in zip(names, rows)}
     return loss, metrics
 
 
@@ -468,7 +469,7 @@ def main(args: Args) -> dict:
     params = {"policy": jax.tree.map(jnp.copy, base_params)}  # a copy: the step donates its parameters
     # CTS: the critic is the same for all seeds; which terms are on, and what each moves.
     critic_def, params["critic"] = nnx.split(Critic(cfg.d_model, nnx.Rngs(cts.STREAM_INIT)), nnx.Param)
-    aligns, trains_energy = args.lam_align + args.lam_align_final > 0, args.lam_energy > 0 and args.energy == "fitted"
+    aligns, trains_energy = args.lam_align > 0, args.lam_energy > 0 and args.energy == "fitted"
     terms = [*["align"] * aligns, *["decode"] * (args.lam_decode > 0), *["energy"] * trains_energy]
     moved = {"align": "policy", "decode": "policy", "energy": "critic"}
     keeps_base = aligns or trains_energy
@@ -527,25 +528,28 @@ def main(args: Args) -> dict:
             model, base_model, critic, batch, args, dtype
         )
 
-    def add_terms(params, grads, micro, scalars, base_params):
-        """Gradients of the terms that are on, with their metrics, norms and cosines with `grads`; --aux joint adds them
-        to `grads`, lam times, and leaves none."""
-        own, metrics = {}, {}
+    def add_terms(params, grads, metrics, micro, scalars, base_params):
+        """The gradients of the terms that are on; with --aux joint they join `grads`, lam times, and none are left."""
+        own = {}
         for name in terms:
             def add(total, one, term=name):
                 new, sums = jax.grad(term_loss, has_aux=True)(params, term, one, base_params)
                 return jax.tree.map(jnp.add, total, new), sums
             new, sums = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
             new, old = new[moved[name]], grads[moved[name]]
-            norm, dot = optax.tree.norm(new), optax.tree.vdot(new, old)
-            metrics |= jax.tree.map(lambda a: a.sum(0), sums) | {f"losses/{name}_grad_norm": (norm, 1.0)}
+            metrics |= jax.tree.map(lambda a: a.sum(0), sums)
+            norm = optax.tree.norm(new)
+            metrics[f"losses/{name}_grad_norm"] = (norm, 1.0)
             if moved[name] == "policy":
-                metrics[f"losses/{name}_grad_cosine"] = (dot / jnp.maximum(norm * optax.tree.norm(old), 1e-12), 1.0)
+                cosine = optax.tree.vdot(new, old) / jnp.maximum(norm * optax.tree.norm(old), 1e-12)
+                metrics[f"losses/{name}_grad_cosine"] = (cosine, 1.0)
             own[name] = new
         if args.aux == "joint":
             for name, new in own.items():
-                scaled = jax.tree.map(lambda a, lam=scalars[f"lam_{name}"]: lam * a, new)
-                grads[moved[name]] = jax.tree.map(jnp.add, grads[moved[name]], scaled)
+                lam, part = scalars[f"lam_{name}"], moved[name]
+                grads[part] = jax.tree.map(lambda old, new, lam=lam: old + lam * new, grads[part], new)
+                (loss, n), (term, _) = metrics["losses/loss"], metrics[f"losses/{name}_loss"]
+                metrics["losses/loss"] = (loss + lam * term, n)
         return grads, {} if args.aux == "joint" else own, metrics
 
     @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*state_sharding, replicated))
@@ -560,8 +564,7 @@ def main(args: Args) -> dict:
         metrics = jax.tree.map(lambda a: a.sum(0), metrics)
         metrics["losses/grad_norm"] = (optax.tree.norm(grads["policy"]), 1.0)
         # CTS: the gradients of its terms, at the same weights.
-        grads, own, cts_metrics = add_terms(params, grads, micro, scalars, base_params)
-        metrics |= cts_metrics
+        grads, own, metrics = add_terms(params, grads, metrics, micro, scalars, base_params)
         for name in params:
             updates, opt_state[name] = tx.update(grads[name], opt_state[name], params[name])
             params[name] = optax.apply_updates(params[name], updates)
@@ -663,8 +666,8 @@ def main(args: Args) -> dict:
         rows = cts.data_indices(len(replay["train"]), B, args.seed, step)
         way = edit["way"] if args.critique == "online" and edit else 0.0  # else that to y1's step itself
         batch |= pack_terms(tokenizer, quads, rows, shapes, args, way) if terms else {}
-        ends = [0, max(args.steps - 1, 1)], [args.lam_align, args.lam_align_final]
-        lams = {"align": np.interp(step, *ends), "decode": args.lam_decode, "energy": args.lam_energy}
+        left = np.interp(step, [0, max(args.steps - 1, 1)], [1.0, args.lam_align_final])
+        lams = {"align": args.lam_align * left, "decode": args.lam_decode, "energy": args.lam_energy}
         scalars |= {f"lam_{name}": np.float32(lam) for name, lam in lams.items()}
         clock.mark("score")
 
@@ -678,10 +681,12 @@ def main(args: Args) -> dict:
         metrics["charts/accuracy"] = float(np.nanmean(outcome_BG))
         metrics["charts/learning_rate"] = args.learning_rate * (1 - step / args.steps)
         metrics["charts/tokens"] = (step + 1) * B * (shapes["P_revise"] + G * T)
-        # CTS: the base reads f, y0 and y1, the policy y0 (align) and y1 (decode).
+        # CTS: the base reads f, y0 and y1, the policy y0 (align) and y1 (decode); and the fit's share, once.
         read = {"align": shapes["P_revise"] + 2 * shapes["P_attempt"] + 3 * shapes["T_replay"]}
-        read |= {"decode": shapes["P_revise"] + shapes["T_replay"], "energy": sum(shapes.values())}
+        read |= {"decode": shapes["P_revise"] + shapes["T_replay"]}
+        read["energy"] = shapes["P_revise"] + shapes["P_attempt"] + 2 * shapes["T_replay"]
         metrics["charts/tokens"] += (step + 1) * B * sum(read[name] for name in terms)
+        metrics["charts/tokens"] += min(FIT_QUADS, len(replay["train"])) * read["energy"] if edit else 0
         metrics |= clock.metrics(M) | cts.rollout_metrics(out, texts, reward_BG, quads)
         # VERIFIER: how far the steps hold, whether or not the answer is right.
         metrics["rollout/process_mean"] = float(np.nanmean(process_BG))

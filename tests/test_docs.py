@@ -56,13 +56,15 @@ def test_every_logged_metric_is_explained_and_none_else():
     text = "".join(path.read_text() for path in [*(ROOT / name for name in SCRIPTS), *ROOT.glob("common/*.py")])
     logged = set(re.findall(r'"((?:charts|losses|rollout|time)/\w+)"', text))
     logged |= {f"time/{part}" for part in re.findall(r'clock\.mark\("(\w+)"\)', text)} | {"time/step"}
+    logged |= {f"losses/{term}_grad_norm" for term in ("align", "decode", "energy")}
+    logged |= {f"losses/{term}_grad_cosine" for term in ("align", "decode")}
     logged |= {f"eval/{name}" for name in ("accuracy", "accuracy_revised", "delta_critique")}
     assert sorted(rows(METRICS, r"\w+/\w+", 3)) == sorted(logged)
 
 
 def test_every_rate_of_a_summary_is_explained_and_none_else():
     rates = {key for key in summarize([]) if not key.startswith("by_")}
-    assert sorted(rows(METRICS, r"\w+", 1)) == sorted({*rates, "energy_auc"})
+    assert sorted(rows(METRICS, r"\w+", 1)) == sorted({*rates, "edit"})
 
 
 # ---- names and commands ---------------------------------------------------------------------------------------------

@@ -13,8 +13,9 @@ from common.replay import Quadruple
 from common.tasks import TASKS
 
 FLAGS = dict(
-    steps=3, prompts=4, group=4, max_new_tokens=48, wandb="disabled", save_every=2, temperature=0.7, truncated="keep"
-)
+    steps=3, prompts=4, group=4, max_new_tokens=48, wandb="disabled", save_every=2, temperature=0.7, truncated="keep",
+    energy_fit=20,
+)  # fmt: skip
 
 
 def flags(script) -> dict:
