@@ -23,6 +23,7 @@ import scipy.stats
 
 from common.basics import mean
 from common.replay import Quadruple
+from common.slips import PLANTED, step_kinds
 from common.tokenizer import Tokenizer
 from common.verifier import first_wrong_step, split_steps
 
@@ -314,12 +315,16 @@ def credit_records(
 
 
 # ---- first attempts -------------------------------------------------------------------------------------------------
-def attempt_record(q: Quadruple, text: str) -> dict[str, int | None]:
+def attempt_record(q: Quadruple, text: str) -> dict[str, Any]:
     """attempt_wrong_step: index of the first attempt's first step that does not hold (None if none is found);
-    attempt_steps: how many it has. Both None for a program."""
+    attempt_steps: how many it has; attempt_kinds: [kind, planted] of each (`step_kinds`), where slips are planted. All
+    None for a program."""
     if q.meta["domain"] != "math":
-        return {"attempt_wrong_step": None, "attempt_steps": None}
-    return {"attempt_wrong_step": first_wrong_step(text, q.y1), "attempt_steps": len(split_steps(text))}
+        return {"attempt_wrong_step": None, "attempt_steps": None, "attempt_kinds": None}
+    planted = PLANTED.get(q.meta["task_id"].partition("/")[0])
+    kinds = planted and [list(step) for step in step_kinds(text, q.y1, planted)]
+    wrong, steps = first_wrong_step(text, q.y1), len(split_steps(text))
+    return {"attempt_wrong_step": wrong, "attempt_steps": steps, "attempt_kinds": kinds}
 
 
 def survival(records: Sequence[dict[str, Any]]) -> dict[str, list[float]] | None:

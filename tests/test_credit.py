@@ -347,8 +347,18 @@ def test_values_drop_at_the_flagged_step(world):
 def test_attempt_record(kind):
     lines, wrong = ATTEMPTS[kind]
     q = dataclasses.replace(QUAD, y1=SOLUTION)
-    assert attempt_record(q, "\n".join(lines)) == {"attempt_wrong_step": wrong, "attempt_steps": len(lines)}
-    assert attempt_record(code_quad(), "pass") == {"attempt_wrong_step": None, "attempt_steps": None}
+    found = {"attempt_wrong_step": wrong, "attempt_steps": len(lines), "attempt_kinds": None}
+    assert attempt_record(q, "\n".join(lines)) == found
+    assert attempt_record(code_quad(), "pass") == dict.fromkeys(found)
+
+
+def test_kinds_are_recorded_where_slips_are_planted():
+    """fixtures_long plants them on 6 and 7: the first step slips, the second copies another operand than x gives."""
+    q = dataclasses.replace(QUAD, y1="<<20+6=26>>26\n<<26-4=22>>22\n#### 22")
+    q = dataclasses.replace(q, meta={**q.meta, "task_id": "fixtures_long/1", "answer": "22"})
+    found = attempt_record(q, "<<20+6=27>>27\n<<27-5=22>>22\n#### 22")
+    assert found["attempt_kinds"] == [["slip", True], ["copying", False]] and found["attempt_wrong_step"] == 0
+    json.dumps(found)
 
 
 def test_survival_by_hand():
