@@ -401,7 +401,7 @@ def test_what_is_said_of_a_base_on_its_page():
     }
     text = make.page("fixtures_rare", found)
     assert "| first | 12.5 | 25.0 | \u2013 | 50.0 | 0.0 | 0.0 | 25.0 | 50.0 |" in text
-    assert "probability 0.95 where the second operand is among 3, 4, 5, 6, 7" in text
+    assert "probability 0.9 where the second operand is among 4, 5, 6, 7" in text
 
 
 def test_no_base_is_made_where_one_is(tmp_path):
