@@ -17,7 +17,7 @@ import teacher
 from common.report import read_metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
-FLAGS = {**tiny.FLAGS, "prompts": 8, "group": 2, "save_every": 1}
+FLAGS = {**tiny.FLAGS, "energy_fit": tiny.FIT, "prompts": 8, "group": 2, "save_every": 1}
 PROGRAM = """
 import jax, json, sys
 sys.path.insert(0, "tests")

@@ -14,13 +14,14 @@ from common.tasks import TASKS
 
 FLAGS = dict(
     steps=3, prompts=4, group=4, max_new_tokens=48, wandb="disabled", save_every=2, temperature=0.7, truncated="keep",
-    energy_fit=20,
 )  # fmt: skip
+FIT = 20  # updates of the critic, in scripts that have one
 
 
 def flags(script) -> dict:
-    """FLAGS as far as the script has them."""
-    return {k: v for k, v in FLAGS.items() if k in {field.name for field in dataclasses.fields(script.Args)}}
+    """FLAGS and a short fit as far as the script has them."""
+    names = {field.name for field in dataclasses.fields(script.Args)}
+    return {k: v for k, v in {**FLAGS, "energy_fit": FIT}.items() if k in names}
 
 
 @dataclasses.dataclass(frozen=True)
