@@ -100,6 +100,8 @@ class Args(cts.RunArgs):
     """fitted = before step 0; frozen = E and project_f stay as initialised (A5)"""
     energy_fit: int = 3000
     """updates of that fit"""
+    energy_quads: int = 2048
+    """training quadruples that the base reads for it; 0 = all"""
     critique: Literal["replay", "shuffled", "redacted", "online"] = "replay"
     """f of replay; another problem's f and place; without numbers and place (controls); of the policy's attempt (A6)"""
     target: Literal["energy", "ref_only", "hindsight", "random", "shuffled_locus", "all_steps"] = "energy"
@@ -115,7 +117,7 @@ class Args(cts.RunArgs):
 # CTS: constants that no ablation varies.
 LATENT_DIM, ENERGY_HIDDEN, PLACE_DIM, TIME_WEIGHT = 32, 256, 8, 0.5  # R, E's width, j's features, weight of t / T
 SINKHORN_EPSILON, SINKHORN_ITERATIONS, SOFT_DTW_GAMMA = 0.05, 200, 0.1  # on squared distances of `with_time` points
-FIT_ROWS, FIT_RATE, FIT_QUADS, CHECK_QUADS = 64, 2e-3, 2048, 256  # rows and peak rate of the fit, quadruples it reads
+FIT_ROWS, FIT_RATE, CHECK_QUADS = 64, 2e-3, 256  # rows and peak rate of the fit, quadruples that check it
 
 
 # ---- method pieces ------------------------------------------------------------------------------------------------
@@ -405,15 +407,15 @@ def read_quads(read_rows, tokenizer, quads: list[cts.Quadruple], shapes, B: int,
 
 
 def fit_on_base(critic_def, critic, read_rows, tokenizer, replay, shapes, B: int, args: Args) -> str:
-    """The critic fitted on FIT_QUADS quadruples of the train split (--energy frozen: as it is), with `check_edit` on
-    CHECK_QUADS of the validation split, on the same under other critiques and under redacted ones."""
+    """The critic fitted on quadruples of the train split (--energy frozen: as it is), with `check_edit` on CHECK_QUADS
+    of the validation split (--eval_problems, if less), as they are, under other critiques and under redacted ones."""
     args = dataclasses.replace(args, critique="replay")  # one critic for all arms
     read = lambda quads: read_quads(read_rows, tokenizer, quads, shapes, B, args)
-    cached = read(cts.first_problems(replay["train"], FIT_QUADS))
+    cached = read(cts.first_problems(replay["train"], args.energy_quads))
     if args.energy == "fitted" and len(cached["f"]):
         arrays = dict(zip(("points", "step", "way", "weight"), energy_points(cached["R"], cached["ref"], cached)))
         critic = fit_critic(critic_def, critic, arrays | {"f": cached["f"]}, args.energy_fit)
-    held = cts.first_problems(replay["val"], CHECK_QUADS)
+    held = cts.first_problems(replay["val"], min(CHECK_QUADS, args.eval_problems or CHECK_QUADS))
     redacted = read([cts.with_critique(q, cts.redact(q.f), q.meta["error_span"]) for q in held])
     found = {"replay": read(held), "redacted": redacted}
     found["shuffled"] = found["replay"] | {"f": np.roll(found["replay"]["f"], 1, 0)}
@@ -604,7 +606,8 @@ def main(args: Args) -> dict:
     edit, figures = None, {}
     if trains_energy or (aligns and (args.target in ("energy", "shuffled_locus") or args.critique == "online")):
         key = [pathlib.Path(__file__).read_text(), identity["base_weights"], identity["train_replay"], shapes]
-        key += [args.energy, args.energy_fit, args.edit_eta, identity["decode"], jax.default_backend()]
+        key += [args.energy, args.energy_fit, args.energy_quads, args.edit_eta, identity["decode"]]
+        key += [jax.default_backend()]
         leaves, figures = cts.unpack_arrays(cts.kept(base_dir / f"critic_{cts.sha256(json.dumps(key))[:16]}.json", fit))
         params["critic"] = jax.tree.unflatten(jax.tree.structure(params["critic"]), leaves)
         params = cts.put(params, state_sharding[0])
@@ -686,7 +689,8 @@ def main(args: Args) -> dict:
         read |= {"decode": shapes["P_revise"] + shapes["T_replay"]}
         read["energy"] = shapes["P_revise"] + shapes["P_attempt"] + 2 * shapes["T_replay"]
         metrics["charts/tokens"] += (step + 1) * B * sum(read[name] for name in terms)
-        metrics["charts/tokens"] += min(FIT_QUADS, len(replay["train"])) * read["energy"] if edit else 0
+        fitted_on = cts.first_problems(replay["train"], args.energy_quads) if edit else []
+        metrics["charts/tokens"] += len(fitted_on) * read["energy"]
         metrics |= clock.metrics(M) | cts.rollout_metrics(out, texts, reward_BG, quads)
         # VERIFIER: how far the steps hold, whether or not the answer is right.
         metrics["rollout/process_mean"] = float(np.nanmean(process_BG))

@@ -48,7 +48,7 @@ from common.hosts import batch_shardings, count_micro_batches, fetch, kept, make
 from common.making import load_replay, make_replay
 # model: the decoder: prompts and completions to hidden states
 from common.model import (
-    Decoder, ModelConfig, Reading, States, attend, attend_causal, dense, rms_norm, rope_table, rotate,
+    Decoder, ModelConfig, Reading, attend, attend_causal, dense, rms_norm, rope_table, rotate,
 )  # fmt: skip
 # sampling: token log-probs and samples from hidden states
 from common.sampling import first_argmax, generate, token_logp
@@ -66,7 +66,6 @@ from common.fingerprint import run_identity
 # base: what a run starts from: the nano base, trained here or shipped, or a checkpoint
 from common.base import load_model
 # credit: where training moved the policy on a flawed attempt, and what that would be without credit
-from common.credit import detector_auc
 # evaluation: the measurement that all methods share, and the pre-check of the base
 from common.evaluation import Evaluator, base_report, first_problems, summarize
 # report: result.json, the summary, the curves
