@@ -40,7 +40,7 @@ def test_score_records():
         "task_id": "own/1", "horizon": 1, "edit_distance": 2, "error_tags": ["local_arithmetic"], "y0": 0.0,
         "attempt": 0.0, "revised": 0.0, "revised_tokens": 9, "revised_truncated": True, "revised_format": False,
         "attempt_tokens": 6, "attempt_truncated": False, "revision": "So 5",
-        "attempt_wrong_step": 0, "attempt_steps": 1,
+        "attempt_wrong_step": 0, "attempt_steps": 1, "attempt_kinds": None,
     }  # fmt: skip
     (good,) = score_records([QUAD], [{**attempt, "text": Y1}], [{**revision, "text": Y1}])
     assert (good["y0"], good["attempt"], good["revised"], good["revised_format"]) == (0.0, 1.0, 1.0, True)
