@@ -213,11 +213,11 @@ def another_step(alpha_BJ: np.ndarray, step_mask_BJ: np.ndarray, rngs: list[np.r
     return out_BJ
 
 
-def pack_terms(tokenizer, quads: list[cts.Quadruple], rows, shapes, args: Args, way: float = 0.0) -> dict:
-    """What the terms read, where the critique points, their weights, and what control arms draw, of the quadruples that
-    stand in the `rows` of the replay (the same draw every time). `way`: the mean of the fit, for --critique online."""
-    batch = cts.pack_revise(tokenizer, quads, shapes)
-    batch |= cts.pack_trajectories(tokenizer, quads, shapes, batch)
+def pack_terms(tokenizer, quads: list[cts.Quadruple], rows, shapes, revise: dict, args: Args, way: float = 0.0) -> dict:
+    """`revise`, the packed revise prompts, and what the terms read beside it, where the critique points, their weights,
+    and what control arms draw, of the quadruples that stand in the `rows` of the replay (the same draw every time).
+    `way`: the mean of the fit, for --critique online."""
+    batch = revise | cts.pack_trajectories(tokenizer, quads, shapes, revise)
     known_BJ = batch["y0_mask"] if args.critique == "online" else batch["y0_mask"] * batch["y1_mask"]
     batch["alpha"] = critique_weights(batch["flagged"], known_BJ)
     on_B = batch["wrong"] * (1.0 if args.target == "all_steps" else batch["alpha"].sum(-1) > 0)
@@ -399,7 +399,8 @@ def read_quads(read_rows, tokenizer, quads: list[cts.Quadruple], shapes, B: int,
     parts = []
     for i in cts.progress(range(0, len(quads), B), desc="states", unit="batch", leave=False):
         rows = [j % len(quads) for j in range(i, i + B)]  # the last batch is filled up
-        batch = pack_terms(tokenizer, [quads[j] for j in rows], rows, shapes, args)
+        some = [quads[j] for j in rows]
+        batch = pack_terms(tokenizer, some, rows, shapes, cts.pack_revise(tokenizer, some, shapes), args)
         out = dict(zip(("R", "ref", "f"), read_rows(batch))) | {k: batch[k] for k in ("alpha", "y0_mask", "y1_mask")}
         keep = np.flatnonzero((np.arange(B) < len(quads) - i) & (batch["wrong"] * batch["alpha"].sum(-1) > 0))
         parts.append({name: array[keep] for name, array in out.items()})
@@ -668,7 +669,7 @@ def main(args: Args) -> dict:
         # CTS: what its terms read and their weights; lam_align moves on its schedule.
         rows = cts.data_indices(len(replay["train"]), B, args.seed, step)
         way = edit["way"] if args.critique == "online" and edit else 0.0  # else that to y1's step itself
-        batch |= pack_terms(tokenizer, quads, rows, shapes, args, way) if terms else {}
+        batch = pack_terms(tokenizer, quads, rows, shapes, batch, args, way) if terms else batch
         left = np.interp(step, [0, max(args.steps - 1, 1)], [1.0, args.lam_align_final])
         lams = {"align": args.lam_align * left, "decode": args.lam_decode, "energy": args.lam_energy}
         scalars |= {f"lam_{name}": np.float32(lam) for name, lam in lams.items()}

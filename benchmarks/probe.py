@@ -82,6 +82,11 @@ class Probe:
 
         self.logp = logp
 
+    def pack(self, quads: list[cts.Quadruple], rows, flags: b5.Args) -> dict[str, np.ndarray]:
+        """What a term reads of `quads`, which stand in the `rows` of the replay."""
+        revise = cts.pack_revise(self.tokenizer, quads, self.shapes)
+        return b5.pack_terms(self.tokenizer, quads, rows, self.shapes, revise, flags)
+
     def fit(self, flags: b5.Args):
         """The critic fitted on this base; what it can do is printed."""
         if flags.energy_fit not in self.fitted:
@@ -111,7 +116,7 @@ class Probe:
             values = []
             for i in range(0, n, self.args.rows):
                 some = quads[i : i + self.args.rows]
-                batch = b5.pack_terms(self.tokenizer, some, range(len(some)), self.shapes, b5.Args())
+                batch = self.pack(some, range(len(some)), b5.Args())
                 values += cts.fetch(self.logp(params, batch, prompt)).tolist()
             found[name] = (np.mean(values), np.std(values) / len(values) ** 0.5)
         return found
@@ -139,7 +144,7 @@ class Probe:
         for step in range(max(self.args.updates)):
             rows = cts.data_indices(len(self.replay["train"]), self.args.rows, flags.seed, step)
             quads = [self.replay["train"][i] for i in rows]
-            batch = b5.pack_terms(self.tokenizer, quads, rows, self.shapes, flags)
+            batch = self.pack(quads, rows, flags)
             params, opt_state, norm = update(params, opt_state, batch)
             if step + 1 in self.args.updates:
                 self.show(name, step + 1, float(norm), self.measure(params))

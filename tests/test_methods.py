@@ -520,13 +520,13 @@ def measure(points, mask, mass) -> b5.Measure:
 
 def test_align_loss_by_hand():
     """Rows with weights 1/2, 1/2, 0. S = squared distance of the flagged step / R; the other steps by their drift."""
-    ones, R_dim = np.ones((3, 3, 2), np.float32), 2
+    ones = np.ones((3, 3, 2), np.float32)
     R, mask, mass = 0 * ones, floats([1, 1, 1], [1, 1, 0], [1, 1, 1]), floats([0, 1, 0], [1, 0, 0], [1, 0, 0])
     now, goal = measure(R, mask, mass), measure(2 * ones, mask, mass)
     theta = jnp.asarray(ones) * jnp.array([3.0, 1.0, 5.0])[None, :, None]  # the steps stand at 3, 1, 5
     loss, (S, converged, moved) = b5.align_loss(theta, now, goal, jnp.array([0.5, 0.5, 0.0]), 0.1, cts.l2_distance)
     np.testing.assert_allclose(S, [(1 - 2) ** 2, (3 - 2) ** 2, (3 - 2) ** 2], rtol=1e-5)
-    assert converged.tolist() == [1, 1, 1] and moved.tolist() == [0, 0, 0] and R_dim == 2
+    assert converged.tolist() == [1, 1, 1] and moved.tolist() == [0, 0, 0]
     drift = [(9 + 25) / 2, 1.0]
     assert loss == pytest.approx(0.5 * (1 + 0.1 * drift[0]) + 0.5 * (1 + 0.1 * drift[1]), rel=1e-5)
 
