@@ -16,11 +16,13 @@ from common.basics import (
     InputError,
     mean,
     normalize_x,
+    pack_arrays,
     parse_line,
     parse_python,
     read_json,
     round_up,
     sha256,
+    unpack_arrays,
     writable,
     write_atomic,
 )
@@ -125,3 +127,10 @@ def test_a_program_is_parsed_whatever_the_collector_meets():
         assert gc.isenabled()
     finally:
         gc.set_threshold(*thresholds)
+
+
+def test_packed_arrays_come_back_to_the_bit():
+    arrays = [np.float32([[0.1, -0.0], [np.inf, 1e-40]]), np.float32(3.5), np.zeros((0, 2), np.float32)]
+    back, about = unpack_arrays(pack_arrays(arrays, {"cosine": 0.5}))
+    assert about == {"cosine": 0.5} and [a.shape for a in back] == [np.shape(a) for a in arrays]
+    assert all(a.tobytes() == np.asarray(b).tobytes() for a, b in zip(back, arrays))

@@ -9,7 +9,15 @@ import re
 import pytest
 from examples import ATTEMPTS, REFERENCE, SOLUTION, WRONG, X, code_quad, fenced
 
-from common.critique import ORDINALS, check_critique, describe_call, redact, with_attempts, write_critique
+from common.critique import (
+    ORDINALS,
+    check_critique,
+    describe_call,
+    redact,
+    with_attempts,
+    with_critique_of,
+    write_critique,
+)
 from common.prompts import revise_prompt
 from common.replay import Quadruple
 
@@ -138,3 +146,19 @@ def test_calls_are_described_without_what_they_should_give():
     assert len(call(f"assert f({[1] * 99}) == 5")) < 70
     assert describe_call({"fn_name": "f", "inputs": [[1, "a"]], "outputs": [3]}, 0) == "f(1, 'a')"
     assert describe_call({"inputs": ["1 2\n"], "outputs": ["3"]}, 0) == r"the input '1 2\n'"
+
+
+def test_another_critique_points_at_the_step_of_its_own_number():
+    """The second step of three, wherever it stands in y0; nowhere in an attempt of one step, or where it names none."""
+
+    def quad(y0, f, span):
+        return Quadruple("x", y0, f, "y1", {"error_span": span, "task_id": y0, "domain": "math"})
+
+    other = quad("<<1+1=2>>2\n<<2+2=5>>5\n#### 5", "The second step is wrong.", [11, 21])
+    long, short = quad("So <<10+10=20>>20\nand <<20+2=22>>22\n#### 22", "f", [0, 17]), quad("#### 22", "f", [0, 7])
+    taken = with_critique_of(long, other)
+    assert taken.f == other.f and taken.y0 == long.y0 and long.meta["error_span"] == [0, 17]
+    start, end = taken.meta["error_span"]
+    assert long.y0[start:end] == "and <<20+2=22>>22"
+    assert with_critique_of(short, other).meta["error_span"] is None
+    assert with_critique_of(long, quad(other.y0, "Something is wrong.", None)).meta["error_span"] is None

@@ -15,10 +15,11 @@ from examples import PROBLEM, REFERENCE, WRONG, X, code_quad, math_quad, problem
 import teacher
 from common import programs as programs_room
 from common.basics import InputError
-from common.fixtures import fixtures_code, fixtures_math
-from common.making import edit_distance, load_replay, perturb_programs
+from common.fixtures import fixtures_code, fixtures_long, fixtures_math
+from common.making import edit_distance, load_replay, perturb, perturb_programs
 from common.mutants import FLAWS, count_statements
 from common.replay import ERROR_TAGS, Quadruple, parse_quadruple, replay_report, write_replay
+from common.slips import PLANTED, operations, step_kinds
 from common.tasks import TASKS
 
 
@@ -33,6 +34,23 @@ def small_task(monkeypatch):
     task = TASKS["fixtures_math"]
     small = dataclasses.replace(task, load=lambda data_dir: fixtures_math(size=300)[:120])
     monkeypatch.setitem(TASKS, "fixtures_math", small)
+
+
+def test_where_slips_are_planted_the_flawed_attempts_are_slips():
+    """The flagged step is the first of them, named by number; without a planted operation it is another mistake."""
+    planted, kinds, without = PLANTED["fixtures_long"], [], 0
+    for problem in fixtures_long(size=150)[:100]:
+        q = perturb(problem, planted=planted)
+        found = step_kinds(q.y0, problem.reference, planted)
+        if not any(planted.at(step.b) for step in operations(problem.reference)):
+            without += 1
+            continue
+        first = next((i for i, (kind, _) in enumerate(found) if kind != "right"), None)
+        start, end = q.meta["error_span"]
+        kinds.append({kind for kind, _ in found} <= {"right", "slip"})
+        assert not kinds[-1] or q.y0[start:end] == q.y0.split("\n")[first]
+        assert not q.meta["y0_correct"] and q.meta["verified"] and q == perturb(problem, planted=planted)
+    assert sum(kinds) > 0.9 * len(kinds) > 40 and without > 5
 
 
 def test_main_writes_what_the_loader_reads_and_limit_changes_no_quadruple(tmp_path, small_task, capsys):
