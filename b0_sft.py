@@ -90,6 +90,7 @@ def main(args: Args) -> dict:
     cfg, base_params, tokenizer, base_dir = cts.load_model(args.model, args.task, replay, args.out_dir, mesh)
     max_new_tokens = args.max_new_tokens or cts.TASKS[args.task].max_new_tokens
     shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new_tokens)
+    widths = cts.update_widths(tokenizer, replay["train"], shapes)
     B, G, M, T = args.prompts, args.group, args.prompts * args.group, shapes["T"]
     run = cts.Run(args, __file__)
     if run.finished:
@@ -117,22 +118,22 @@ def main(args: Args) -> dict:
         logp_MT, entropy_MT = forward(params["policy"], batch)
         mask_MT = batch["mask"]
         loss = sft_loss(logp_MT, mask_MT, denom)
-        micro_share = len(batch["prompt"]) / M  # of the batch: summed over micro-batches, losses stay losses
-        metrics = {"losses/loss": (loss, micro_share)}
+        metrics = {"losses/loss": loss}
         metrics["losses/entropy"] = ((entropy_MT * mask_MT).sum(), mask_MT.sum())
         return loss, metrics
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*state_sharding, replicated))
-    def train_step(params, opt_state, batch, denom):
-        cts.TRACES["train_step"] += 1
-        micro = jax.tree.map(lambda a: a.reshape(-1, n_micro, *a.shape[1:]).swapaxes(0, 1), batch)
+    no_grads = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=state_sharding[0])
 
-        def add(grads, one):
-            new, metrics = jax.grad(loss_fn, has_aux=True)(params, one, denom)
-            return jax.tree.map(jnp.add, grads, new), metrics
-        grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
-        metrics = jax.tree.map(lambda a: a.sum(0), metrics)
-        metrics["losses/grad_norm"] = (optax.tree.norm(grads["policy"]), 1.0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(state_sharding[0], replicated))
+    def add_grads(grads, params, micro, denom):
+        cts.TRACES["add_grads"] += 1
+        new, metrics = jax.grad(loss_fn, has_aux=True)(params, micro, denom)
+        return jax.tree.map(jnp.add, grads, new), metrics
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*state_sharding, replicated))
+    def train_step(params, opt_state, grads):
+        cts.TRACES["train_step"] += 1
+        metrics = {"losses/grad_norm": optax.tree.norm(grads["policy"])}
         for name in params:
             updates, opt_state[name] = tx.update(grads[name], opt_state[name], params[name])
             params[name] = optax.apply_updates(params[name], updates)
@@ -158,8 +159,13 @@ def main(args: Args) -> dict:
         clock.mark("batch")
 
         # ---- update ----
-        params, opt_state, sums = train_step(params, opt_state, cts.put(batch, by_row), denom)
-        metrics = cts.reduce(cts.fetch(sums))
+        grads, sums = no_grads(params), []
+        for micro in cts.micro_batches(batch, n_micro, widths):
+            grads, one = add_grads(grads, params, cts.put(micro, by_row), denom)
+            sums.append(one)
+        params, opt_state, norm = train_step(params, opt_state, grads)
+        metrics = cts.reduce(cts.fetch([*sums, norm]))
+        del grads  # their memory is free
         clock.mark("update")
 
         # ---- log, save ----

@@ -94,6 +94,7 @@ def main(args: Args) -> dict:
     cfg, base_params, tokenizer, base_dir = cts.load_model(args.model, args.task, replay, args.out_dir, mesh)
     max_new_tokens = args.max_new_tokens or cts.TASKS[args.task].max_new_tokens
     shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new_tokens)
+    widths = cts.update_widths(tokenizer, replay["train"], shapes)
     B, G, M, T = args.prompts, args.group, args.prompts * args.group, shapes["T"]
     n_pairs = M // 2  # of a step
     run = cts.Run(args, __file__)
@@ -114,10 +115,10 @@ def main(args: Args) -> dict:
     # ---- jitted functions -----------------------------------------------------------------------------------------
     def forward(policy, batch):
         """(log-probs, entropies) [B, 2, T] of both completions of every pair; their prompt is computed once."""
-        model, tokens_MT = nnx.merge(graphdef, policy), batch["tokens"].reshape(-1, T)
+        model, tokens_MT = nnx.merge(graphdef, policy), batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
         (states,) = model([cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])], dtype)
         out = cts.token_logp(states.completions[0], tokens_MT, model.head_VD())
-        return [a.reshape(-1, 2, T) for a in out]
+        return [a.reshape(batch["tokens"].shape) for a in out]
 
     def loss_fn(params, batch, base_params):
         mask_B2T = batch["mask"]
@@ -126,12 +127,11 @@ def main(args: Args) -> dict:
         logp_B2, ref_logp_B2 = (logp_B2T * mask_B2T).sum(-1), (ref_logp_B2T * mask_B2T).sum(-1)
         loss_B, margin_B = dpo_loss(logp_B2, ref_logp_B2, args.beta)
         nll_B = -logp_B2[:, 0] / mask_B2T[:, 0].sum(-1)
-        micro_share = len(margin_B) / n_pairs  # of the batch: summed over micro-batches, losses stay losses
         dpo, nll = loss_B.sum() / n_pairs, nll_B.sum() / n_pairs
         loss = dpo + args.nll_coef * nll
-        metrics = {"losses/dpo_loss": (dpo, micro_share)}
-        metrics["losses/nll_loss"] = (nll, micro_share)
-        metrics["losses/loss"] = (loss, micro_share)
+        metrics = {"losses/dpo_loss": dpo}
+        metrics["losses/nll_loss"] = nll
+        metrics["losses/loss"] = loss
         metrics["losses/entropy"] = ((entropy_B2T * mask_B2T).sum(), mask_B2T.sum())
         metrics["losses/margin"] = (margin_B.sum(), len(margin_B))
         metrics["losses/preference_acc"] = ((margin_B > 0).sum(), len(margin_B))
@@ -139,17 +139,18 @@ def main(args: Args) -> dict:
         metrics["losses/rejected_shift"] = ((logp_B2 - ref_logp_B2)[:, 1].sum(), len(margin_B))
         return loss, metrics
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*state_sharding, replicated))
-    def train_step(params, opt_state, batch, base_params):
-        cts.TRACES["train_step"] += 1
-        micro = jax.tree.map(lambda a: a.reshape(-1, n_micro, *a.shape[1:]).swapaxes(0, 1), batch)
+    no_grads = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=state_sharding[0])
 
-        def add(grads, one):
-            new, metrics = jax.grad(loss_fn, has_aux=True)(params, one, base_params)
-            return jax.tree.map(jnp.add, grads, new), metrics
-        grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
-        metrics = jax.tree.map(lambda a: a.sum(0), metrics)
-        metrics["losses/grad_norm"] = (optax.tree.norm(grads["policy"]), 1.0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(state_sharding[0], replicated))
+    def add_grads(grads, params, micro, base_params):
+        cts.TRACES["add_grads"] += 1
+        new, metrics = jax.grad(loss_fn, has_aux=True)(params, micro, base_params)
+        return jax.tree.map(jnp.add, grads, new), metrics
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*state_sharding, replicated))
+    def train_step(params, opt_state, grads):
+        cts.TRACES["train_step"] += 1
+        metrics = {"losses/grad_norm": optax.tree.norm(grads["policy"])}
         for name in params:
             updates, opt_state[name] = tx.update(grads[name], opt_state[name], params[name])
             params[name] = optax.apply_updates(params[name], updates)
@@ -173,8 +174,13 @@ def main(args: Args) -> dict:
         clock.mark("batch")
 
         # ---- update ----
-        params, opt_state, sums = train_step(params, opt_state, cts.put(batch, by_row), base_params)
-        metrics = cts.reduce(cts.fetch(sums))
+        grads, sums = no_grads(params), []
+        for micro in cts.micro_batches(batch, n_micro, widths):
+            grads, one = add_grads(grads, params, cts.put(micro, by_row), base_params)
+            sums.append(one)
+        params, opt_state, norm = train_step(params, opt_state, grads)
+        metrics = cts.reduce(cts.fetch([*sums, norm]))
+        del grads  # their memory is free
         clock.mark("update")
 
         # ---- log, save ----

@@ -84,6 +84,7 @@ def group_advantages(reward_BG: np.ndarray, valid_BG: np.ndarray, norm: str) -> 
     Rewards [1, 0, 9] with the last one invalid: center -> [.5, -.5, 0].
     """
     n_B1 = np.maximum(valid_BG.sum(1, keepdims=True), 1)
+    reward_BG = reward_BG.astype(np.float64)  # in float32 the mean of equal rewards may be off by more than nothing
     centred_BG = (reward_BG - (reward_BG * valid_BG).sum(1, keepdims=True) / n_B1) * valid_BG
     if norm == "std":
         centred_BG = centred_BG / (np.sqrt((centred_BG**2).sum(1, keepdims=True) / n_B1) + 1e-6)
@@ -148,6 +149,7 @@ def main(args: Args) -> dict:
     cfg, base_params, tokenizer, base_dir = cts.load_model(args.model, args.task, replay, args.out_dir, mesh)
     max_new_tokens = args.max_new_tokens or cts.TASKS[args.task].max_new_tokens
     shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new_tokens)
+    widths = cts.update_widths(tokenizer, replay["train"], shapes)
     B, G, M, T = args.prompts, args.group, args.prompts * args.group, shapes["T"]
     run = cts.Run(args, __file__)
     if run.finished:
@@ -175,39 +177,37 @@ def main(args: Args) -> dict:
         return cts.generate(model, prompt_BP, prompt_len_B, key, *how, dtype=dtype)
 
     def forward(policy, batch):
-        """(model, its States, log-probs and entropies [M, T] of the completions); a prompt is computed once a group."""
-        model, tokens_MT = nnx.merge(graphdef, policy), batch["tokens"].reshape(-1, T)
-        readings = [cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])]
-        states = model(readings, dtype)
-        return model, states, *cts.token_logp(states[0].completions[0], tokens_MT, model.head_VD(), args.temperature)
+        """Log-probs [M, T] of the completions; a prompt is computed once a group."""
+        model, tokens_MT = nnx.merge(graphdef, policy), batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
+        (states,) = model([cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])], dtype)
+        logp_MT, _ = cts.token_logp(states.completions[0], tokens_MT, model.head_VD(), args.temperature)
+        return logp_MT
 
     def loss_fn(params, batch, scalars, base_params):
-        model, states, logp_MT, entropy_MT = forward(params["policy"], batch)
-        old_logp_MT, adv_MT, mask_MT = (batch[name].reshape(-1, T) for name in ("old_logp", "adv", "mask"))
+        logp_MT = forward(params["policy"], batch)
+        old_logp_MT, adv_MT, mask_MT = (batch[name].reshape(logp_MT.shape) for name in ("old_logp", "adv", "mask"))
         denom = scalars["denom"]
         loss, metrics = grpo_loss(logp_MT, old_logp_MT, adv_MT, mask_MT, args.clip_low, args.clip_high, denom)
-        micro_share = len(batch["prompt"]) / B  # of the batch: summed over micro-batches, losses stay losses
-        metrics["losses/policy_loss"] = (loss, micro_share)
-        metrics["losses/entropy"] = ((entropy_MT * mask_MT).sum(), mask_MT.sum())
+        metrics["losses/policy_loss"] = loss
         if args.kl_coef:
-            _, _, base_logp_MT, _ = forward(base_params, batch)
-            kl = k3_kl(logp_MT, base_logp_MT, mask_MT, denom)
+            kl = k3_kl(logp_MT, forward(base_params, batch), mask_MT, denom)
             loss = loss + args.kl_coef * kl
-            metrics["losses/kl"] = (kl, micro_share)
-        metrics["losses/loss"] = (loss, micro_share)
+            metrics["losses/kl"] = kl
+        metrics["losses/loss"] = loss
         return loss, metrics
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*state_sharding, replicated))
-    def train_step(params, opt_state, batch, scalars, base_params):
-        cts.TRACES["train_step"] += 1
-        micro = jax.tree.map(lambda a: a.reshape(B // n_micro, n_micro, *a.shape[1:]).swapaxes(0, 1), batch)
+    no_grads = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=state_sharding[0])
 
-        def add(grads, one):
-            new, metrics = jax.grad(loss_fn, has_aux=True)(params, one, scalars, base_params)
-            return jax.tree.map(jnp.add, grads, new), metrics
-        grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
-        metrics = jax.tree.map(lambda a: a.sum(0), metrics)
-        metrics["losses/grad_norm"] = (optax.tree.norm(grads["policy"]), 1.0)
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(state_sharding[0], replicated))
+    def add_grads(grads, params, micro, scalars, base_params):
+        cts.TRACES["add_grads"] += 1
+        new, metrics = jax.grad(loss_fn, has_aux=True)(params, micro, scalars, base_params)
+        return jax.tree.map(jnp.add, grads, new), metrics
+
+    @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*state_sharding, replicated))
+    def train_step(params, opt_state, grads):
+        cts.TRACES["train_step"] += 1
+        metrics = {"losses/grad_norm": optax.tree.norm(grads["policy"])}
         for name in params:
             updates, opt_state[name] = tx.update(grads[name], opt_state[name], params[name])
             params[name] = optax.apply_updates(params[name], updates)
@@ -264,13 +264,20 @@ def main(args: Args) -> dict:
         clock.mark("score")
 
         # ---- update ----
-        params, opt_state, sums = train_step(params, opt_state, cts.put(batch, by_row), scalars, base_params)
-        metrics = cts.reduce(cts.fetch(sums))
+        live_BG = cts.live_rows(batch["adv"], batch["mask"], args.kl_coef)
+        grads, sums = no_grads(params), []
+        for micro in cts.micro_batches(batch, n_micro, widths, live_BG):  # what carries gradient, in a few widths
+            grads, one = add_grads(grads, params, cts.put(micro, by_row), scalars, base_params)
+            sums.append(one)
+        params, opt_state, norm = train_step(params, opt_state, grads)
+        metrics = cts.reduce(cts.fetch([*sums, norm]))
+        del grads  # their memory is free
         clock.mark("update")
 
         # ---- log, save ----
         metrics["charts/reward"] = float(np.nanmean(reward_BG))
         metrics["charts/accuracy"] = float(np.nanmean(outcome_BG))
+        metrics["losses/entropy"] = float((out["entropy_M"].reshape(B, G) * valid_BG).sum() / max(mask_BGT.sum(), 1.0))
         metrics["charts/learning_rate"] = args.learning_rate * (1 - step / args.steps)
         metrics["charts/tokens"] = (step + 1) * B * (shapes["P_revise"] + G * T)
         metrics |= clock.metrics(M) | cts.rollout_metrics(out, texts, reward_BG, quads)

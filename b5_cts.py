@@ -128,6 +128,7 @@ def group_advantages(reward_BG: np.ndarray, valid_BG: np.ndarray, norm: str) -> 
     Rewards [1, 0, 9] with the last one invalid: center -> [.5, -.5, 0].
     """
     n_B1 = np.maximum(valid_BG.sum(1, keepdims=True), 1)
+    reward_BG = reward_BG.astype(np.float64)  # in float32 the mean of equal rewards may be off by more than nothing
     centred_BG = (reward_BG - (reward_BG * valid_BG).sum(1, keepdims=True) / n_B1) * valid_BG
     if norm == "std":
         centred_BG = centred_BG / (np.sqrt((centred_BG**2).sum(1, keepdims=True) / n_B1) + 1e-6)
@@ -223,7 +224,6 @@ def pack_terms(tokenizer, quads: list[cts.Quadruple], rows, shapes, revise: dict
     on_B = batch["wrong"] * (1.0 if args.target == "all_steps" else batch["alpha"].sum(-1) > 0)
     batch["align_weight"] = (on_B / max(on_B.sum(), 1.0)).astype(np.float32)
     batch["decode_weight"] = batch["y1_tokens"] / batch["y1_tokens"].sum()
-    batch["share"] = np.full(len(quads), 1 / len(quads), np.float32)
     rngs = [np.random.default_rng((args.seed, cts.STREAM_CONTROL, int(row))) for row in rows]
     batch["elsewhere"] = another_step(batch["alpha"], batch["y0_mask"], rngs)
     batch["noise"] = np.stack([rng.standard_normal((cts.MAX_STEPS, LATENT_DIM)) for rng in rngs]).astype(np.float32)
@@ -329,7 +329,7 @@ def align_term(model, base_model, critic: Critic, batch, args: Args, dtype):
     distance = {"sinkhorn": sinkhorn, "soft_dtw": soft_dtw, "l2": cts.l2_distance}[args.align]
     loss, rows = align_loss(R_theta_BJR, now, target, batch["align_weight"], args.hold, distance)
     aligned_B = batch["align_weight"] > 0
-    metrics = {"losses/align_loss": (loss, batch["share"].sum()), "losses/aligned": (aligned_B.sum(), len(aligned_B))}
+    metrics = {"losses/align_loss": loss, "losses/aligned": (aligned_B.sum(), len(aligned_B))}
     names = ("losses/align_distance", "losses/align_converged", "losses/align_moved")
     metrics |= {name: ((row_B * aligned_B).sum(), aligned_B.sum()) for name, row_B in zip(names, rows)}
     return loss, metrics
@@ -340,7 +340,7 @@ def decode_term(model, base_model, critic: Critic, batch, args: Args, dtype):
     (states,) = model([cts.Reading(batch["prompt"], batch["prompt_len"], [batch["y1"]])], dtype)
     logp_BT, _ = cts.token_logp(states.completions[0], batch["y1"], model.head_VD())
     loss = decode_loss(logp_BT, batch["decode_weight"])
-    return loss, {"losses/decode_loss": (loss, batch["share"].sum())}
+    return loss, {"losses/decode_loss": loss}
 
 
 def energy_term(model, base_model, critic: Critic, batch, args: Args, dtype):
@@ -349,7 +349,7 @@ def energy_term(model, base_model, critic: Critic, batch, args: Args, dtype):
     points_BKR, step_BK, way_BKR, weight_B3K = energy_points(R_BJR, ref_BJR, batch)
     weight_BK = weight_B3K.sum(1) * batch["align_weight"][:, None]
     loss = energy_loss(critic, points_BKR, step_BK, way_BKR, f_BD, weight_BK)
-    return loss, {"losses/energy_loss": (loss, batch["share"].sum())}
+    return loss, {"losses/energy_loss": loss}
 
 
 def fit_critic(critic_def, critic, cached, updates: int):
@@ -396,13 +396,15 @@ def check_edit(critic: Critic, cached, eta: float) -> dict[str, jax.Array]:
 
 def read_quads(read_rows, tokenizer, quads: list[cts.Quadruple], shapes, B: int, args: Args) -> dict[str, np.ndarray]:
     """R, ref, f, alpha and masks of the wrong, located attempts among `quads`; `read_rows` is `read_base` of B rows."""
-    parts = []
+    parts, widths = [], cts.update_widths(tokenizer, quads, shapes)
+    quads = sorted(quads, key=lambda q: len(q.y1))  # those of one length share a batch
     for i in cts.progress(range(0, len(quads), B), desc="states", unit="batch", leave=False):
         rows = [j % len(quads) for j in range(i, i + B)]  # the last batch is filled up
         some = [quads[j] for j in rows]
         batch = pack_terms(tokenizer, some, rows, shapes, cts.pack_revise(tokenizer, some, shapes), args)
+        (batch,) = cts.micro_batches(batch | {"new": np.arange(B) < len(quads) - i}, 1, widths)
         out = dict(zip(("R", "ref", "f"), read_rows(batch))) | {k: batch[k] for k in ("alpha", "y0_mask", "y1_mask")}
-        keep = np.flatnonzero((np.arange(B) < len(quads) - i) & (batch["wrong"] * batch["alpha"].sum(-1) > 0))
+        keep = np.flatnonzero(batch["new"] * batch["wrong"] * batch["alpha"].sum(-1) > 0)
         parts.append({name: array[keep] for name, array in out.items()})
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -461,6 +463,7 @@ def main(args: Args) -> dict:
     cfg, base_params, tokenizer, base_dir = cts.load_model(args.model, args.task, replay, args.out_dir, mesh)
     max_new_tokens = args.max_new_tokens or cts.TASKS[args.task].max_new_tokens
     shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new_tokens)
+    widths = cts.update_widths(tokenizer, replay["train"], shapes)
     B, G, M, T = args.prompts, args.group, args.prompts * args.group, shapes["T"]
     run = cts.Run(args, __file__)
     if run.finished:
@@ -480,8 +483,14 @@ def main(args: Args) -> dict:
     schedule = optax.linear_schedule(args.learning_rate, 0.0, args.steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.0))
     opt_state = {name: tx.init(subtree) for name, subtree in params.items()}
-    # CTS: and one per term.
-    opt_state |= {name: tx.init(params[moved[name]]) for name in terms if args.aux == "own"}
+    # CTS: and one per term, whose steps are lam times as long.
+    lam = {"align": args.lam_align, "decode": args.lam_decode, "energy": args.lam_energy}
+    left = {name: args.lam_align_final if name == "align" else 1.0 for name in terms}
+    lams = {n: optax.linear_schedule(lam[n], lam[n] * left[n], max(args.steps - 1, 1)) for n in terms}
+    rate_of = lambda name: lambda count: lams[name](count) * schedule(count)
+    adam = lambda rate: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=0.0))
+    own_tx = {name: adam(rate_of(name)) for name in terms if args.aux == "own"}
+    opt_state |= {name: own.init(params[moved[name]]) for name, own in own_tx.items()}
     state_sharding = cts.shard_rule(mesh, (params, opt_state))
     params, opt_state = cts.put((params, opt_state), state_sharding)
     by_row, replicated = cts.batch_shardings(mesh)
@@ -501,80 +510,63 @@ def main(args: Args) -> dict:
         return read_base(nnx.merge(graphdef, base_params), batch, dtype, hindsight=False)
 
     def forward(policy, batch):
-        """(model, its States, log-probs and entropies [M, T] of the completions); a prompt is computed once a group."""
-        model, tokens_MT = nnx.merge(graphdef, policy), batch["tokens"].reshape(-1, T)
-        readings = [cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])]
-        states = model(readings, dtype)
-        return model, states, *cts.token_logp(states[0].completions[0], tokens_MT, model.head_VD(), args.temperature)
+        """Log-probs [M, T] of the completions; a prompt is computed once a group."""
+        model, tokens_MT = nnx.merge(graphdef, policy), batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
+        (states,) = model([cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])], dtype)
+        logp_MT, _ = cts.token_logp(states.completions[0], tokens_MT, model.head_VD(), args.temperature)
+        return logp_MT
 
     def loss_fn(params, batch, scalars, base_params):
-        model, states, logp_MT, entropy_MT = forward(params["policy"], batch)
-        old_logp_MT, adv_MT, mask_MT = (batch[name].reshape(-1, T) for name in ("old_logp", "adv", "mask"))
+        logp_MT = forward(params["policy"], batch)
+        old_logp_MT, adv_MT, mask_MT = (batch[name].reshape(logp_MT.shape) for name in ("old_logp", "adv", "mask"))
         denom = scalars["denom"]
         loss, metrics = grpo_loss(logp_MT, old_logp_MT, adv_MT, mask_MT, args.clip_low, args.clip_high, denom)
-        micro_share = len(batch["prompt"]) / B  # of the batch: summed over micro-batches, losses stay losses
-        metrics["losses/policy_loss"] = (loss, micro_share)
-        metrics["losses/entropy"] = ((entropy_MT * mask_MT).sum(), mask_MT.sum())
+        metrics["losses/policy_loss"] = loss
         if args.kl_coef:
-            _, _, base_logp_MT, _ = forward(base_params, batch)
-            kl = k3_kl(logp_MT, base_logp_MT, mask_MT, denom)
+            kl = k3_kl(logp_MT, forward(base_params, batch), mask_MT, denom)
             loss = loss + args.kl_coef * kl
-            metrics["losses/kl"] = (kl, micro_share)
-        metrics["losses/loss"] = (loss, micro_share)
+            metrics["losses/kl"] = kl
+        metrics["losses/loss"] = loss
         return loss, metrics
 
+    no_grads = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=state_sharding[0])
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(state_sharding[0], replicated))
+    def add_grads(grads, params, micro, scalars, base_params):
+        cts.TRACES["add_grads"] += 1
+        new, metrics = jax.grad(loss_fn, has_aux=True)(params, micro, scalars, base_params)
+        return jax.tree.map(jnp.add, grads, new), metrics
+
     # CTS: its terms, each with a pass of its own over what it needs to read.
-    def term_loss(params, term, batch, base_params):
+    def term_loss(part, name, params, batch, base_params):
+        params = params | {moved[name]: part}
         model, critic = nnx.merge(graphdef, params["policy"]), nnx.merge(critic_def, params["critic"])
         base_model = nnx.merge(graphdef, base_params) if keeps_base else None
-        return {"align": align_term, "decode": decode_term, "energy": energy_term}[term](
+        return {"align": align_term, "decode": decode_term, "energy": energy_term}[name](
             model, base_model, critic, batch, args, dtype
         )
 
-    def add_terms(params, grads, metrics, micro, scalars, base_params):
-        """The gradients of the terms that are on; with --aux joint they join `grads`, lam times, and none are left."""
-        own = {}
-        for name in terms:
-            def add(total, one, term=name):
-                new, sums = jax.grad(term_loss, has_aux=True)(params, term, one, base_params)
-                return jax.tree.map(jnp.add, total, new), sums
-            new, sums = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
-            new, old = new[moved[name]], grads[moved[name]]
-            metrics |= jax.tree.map(lambda a: a.sum(0), sums)
-            norm = optax.tree.norm(new)
-            metrics[f"losses/{name}_grad_norm"] = (norm, 1.0)
-            if moved[name] == "policy":
-                cosine = optax.tree.vdot(new, old) / jnp.maximum(norm * optax.tree.norm(old), 1e-12)
-                metrics[f"losses/{name}_grad_cosine"] = (cosine, 1.0)
-            own[name] = new
-        if args.aux == "joint":
-            for name, new in own.items():
-                lam, part = scalars[f"lam_{name}"], moved[name]
-                grads[part] = jax.tree.map(lambda old, new, lam=lam: old + lam * new, grads[part], new)
-                (loss, n), (term, _) = metrics["losses/loss"], metrics[f"losses/{name}_loss"]
-                metrics["losses/loss"] = (loss + lam * term, n)
-        return grads, {} if args.aux == "joint" else own, metrics
+    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+    def add_term(name, grads, lam, params, micro, base_params):
+        cts.TRACES[f"add_{name}"] += 1
+        new, metrics = jax.grad(term_loss, has_aux=True)(params[moved[name]], name, params, micro, base_params)
+        grads = jax.tree.map(lambda old, new: old + lam * new, grads, new)
+        return jax.lax.with_sharding_constraint(grads, cts.shard_rule(mesh, grads)), metrics
 
     @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(*state_sharding, replicated))
-    def train_step(params, opt_state, batch, scalars, base_params):
+    def train_step(params, opt_state, grads):
         cts.TRACES["train_step"] += 1
-        micro = jax.tree.map(lambda a: a.reshape(B // n_micro, n_micro, *a.shape[1:]).swapaxes(0, 1), batch)
-
-        def add(grads, one):
-            new, metrics = jax.grad(loss_fn, has_aux=True)(params, one, scalars, base_params)
-            return jax.tree.map(jnp.add, grads, new), metrics
-        grads, metrics = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), micro)
-        metrics = jax.tree.map(lambda a: a.sum(0), metrics)
-        metrics["losses/grad_norm"] = (optax.tree.norm(grads["policy"]), 1.0)
-        # CTS: the gradients of its terms, at the same weights.
-        grads, own, metrics = add_terms(params, grads, metrics, micro, scalars, base_params)
+        metrics = {"losses/grad_norm": optax.tree.norm(grads["policy"])}
         for name in params:
             updates, opt_state[name] = tx.update(grads[name], opt_state[name], params[name])
             params[name] = optax.apply_updates(params[name], updates)
-        # CTS: each term's own update on top, lam times as far.
-        for name, new in own.items():
-            updates, opt_state[name] = tx.update(new, opt_state[name], params[moved[name]])
-            updates = jax.tree.map(lambda u, lam=scalars[f"lam_{name}"]: lam * u, updates)
+        # CTS: each term's own update on top, from its gradient at the same weights.
+        for name, own in own_tx.items():
+            metrics[f"losses/{name}_grad_norm"] = norm = optax.tree.norm(grads[name])
+            if moved[name] == "policy":
+                cosine = optax.tree.vdot(grads[name], grads["policy"]) / (norm * metrics["losses/grad_norm"] + 1e-12)
+                metrics[f"losses/{name}_grad_cosine"] = cosine
+            updates, opt_state[name] = own.update(grads[name], opt_state[name], params[moved[name]])
             params[moved[name]] = optax.apply_updates(params[moved[name]], updates)
         return params, opt_state, metrics
 
@@ -666,23 +658,37 @@ def main(args: Args) -> dict:
         batch["adv"] = adv_BGT.astype(np.float32)
         batch["mask"] = mask_BGT.astype(np.float32)
         scalars = {"denom": np.float32(M * T if args.loss_norm == "constant" else max(mask_BGT.sum(), 1.0))}
-        # CTS: what its terms read and their weights; lam_align moves on its schedule.
-        rows = cts.data_indices(len(replay["train"]), B, args.seed, step)
-        way = edit["way"] if args.critique == "online" and edit else 0.0  # else that to y1's step itself
-        batch = pack_terms(tokenizer, quads, rows, shapes, batch, args, way) if terms else batch
-        left = np.interp(step, [0, max(args.steps - 1, 1)], [1.0, args.lam_align_final])
-        lams = {"align": args.lam_align * left, "decode": args.lam_decode, "energy": args.lam_energy}
-        scalars |= {f"lam_{name}": np.float32(lam) for name, lam in lams.items()}
         clock.mark("score")
 
         # ---- update ----
-        params, opt_state, sums = train_step(params, opt_state, cts.put(batch, by_row), scalars, base_params)
-        metrics = cts.reduce(cts.fetch(sums))
+        live_BG = cts.live_rows(batch["adv"], batch["mask"], args.kl_coef)
+        grads, sums = no_grads(params), []
+        for micro in cts.micro_batches(batch, n_micro, widths, live_BG):  # what carries gradient, in a few widths
+            grads, one = add_grads(grads, params, cts.put(micro, by_row), scalars, base_params)
+            sums.append(one)
+        # CTS: what its terms read, and their gradients; with --aux joint they join GRPO's, lam times.
+        rows = cts.data_indices(len(replay["train"]), B, args.seed, step)
+        way = edit["way"] if args.critique == "online" and edit else 0.0  # else that to y1's step itself
+        revise = {"prompt": batch["prompt"], "prompt_len": batch["prompt_len"]}
+        reads = pack_terms(tokenizer, quads, rows, shapes, revise, args, way) if terms else {}
+        joint = {name: float(lams[name](step)) for name in terms if args.aux == "joint"}
+        grads |= {name: no_grads(params)[moved[name]] for name in own_tx}
+        for micro in cts.micro_batches(reads, n_micro, widths) if terms else ():
+            micro = cts.put(micro, by_row)
+            for name in terms:
+                into = moved[name] if joint else name
+                term = (grads[into], joint.get(name, 1.0), params, micro, base_params)
+                grads[into], one = add_term(name, *term)
+                sums.append(one)
+        params, opt_state, norm = train_step(params, opt_state, grads)
+        metrics = cts.reduce(cts.fetch([*sums, norm]))
+        del grads  # their memory is free
         clock.mark("update")
 
         # ---- log, save ----
         metrics["charts/reward"] = float(np.nanmean(reward_BG))
         metrics["charts/accuracy"] = float(np.nanmean(outcome_BG))
+        metrics["losses/entropy"] = float((out["entropy_M"].reshape(B, G) * valid_BG).sum() / max(mask_BGT.sum(), 1.0))
         metrics["charts/learning_rate"] = args.learning_rate * (1 - step / args.steps)
         metrics["charts/tokens"] = (step + 1) * B * (shapes["P_revise"] + G * T)
         # CTS: the base reads f, y0 and y1, the policy y0 (align) and y1 (decode); and the fit's share, once.

@@ -35,10 +35,10 @@ from common.critique import redact, with_attempts, with_critique, with_critique_
 # tasks: GSM8K, MBPP, APPS and the table of tasks
 from common.tasks import TASKS, check_step_credit
 # tokenizer: byte-level tokenizers with byte offsets
-# batches: texts as arrays of fixed shape, the order of the data
+# batches: texts as arrays of fixed shape, what of them an update computes, the order of the data
 from common.batches import (
-    MAX_STEPS, data_indices, decode_rows, fixed_shapes, length_mask, pack_answers, pack_prompts, pack_revise,
-    pack_trajectories,
+    MAX_STEPS, data_indices, decode_rows, fixed_shapes, length_mask, live_rows, micro_batches, pack_answers,
+    pack_prompts, pack_revise, pack_trajectories, update_widths,
 )  # fmt: skip
 # mistakes: a right solution made wrong
 # mutants: a right program made wrong

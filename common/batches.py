@@ -1,5 +1,7 @@
-"""Texts as arrays of fixed shape, and the order in which a run sees its data. NumPy only. Used by the scripts, the
-evaluation and the base."""
+"""Texts as arrays of fixed shape, the part of them that an update computes, and the order in which a run sees its data.
+NumPy only. Used by the scripts, the evaluation and the base."""
+
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -10,6 +12,12 @@ from common.tokenizer import Tokenizer
 from common.verifier import split_steps
 
 MAX_STEPS = 32  # J: reasoning steps kept of one attempt
+SHARES = (1 / 3, 2 / 3)  # of the training problems, that the widths below a run's fixed shapes hold
+WIDTH = {  # array of a batch -> which of the padded lengths its last axis has
+    "prompt": "P_revise", "f_tokens": "P_revise", "attempt_prompt": "P_attempt", "tokens": "T", "old_logp": "T",
+    "adv": "T", "mask": "T", "y0": "T_replay", "y1": "T_replay", "y0_steps": "T_replay", "y1_steps": "T_replay",
+    "y1_tokens": "T_replay", "decode_weight": "T_replay",
+}  # fmt: skip
 
 
 def right_pad(ids: list[list[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
@@ -143,3 +151,72 @@ def data_indices(n: int, batch: int, seed: int, step: int) -> np.ndarray:
     at = np.arange(step * batch, (step + 1) * batch)
     orders = {e: np.random.default_rng((seed, STREAM_DATA, int(e))).permutation(n) for e in np.unique(at // n)}
     return np.array([orders[i // n][i % n] for i in at])
+
+
+def update_widths(tokenizer: Tokenizer, quads: list[Quadruple], shapes: dict[str, int]) -> list[dict[str, int]]:
+    """The few sets of padded lengths that an update is computed in, the run's `shapes` the last of them: such that a
+    third and two thirds of the training problems fit the first two, if completions are as long as y1."""
+    lengths = lambda ids: np.array([*map(len, ids)])
+    prompts = {"P_attempt": [attempt_prompt(q.x) for q in quads]}
+    prompts["P_revise"] = [revise_prompt(q.x, q.y0, q.f) for q in quads]
+    needed = {name: lengths(tokenizer.encode_prompts(texts)) for name, texts in prompts.items()}
+    answers = [lengths(tokenizer.encode(getattr(q, y)) for q in quads) + 1 for y in ("y0", "y1")]
+    needed |= {"T": answers[1], "T_replay": np.maximum(*answers)}
+    at = lambda share: {k: min(shapes[k], round_up(int(np.quantile(n, share)), 16)) for k, n in needed.items()}
+    widths = [at(share) for share in SHARES if len(quads)] + [{k: shapes[k] for k in needed}]
+    return [width for i, width in enumerate(widths) if width not in widths[:i]]
+
+
+def live_rows(adv_BGT: np.ndarray, mask_BGT: np.ndarray, kl_coef: float) -> np.ndarray:
+    """Completions [B, G] that carry a gradient: with a token that counts and, unless there is a KL, an advantage. An
+    advantage of 1e-7 is the rounding of a mean of equal rewards."""
+    return ((np.abs(adv_BGT) > 1e-6) * mask_BGT if kl_coef == 0 else mask_BGT).any(-1)
+
+
+def micro_batches(
+    batch: dict[str, np.ndarray], count: int, widths: list[dict[str, int]], live_BG: np.ndarray | None = None
+) -> Iterator[dict[str, np.ndarray]]:
+    """`batch` as at most `count` micro-batches of B / `count` prompts, of what carries gradient alone and each in the
+    narrowest of the `widths` that holds it: so a step has few shapes and adds up to the same gradient.
+
+    Prompts without a row that is live are left out, the longest go first, the last micro-batch is filled up with
+    masked rows. Where the live rows of most micro-batches are at most half of a group, those half a group is computed.
+    With four prompts of which two are dead, count 4: two micro-batches of one prompt.
+    """
+    B = len(batch["prompt"])
+    size, mask = B // count, batch.get("mask")
+    batch = dict(batch)
+    if live_BG is not None:
+        batch["mask"] = mask * live_BG[..., None]
+    width_B = narrowest(batch, widths)
+    live_B = np.ones(B, bool) if live_BG is None else live_BG.any(1)
+    order = np.lexsort((-width_B, ~live_B))
+    n = max(1, -(-int(live_B.sum()) // size))
+    parts = [order[i * size : (i + 1) * size] for i in range(n)]
+    halves = [] if live_BG is None else [2 * live_BG[part].sum(1).max() <= live_BG.shape[1] for part in parts]
+    halve = 2 * sum(halves) > len(halves) and live_BG.shape[1] % 2 == 0
+    for i, part in enumerate(parts):
+        width = widths[width_B[part][live_B[part]].max(initial=0)]
+        some = {name: array[part] for name, array in batch.items()}
+        if halve and halves[i]:
+            rows = np.argsort(~live_BG[part], axis=1, kind="stable")[:, : live_BG.shape[1] // 2, None]
+            some |= {name: np.take_along_axis(some[name], rows, 1) for name in ("tokens", "old_logp", "adv", "mask")}
+        some = {name: array[..., : width[WIDTH[name]]] if name in WIDTH else array for name, array in some.items()}
+        for name in ("prompt", "attempt_prompt"):  # a prompt that fills up must end within what is left of it
+            if name in some:
+                some[f"{name}_len"] = np.minimum(some[f"{name}_len"], some[name].shape[-1])
+        yield some
+
+
+def narrowest(batch: dict[str, np.ndarray], widths: list[dict[str, int]]) -> np.ndarray:
+    """Of each prompt of a batch the index [B] of the first width that holds its prompts and all that its masks keep."""
+    fits_BW = np.ones((len(batch["prompt"]), len(widths)), bool)
+    for name in ("prompt", "attempt_prompt"):
+        if name in batch:
+            fits_BW &= batch[f"{name}_len"][:, None] <= np.array([width[WIDTH[name]] for width in widths])
+    for name in ("mask", "y0_steps", "y1_tokens"):
+        if name in batch:
+            used_BT = batch[name].reshape(len(fits_BW), -1, batch[name].shape[-1]).any(1)
+            end_B = (used_BT * np.arange(1, used_BT.shape[1] + 1)).max(1)
+            fits_BW &= end_B[:, None] <= np.array([width[WIDTH[name]] for width in widths])
+    return fits_BW.argmax(1)

@@ -88,7 +88,8 @@ def generate(
     """Sample `group` completions of at most T tokens per prompt; stops when all rows have ended.
 
     Returns tokens_MT (after the end: pad_id), logp_MT (of the sampled tokens, at `temperature`; 0 after the end), len_M
-    (with the end token), truncated_M (1.0 where no end token came). One prefill per prompt serves its group. Draws
+    (with the end token), truncated_M (1.0 where no end token came), entropy_M (of the distributions that a row's tokens
+    came from, summed; 0 if greedy). One prefill per prompt serves its group. Draws
     depend on (key, time, row) only, so they are the same on every mesh.
     """
     M = prompt_BP.shape[0] * group
@@ -98,21 +99,27 @@ def generate(
     layers, cache = model.unstack(prefix), model.new_cache(M, T, dtype)
 
     def one_token(state):
-        t, input_M, done_M, tokens_MT, logp_MT, cache = state
+        t, input_M, done_M, tokens_MT, logp_MT, entropy_M, cache = state
         hidden_MD, cache = model.decode(input_M, t, cache, layers, prefix.len_B, dtype)
         logits_MV = jnp.einsum("MD,VD->MV", hidden_MD, head_VD, preferred_element_type=jnp.float32) / temperature
         noise_MV = 0.0 if greedy else jax.random.gumbel(jax.random.fold_in(key, t), logits_MV.shape)
         token_M = first_argmax(logits_MV + noise_MV)
-        logp_M = jnp.take_along_axis(logits_MV, token_M[:, None], 1)[:, 0] - jax.nn.logsumexp(logits_MV, -1)
+        norm_M = jax.nn.logsumexp(logits_MV, -1)
+        logp_M = jnp.take_along_axis(logits_MV, token_M[:, None], 1)[:, 0] - norm_M
+        if not greedy:
+            now_M = norm_M - (jnp.exp(logits_MV - norm_M[:, None]) * logits_MV).sum(-1)
+            entropy_M = entropy_M + jnp.where(done_M, 0.0, now_M)
         token_M = jnp.where(done_M, pad_id, token_M).astype(jnp.int32)
         tokens_MT = tokens_MT.at[:, t].set(token_M)
         logp_MT = logp_MT.at[:, t].set(jnp.where(done_M, 0.0, logp_M))
-        return t + 1, token_M, done_M | is_end(token_M), tokens_MT, logp_MT, cache
+        return t + 1, token_M, done_M | is_end(token_M), tokens_MT, logp_MT, entropy_M, cache
 
     start = (
         0, jnp.repeat(last_tokens(prompt_BP, len_B), group), jnp.zeros(M, bool), jnp.full((M, T), pad_id, jnp.int32),
-        jnp.zeros((M, T), jnp.float32), cache,
+        jnp.zeros((M, T), jnp.float32), jnp.zeros(M, jnp.float32), cache,
     )  # fmt: skip
-    _, _, done_M, tokens_MT, logp_MT, _ = jax.lax.while_loop(lambda s: (s[0] < T) & ~s[2].all(), one_token, start)
+    end = jax.lax.while_loop(lambda s: (s[0] < T) & ~s[2].all(), one_token, start)
+    _, _, done_M, tokens_MT, logp_MT, entropy_M, _ = end
     len_M = jnp.where(done_M, is_end(tokens_MT).argmax(-1) + 1, T)
-    return {"tokens_MT": tokens_MT, "logp_MT": logp_MT, "len_M": len_M, "truncated_M": 1.0 - done_M}
+    found = {"tokens_MT": tokens_MT, "logp_MT": logp_MT, "len_M": len_M, "truncated_M": 1.0 - done_M}
+    return found | {"entropy_M": entropy_M}
