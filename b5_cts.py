@@ -106,7 +106,7 @@ class Args(cts.RunArgs):
     """f of replay; another problem's f and place; without numbers and place (controls); of the policy's attempt (A6)"""
     target: Literal["energy", "ref_only", "hindsight", "random", "shuffled_locus", "all_steps"] = "energy"
     """R* by the energy; y1's state; the base's behind f; controls: a random edit, at another step, all steps to y1's"""
-    edit_eta: float = 0.5
+    edit_eta: float = 1.0
     """length of the edit, relative to the way from R to ref; online: to its mean in the fit"""
     hold: float = 0.2
     """weight that keeps the other steps of y0 at the base's states; 0 = not held"""
@@ -484,11 +484,13 @@ def main(args: Args) -> dict:
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99, weight_decay=0.0))
     opt_state = {name: tx.init(subtree) for name, subtree in params.items()}
     # CTS: and one per term, whose steps are lam times as long.
-    lam = {"align": args.lam_align, "decode": args.lam_decode, "energy": args.lam_energy}
-    left = {name: args.lam_align_final if name == "align" else 1.0 for name in terms}
-    lams = {n: optax.linear_schedule(lam[n], lam[n] * left[n], max(args.steps - 1, 1)) for n in terms}
-    rate_of = lambda name: lambda count: lams[name](count) * schedule(count)
+    def lam_at(name, count):
+        lam = {"align": args.lam_align, "decode": args.lam_decode, "energy": args.lam_energy}[name]
+        end = args.lam_align_final if name == "align" else 1.0
+        return lam * (1 + (end - 1) * count / max(args.steps - 1, 1))
+
     adam = lambda rate: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate, b2=0.99, weight_decay=0.0))
+    rate_of = lambda name: lambda count: lam_at(name, count) * schedule(count)
     own_tx = {name: adam(rate_of(name)) for name in terms if args.aux == "own"}
     opt_state |= {name: own.init(params[moved[name]]) for name, own in own_tx.items()}
     state_sharding = cts.shard_rule(mesh, (params, opt_state))
@@ -671,7 +673,7 @@ def main(args: Args) -> dict:
         way = edit["way"] if args.critique == "online" and edit else 0.0  # else that to y1's step itself
         revise = {"prompt": batch["prompt"], "prompt_len": batch["prompt_len"]}
         reads = pack_terms(tokenizer, quads, rows, shapes, revise, args, way) if terms else {}
-        joint = {name: float(lams[name](step)) for name in terms if args.aux == "joint"}
+        joint = {name: lam_at(name, step) for name in terms if args.aux == "joint"}
         grads |= {name: no_grads(params)[moved[name]] for name in own_tx}
         for micro in cts.micro_batches(reads, n_micro, widths) if terms else ():
             micro = cts.put(micro, by_row)
@@ -683,6 +685,8 @@ def main(args: Args) -> dict:
         params, opt_state, norm = train_step(params, opt_state, grads)
         metrics = cts.reduce(cts.fetch([*sums, norm]))
         del grads  # their memory is free
+        # CTS: the one loss, as L is written.
+        metrics["losses/loss"] += sum(lam * metrics[f"losses/{name}_loss"] for name, lam in joint.items())
         clock.mark("update")
 
         # ---- log, save ----

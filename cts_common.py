@@ -9,9 +9,9 @@ J reasoning steps of a trajectory, R latent dim. Masks are 0/1 float32 and come 
 """
 # ruff: noqa: F401, I001
 
-# basics: bad input, JSON lines, atomic writes, digests, PRNG streams, the trace counter
+# basics: bad input, JSON lines, atomic writes, digests, PRNG streams, sums of metrics, the trace counter
 from common.basics import (
-    STREAM_CONTROL, STREAM_INIT, STREAM_ROLLOUT, TRACES, InputError, mean, pack_arrays, sha256, unpack_arrays,
+    STREAM_CONTROL, STREAM_INIT, STREAM_ROLLOUT, TRACES, InputError, mean, pack_arrays, reduce, sha256, unpack_arrays,
 )  # fmt: skip
 # prompts: the three prompts, for math and for code
 from common.prompts import attempt_prompt, critique_prompt, revise_prompt
@@ -72,6 +72,6 @@ from common.evaluation import Evaluator, base_report, first_problems, summarize
 # locks: one process at a time in a run's directory
 # tracking: W&B, in a process of its own that cannot stop a run
 # run: command line, run directory, checkpoints, signals, the clock
-from common.run import Run, RunArgs, StepClock, check_args, cli, open_out_dir, pick_dtype, reduce, rollout_metrics
+from common.run import Run, RunArgs, StepClock, check_args, cli, open_out_dir, pick_dtype, rollout_metrics
 # sampled: replay whose flawed attempts a model made
 from common.sampled import sample_replay

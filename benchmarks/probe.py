@@ -21,6 +21,7 @@ import b5_cts as b5
 import cts_common as cts
 from common.slips import PLANTED, step_kinds
 
+MICRO = 8  # attempts whose gradient is computed at once
 KINDS = ("slip", "arithmetic", "copying", "form")
 ARMS = {  # flags of b5 and the term that is trained
     "ref_only": ("align", dict(target="ref_only")),
@@ -32,7 +33,7 @@ ARMS = {  # flags of b5 and the term that is trained
     "ref_only unheld": ("align", dict(target="ref_only", hold=0.0)),
     "energy unheld": ("align", dict(target="energy", hold=0.0)),
     "energy held 1": ("align", dict(target="energy", hold=1.0)),
-    "energy eta 1": ("align", dict(target="energy", edit_eta=1.0)),
+    "energy eta 0.5": ("align", dict(target="energy", edit_eta=0.5)),
     "decode": ("decode", {}),
 }
 
@@ -50,8 +51,8 @@ class Args:
     updates: tuple[int, ...] = (5, 10, 20)
     """after how many updates there is a measurement"""
     rows: int = 32
-    """attempts of an update"""
-    learning_rate: float = 3e-4
+    """attempts of an update, a multiple of 8"""
+    learning_rate: float = 1e-3
     """Adam, constant"""
     problems: int = 320
     """test problems that are measured"""
@@ -66,6 +67,7 @@ class Probe:
         load = cts.load_model(args.model, args.task, self.replay, args.out_dir, self.mesh)
         self.cfg, self.base, self.tokenizer, self.cache = load
         self.shapes = cts.fixed_shapes(self.tokenizer, self.replay, 1024, cts.TASKS[args.task].max_new_tokens)
+        self.widths = cts.update_widths(self.tokenizer, self.replay["train"], self.shapes)
         self.graphdef = nnx.graphdef(nnx.eval_shape(lambda: cts.Decoder(self.cfg, nnx.Rngs(0))))
         self.dtype = cts.pick_dtype("auto")
         made = (self.graphdef, self.tokenizer, self.replay["test"], self.shapes, self.mesh, self.dtype, args.problems)
@@ -129,13 +131,16 @@ class Probe:
         tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(self.args.learning_rate, b2=0.99))
 
         @jax.jit
-        def update(params, opt_state, batch):
+        def add_grads(grads, params, batch):
             def loss(params):
                 model, base = nnx.merge(self.graphdef, params), nnx.merge(self.graphdef, self.base)
                 fn = {"align": b5.align_term, "decode": b5.decode_term}[term]
                 return fn(model, base, nnx.merge(self.critic_def, critic), batch, flags, self.dtype)
 
-            grads, _ = jax.grad(loss, has_aux=True)(params)
+            return jax.tree.map(jnp.add, grads, jax.grad(loss, has_aux=True)(params)[0])
+
+        @jax.jit
+        def update(params, opt_state, grads):
             updates, opt_state = tx.update(grads, opt_state)
             return optax.apply_updates(params, updates), opt_state, optax.tree.norm(grads)
 
@@ -144,8 +149,10 @@ class Probe:
         for step in range(max(self.args.updates)):
             rows = cts.data_indices(len(self.replay["train"]), self.args.rows, flags.seed, step)
             quads = [self.replay["train"][i] for i in rows]
-            batch = self.pack(quads, rows, flags)
-            params, opt_state, norm = update(params, opt_state, batch)
+            batch, grads = self.pack(quads, rows, flags), jax.tree.map(jnp.zeros_like, params)
+            for micro in cts.micro_batches(batch, -(-len(rows) // MICRO), self.widths):
+                grads = add_grads(grads, params, micro)
+            params, opt_state, norm = update(params, opt_state, grads)
             if step + 1 in self.args.updates:
                 self.show(name, step + 1, float(norm), self.measure(params))
 

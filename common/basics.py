@@ -126,3 +126,17 @@ def mean(values) -> float | None:
 def round_up(n: int, to: int) -> int:
     """The smallest multiple of `to` that is at least n."""
     return -(-n // to) * to
+
+
+def reduce(parts: list[dict[str, Any]]) -> dict[str, float]:
+    """Metrics leave jitted code, once per micro-batch, as (sum, count) or as a sum alone. They are added up and divided
+    once, here: [{"a": (6., 3.), "b": 1.}, {"a": (2., 1.), "b": 2.}] -> {"a": 2., "b": 3.}."""
+    reduced = {}
+    for name in dict.fromkeys(name for part in parts for name in part):
+        found = [part[name] for part in parts if name in part]
+        if isinstance(found[0], tuple):
+            total, count = (float(sum(map(float, column))) for column in zip(*found))
+            reduced[name] = total / max(count, 1e-9)
+        else:
+            reduced[name] = float(sum(map(float, found)))
+    return reduced

@@ -1,4 +1,4 @@
-"""JSON lines and files, atomic writes, digests, means, the trace counter.
+"""JSON lines and files, atomic writes, digests, means and sums of metrics, the trace counter.
 
 pytest tests/test_basics.py
 """
@@ -20,6 +20,7 @@ from common.basics import (
     parse_line,
     parse_python,
     read_json,
+    reduce,
     round_up,
     sha256,
     unpack_arrays,
@@ -134,3 +135,10 @@ def test_packed_arrays_come_back_to_the_bit():
     back, about = unpack_arrays(pack_arrays(arrays, {"cosine": 0.5}))
     assert about == {"cosine": 0.5} and [a.shape for a in back] == [np.shape(a) for a in arrays]
     assert all(a.tobytes() == np.asarray(b).tobytes() for a, b in zip(back, arrays))
+
+
+def test_reduce():
+    """(sum, count) added up and divided once, a sum added up; an empty count gives 0; a part may lack a metric."""
+    parts = [{"a": (6.0, 3.0), "b": (np.float32(1), np.int32(4)), "c": 1.5}, {"a": (2.0, 1.0), "c": np.float32(2)}]
+    assert reduce(parts) == {"a": 2.0, "b": 0.25, "c": 3.5}
+    assert reduce([{"a": (0.0, 0.0)}]) == {"a": 0.0}

@@ -1,4 +1,4 @@
-"""Texts as arrays of fixed shape, and the order of the data.
+"""Texts as arrays of fixed shape, what of them an update computes, and the order of the data.
 
 pytest tests/test_batches.py
 """
@@ -16,6 +16,8 @@ from common.batches import (
     MAX_STEPS,
     data_indices,
     length_mask,
+    live_rows,
+    micro_batches,
     pack_answers,
     pack_prompts,
     pack_revise,
@@ -23,6 +25,7 @@ from common.batches import (
     pack_trajectories,
     prompt_shape,
     right_pad,
+    update_widths,
 )  # fmt: skip
 from common.prompts import attempt_prompt, revise_prompt
 from common.replay import Quadruple
@@ -159,3 +162,100 @@ def test_decomposed_text_moves_no_span(byte_tokenizer, normalizer):
     for name, text in (("y0", y0), ("y1", y1)):
         assert [spelled(out[name][0], on) for on in out[f"{name}_steps"][0, :3]] == text.split("\n")
     assert out["flagged"][0, :4].tolist() == [0, 1, 0, 0]
+
+
+WIDTHS = [dict(P_revise=2, P_attempt=2, T=3, T_replay=3), dict(P_revise=4, P_attempt=4, T=6, T_replay=6)]
+
+
+def grpo_batch(lengths, prompt_len) -> dict[str, np.ndarray]:
+    """Prompts of 4 and completions of 6 tokens that say where they come from; masks of the given lengths."""
+    mask = length_mask(np.array(lengths).reshape(-1), 6).reshape(*np.shape(lengths), 6)
+    B, G = np.shape(lengths)
+    out = {"prompt": np.arange(B)[:, None] * 10 + np.arange(4), "prompt_len": np.array(prompt_len), "mask": mask}
+    where = np.arange(B)[:, None, None] * 100 + np.arange(G)[:, None] * 10 + np.arange(6)
+    return out | dict.fromkeys(("tokens", "old_logp", "adv"), where)
+
+
+def test_live_rows_by_hand():
+    """A masked row never counts; one without an advantage, or with a rounding error for one, only with a KL."""
+    adv = np.array([[[0.5, 0.5], [0.0, 0.0], [3e-8, 3e-8]], [[0.5, 0.0], [-0.5, -0.5], [0.0, 1e-3]]])
+    mask = np.array([[[1, 1], [1, 1], [1, 0]], [[0, 1], [0, 0], [0, 1]]], np.float32)
+    assert live_rows(adv, mask, 0.0).tolist() == [[True, False, False], [False, False, True]]
+    assert live_rows(adv, mask, 0.1).tolist() == [[True, True, True], [True, False, True]]
+
+
+def test_micro_batches_leave_out_what_carries_nothing():
+    """Four prompts, of which the second has no live row: long ones first, each as narrow as it may be."""
+    batch = grpo_batch([[3, 1], [6, 6], [2, 3], [5, 6]], [2, 4, 2, 1])
+    live = np.array([[1, 1], [0, 0], [1, 1], [1, 1]], bool)
+    long, *short = micro_batches(batch, 4, WIDTHS, live)
+    assert long["prompt"].tolist() == [[30, 31, 32, 33]] and long["mask"].tolist() == [[[1] * 5 + [0], [1] * 6]]
+    assert [one["prompt"].tolist() for one in short] == [[[0, 1]], [[20, 21]]]
+    assert [one["tokens"][0, :, 0].tolist() for one in short] == [[0, 10], [200, 210]]
+    assert all(one["tokens"].shape == (1, 2, 3) for one in short)
+
+
+def test_a_micro_batch_is_filled_up_with_nothing():
+    """Two prompts a micro-batch: the dead one fills the second up, masked, cut, its length with it."""
+    batch = grpo_batch([[3, 1], [6, 6], [2, 3], [3, 3]], [2, 4, 2, 1])
+    live = np.array([[1, 1], [0, 0], [1, 1], [1, 1]], bool)
+    one, two = micro_batches(batch, 2, WIDTHS, live)
+    assert one["prompt"][:, 0].tolist() == [0, 20] and two["prompt"].tolist() == [[30, 31], [10, 11]]
+    assert two["prompt_len"].tolist() == [1, 2] and not two["mask"][1].any() and two["mask"][0].all()
+    assert batch["mask"][1].all() and batch["prompt_len"][1] == 4  # what was given is as it was
+
+
+def test_half_a_group_is_computed_where_no_more_is_live():
+    """In two of three groups two rows of four or fewer are live: they come first, in order; the third stays whole."""
+    batch = grpo_batch([[3, 2, 1, 3], [3, 3, 3, 3], [1, 2, 3, 3]], [2, 2, 2])
+    live = np.array([[0, 1, 0, 1], [1, 1, 1, 0], [0, 0, 1, 0]], bool)
+    parts = list(micro_batches(batch, 3, WIDTHS, live))
+    assert [one["tokens"][0, :, 0].tolist() for one in parts] == [[10, 30], [100, 110, 120, 130], [220, 200]]
+    assert [one["mask"].sum((0, 2)).tolist() for one in parts] == [[2, 3], [3, 3, 3, 0], [3, 0]]
+    live[2] = True  # now in one of three: one shape for all
+    assert {one["tokens"].shape[1] for one in micro_batches(batch, 3, WIDTHS, live)} == {4}
+
+
+def test_where_nothing_is_live_there_is_one_micro_batch():
+    """It is masked throughout, so that a step still has its metrics, and as narrow as can be."""
+    batch = grpo_batch([[6, 6], [6, 6]], [4, 4])
+    (one,) = micro_batches(batch, 2, WIDTHS, np.zeros((2, 2), bool))
+    assert not one["mask"].any() and one["prompt"].shape == (1, 2) and one["prompt_len"].tolist() == [2]
+
+
+def test_without_rows_that_are_live_all_are_computed():
+    """As in b0, b1 and the terms of b5: every row once, arrays without a width whole."""
+    batch = {k: v for k, v in grpo_batch([[3], [6], [2], [1]], [2, 2, 3, 1]).items() if k != "adv"}
+    parts = list(micro_batches(batch | {"share": np.arange(4)}, 2, WIDTHS))
+    assert [one["share"].tolist() for one in parts] == [[1, 2], [0, 3]]
+    assert [one["prompt"].shape for one in parts] == [(2, 4), (2, 2)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_micro_batches_keep_every_live_token(seed):
+    """Random groups: of every live row the tokens under its mask, once, and nothing else."""
+    rng = np.random.default_rng(seed)
+    B, G, size = 8, 4, int(rng.choice([1, 2, 4, 8]))
+    batch = grpo_batch(rng.integers(0, 7, (B, G)), rng.integers(1, 5, B))
+    live = (rng.random((B, G)) < rng.random()) & batch["mask"].any(-1)
+    parts = list(micro_batches(batch, B // size, WIDTHS, live))
+    kept = sorted(token for one in parts for token in one["tokens"][one["mask"] > 0].tolist())
+    assert kept == sorted(batch["tokens"][(batch["mask"] * live[..., None]) > 0].tolist())
+    assert all(len(one["prompt"]) == size and one["prompt_len"].max() <= one["prompt"].shape[1] for one in parts)
+    assert len(parts) == max(1, -(-int(live.any(1).sum()) // size))
+    prompts = {tuple(one["prompt"][b, : one["prompt_len"][b]]) for one in parts for b in range(size)}
+    for b in np.flatnonzero(live.any(1)):
+        assert tuple(batch["prompt"][b, : batch["prompt_len"][b]]) in prompts
+
+
+def test_update_widths(byte_tokenizer):
+    """Thirds of 30 problems whose texts grow by a letter each: each width holds its share, the last everything."""
+    quads = [Quadruple("x" * (i + 1), "a" * (3 * i), "f", "b" * (2 * i), {}) for i in range(30)]
+    shapes = {"P_attempt": 400, "P_revise": 600, "T": 48, "T_replay": 96}
+    widths = update_widths(byte_tokenizer, quads, shapes)
+    assert widths[-1] == shapes and [w["T"] for w in widths] == [32, 48, 48]
+    assert [w["T_replay"] for w in widths] == [32, 64, 96]
+    for width, share in zip(widths, (1 / 3, 2 / 3)):
+        fits = [len(byte_tokenizer.encode_prompt(revise_prompt(q.x, q.y0, q.f))) <= width["P_revise"] for q in quads]
+        assert share <= np.mean(fits) < 1
+    assert update_widths(byte_tokenizer, quads[:1], shapes | {"T": 16})[0]["T"] == 16

@@ -23,14 +23,8 @@ import b5_cts
 import teacher
 from common.basics import InputError
 from common.report import read_metrics
-from common.run import check_args, reduce, rollout_metrics
+from common.run import check_args, rollout_metrics
 from common.tasks import TASKS
-
-
-def test_reduce():
-    """(sum, count) divided once; an empty count gives 0."""
-    assert reduce({"a": (6.0, 3.0), "b": (np.float32(1), np.int32(4))}) == {"a": 2.0, "b": 0.25}
-    assert reduce({"a": (0.0, 0.0)}) == {"a": 0.0}
 
 
 def test_rollout_metrics_count_harness_errors():
