@@ -12,7 +12,7 @@ Papers: GRPO https://arxiv.org/abs/2402.03300, Dr. GRPO https://arxiv.org/abs/25
 https://arxiv.org/abs/2503.14476; critiques inside GRPO: https://arxiv.org/abs/2506.03106 (there as refinements in the
 group, here as a reward).
 
-    python b4_grpo_critique.py --task fixtures_math --seed 0      (1 to 4 minutes on 2 CPU cores, 4 to 9 the first time)
+    python b4_grpo_critique.py --task fixtures_long --seed 0      (MINUTES)
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ import cts_common as cts
 @dataclasses.dataclass(frozen=True)
 class Args(cts.RunArgs):
     # ---- run ----
-    task: str = "fixtures_math"
-    """task to train on: fixtures_math or fixtures_code (generated, they need nothing), gsm8k, mbpp or apps"""
+    task: str = "fixtures_long"
+    """task to train on: fixtures_{long, rare, math, code} (generated, they need nothing), gsm8k, mbpp or apps"""
     model: str = "nano"
     """nano (1M parameters, its base trained once per task), or a Qwen2, Qwen3 or Llama checkpoint: folder or hub id"""
     seed: int = 0
@@ -47,7 +47,7 @@ class Args(cts.RunArgs):
     max_prompt_tokens: int = 1024
     """longest prompt allowed, in tokens; a longer one is an error"""
     max_new_tokens: int = 0
-    """longest completion, in tokens; 0 = the task's (fixtures_math 128, gsm8k and mbpp 256, ...)"""
+    """longest completion, in tokens; 0 = the task's (fixtures_long, gsm8k and mbpp 256, ...)"""
     temperature: float = 0.7
     """sampling temperature; the same in sampling and in training"""
     learning_rate: float = 3e-4

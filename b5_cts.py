@@ -16,7 +16,7 @@ one length, it takes from GRPO what it adds (--aux joint: one loss and one Adam,
 in blocks marked CTS; with all lam 0 and --critique=replay it is B3, update for update. Ablations: A1 all lam 0, A1d
 --lam_align=0, A2 --align=l2, A3 --align=soft_dtw, A4 --lam_decode=0, A5 --energy=frozen, A6 --critique=online.
 
-    python b5_cts.py --task gsm8k --seed 3        (fixtures_math: 1 to 4 minutes on 2 CPU cores, 4 to 9 the first time)
+    python b5_cts.py --task gsm8k --seed 3        (fixtures_long: MINUTES)
 """
 
 import dataclasses
@@ -40,8 +40,8 @@ import cts_common as cts
 @dataclasses.dataclass(frozen=True)
 class Args(cts.RunArgs):
     # ---- run ----
-    task: str = "fixtures_math"
-    """task to train on: fixtures_math or fixtures_code (generated, they need nothing), gsm8k, mbpp or apps"""
+    task: str = "fixtures_long"
+    """task to train on: fixtures_{long, rare, math, code} (generated, they need nothing), gsm8k, mbpp or apps"""
     model: str = "nano"
     """nano (1M parameters, its base trained once per task), or a Qwen2, Qwen3 or Llama checkpoint: folder or hub id"""
     seed: int = 0
@@ -56,7 +56,7 @@ class Args(cts.RunArgs):
     max_prompt_tokens: int = 1024
     """longest prompt allowed, in tokens; a longer one is an error"""
     max_new_tokens: int = 0
-    """longest completion, in tokens; 0 = the task's (fixtures_math 128, gsm8k and mbpp 256, ...)"""
+    """longest completion, in tokens; 0 = the task's (fixtures_long, gsm8k and mbpp 256, ...)"""
     temperature: float = 0.7
     """sampling temperature; the same in sampling and in training"""
     learning_rate: float = 3e-4
@@ -100,7 +100,7 @@ class Args(cts.RunArgs):
     """fitted = before step 0; frozen = E and project_f stay as initialised (A5)"""
     energy_fit: int = 3000
     """updates of that fit"""
-    energy_quads: int = 2048
+    energy_quads: int = 4096
     """training quadruples that the base reads for it; 0 = all"""
     critique: Literal["replay", "shuffled", "redacted", "online"] = "replay"
     """f of replay; another problem's f and place; without numbers and place (controls); of the policy's attempt (A6)"""
@@ -117,7 +117,7 @@ class Args(cts.RunArgs):
 # CTS: constants that no ablation varies.
 LATENT_DIM, ENERGY_HIDDEN, PLACE_DIM, TIME_WEIGHT = 32, 256, 8, 0.5  # R, E's width, j's features, weight of t / T
 SINKHORN_EPSILON, SINKHORN_ITERATIONS, SOFT_DTW_GAMMA = 0.05, 200, 0.1  # on squared distances of `with_time` points
-FIT_ROWS, FIT_RATE, CHECK_QUADS = 64, 2e-3, 256  # rows and peak rate of the fit, quadruples that check it
+FIT_ROWS, FIT_RATE, FIT_DECAY, CHECK_QUADS = 64, 2e-3, 0.2, 256  # rows, peak rate, weight decay; quadruples that check
 
 
 # ---- method pieces ------------------------------------------------------------------------------------------------
@@ -353,9 +353,9 @@ def energy_term(model, base_model, critic: Critic, batch, args: Args, dtype):
 
 
 def fit_critic(critic_def, critic, cached, updates: int):
-    """The critic after `updates` Adam steps on L_E, each of FIT_ROWS attempts of `cached` (arrays by name, as of
+    """The critic after `updates` AdamW steps on L_E, each of FIT_ROWS attempts of `cached` (arrays by name, as of
     `energy_points`, and "f") with one point of each of its three kinds."""
-    tx = optax.adam(optax.cosine_decay_schedule(FIT_RATE, max(updates, 1)))
+    tx = optax.adamw(optax.cosine_decay_schedule(FIT_RATE, max(updates, 1)), weight_decay=FIT_DECAY)
 
     @jax.jit
     def some(state, cached, keys):
@@ -369,7 +369,7 @@ def fit_critic(critic_def, critic, cached, updates: int):
                 nnx.merge(critic_def, critic), points, step, way, rows["f"], jnp.full(at_B3.shape, 1.0 / FIT_ROWS)
             )
             grads = jax.grad(loss)(critic)
-            new, opt_state = tx.update(grads, opt_state)
+            new, opt_state = tx.update(grads, opt_state, critic)
             return (optax.apply_updates(critic, new), opt_state), None
 
         return jax.lax.scan(one, state, keys)[0]

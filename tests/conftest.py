@@ -63,7 +63,7 @@ def command(tmp_path_factory):
     folder = tmp_path_factory.mktemp("command")
     with pytest.MonkeyPatch.context() as patch:
         tiny.install(patch.setattr, patch.setitem)
-        teacher.main(teacher.Args(out=str(folder / "replay"), limit=24))
+        teacher.main(teacher.Args(task="fixtures_math", out=str(folder / "replay"), limit=24))
         replay = load_replay("fixtures_math", str(folder / "replay"), None, "refuse")
         model = nano_base("fixtures_math", replay["train"], str(folder / "base"))
     settings = tiny.FLAGS | dict(model=model, replay=folder / "replay", out_dir=folder / "runs", group=2, steps=2)

@@ -41,7 +41,7 @@ b5_cts.main(b5_cts.Args(**flags))
 @pytest.fixture(scope="module")
 def space(tmp_path_factory):
     folder = tmp_path_factory.mktemp("devices")
-    teacher.main(teacher.Args(out=str(folder / "replay"), limit=24))
+    teacher.main(teacher.Args(task="fixtures_math", out=str(folder / "replay"), limit=24))
     (folder / "base").mkdir()
     return folder
 

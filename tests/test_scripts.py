@@ -53,7 +53,7 @@ def space(tmp_path_factory):
     """A folder with a tiny replay; compiled programs are shared by all runs of the session."""
     folder = tmp_path_factory.mktemp("space")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "xla_cache")
-    teacher.main(teacher.Args(out=str(folder / "replay"), limit=24))
+    teacher.main(teacher.Args(task="fixtures_math", out=str(folder / "replay"), limit=24))
     return folder
 
 
