@@ -5,7 +5,10 @@ pytest tests/test_base.py
 
 import dataclasses
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import huggingface_hub
 import jax
@@ -380,6 +383,34 @@ def test_the_shipped_bases_are_those_of_the_replay_that_is_made_here(task, tmp_p
     assert first["slip"] >= 0.5 and revised["right"] > first["right"]
     assert first["by_horizon"]["2-3"] > first["by_horizon"]["8-9"]
     assert (found["dead_groups"] >= 0.6) == (task == "fixtures_rare")
+
+
+SAYS_ITS_IDENTITY = """
+import json, sys
+import b3_grpo_verifier as b3, cts_common as cts
+args, out = b3.Args(), sys.argv[1]
+replay, mesh = cts.load_replay(args.task, None, None), cts.make_mesh("auto")
+_, params, tokenizer, _ = cts.load_model(args.model, args.task, replay, out, mesh)
+shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, cts.TASKS[args.task].max_new_tokens)
+print(json.dumps(cts.run_identity(args, params, tokenizer, replay, shapes, cts.pick_dtype("auto"))))
+"""
+
+
+@pytest.mark.slow
+def test_two_machines_have_one_fingerprint(tmp_path):
+    """The default task from nothing, twice: other folders, user, host, language, clock, hash seed, time, devices."""
+    found = []
+    for i, more in enumerate(({}, {"TZ": "Asia/Tokyo", "LC_ALL": "C", "USER": "other", "HOME": str(tmp_path)})):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={1 + 3 * i}"
+        env = os.environ | {"PYTHONHASHSEED": str(i), "PYTHONPATH": str(SHIPPED.parent), "XLA_FLAGS": flags} | more
+        command = [sys.executable, "-c", SAYS_ITS_IDENTITY, str(folder / "runs")]
+        done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
+        assert done.returncode == 0, done.stderr[-2000:]
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+        assert not [*(folder / "runs").glob("base/*/model.safetensors")]  # the base is the one in the repository
+    assert found[0] == found[1] and found[0]["digest"]
 
 
 def test_what_is_said_of_a_base_on_its_page():

@@ -445,7 +445,8 @@ def test_stop_and_resume_is_bit_identical(space, runs, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_killed_and_resumed_is_bit_identical(space, script):
-    """SIGKILL after a step and half-way through a save (b3: after four steps); it ends as one that was never killed."""
+    """SIGKILL after a step and half-way through a save (b3: after four steps; b5: also in the critic's fit, which
+    is then made again); it ends as one that was never killed."""
     module = importlib.import_module(script)
     flags = dict(tiny.flags(module), steps=8, save_every=1, replay=str(space / "replay"), resume=True)
     for name in ("base", "never", "killed"):
@@ -467,7 +468,15 @@ def test_killed_and_resumed_is_bit_identical(space, script):
         "save = cts.Run.save\ncts.Run.save = lambda *a: (threading.Thread(target=watch).start(), save(*a))"
     )
     steps = (0, 1, 3, 6) if script == "b3_grpo_verifier" else (2,)
-    for where in (*(in_log.format(at=at) for at in steps), in_save):
+    in_fit = []
+    if script == "b5_cts":
+        bar = "lambda *a, **k: die() if k['desc'] == 'energy' else bar(*a, **k)"
+        in_fit = [f"bar = cts.progress\ncts.progress = {bar}"]
+        fitted = [*space.glob("base/*/critic_*")]
+        assert fitted
+        for path in fitted:  # as fitted for the run that is never killed
+            path.unlink()
+    for where in (*in_fit, *(in_log.format(at=at) for at in steps), in_save):
         done = subprocess.run([sys.executable, "-c", driver.replace("{where}", where)], cwd=ROOT, timeout=300)
         assert done.returncode == -signal.SIGKILL
     assert glob.glob(half)

@@ -13,8 +13,8 @@ from common.replay import Quadruple
 from common.tasks import TASKS
 
 FLAGS = dict(
-    task="fixtures_math", steps=3, prompts=4, group=4, max_new_tokens=48, wandb="disabled", save_every=2, temperature=0.7,
-    truncated="keep",
+    task="fixtures_math", steps=3, prompts=4, group=4, max_new_tokens=48, wandb="disabled", save_every=2,
+    temperature=0.7, truncated="keep",
 )  # fmt: skip
 FIT = 20  # updates of the critic, in scripts that have one
 
