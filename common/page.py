@@ -1,6 +1,6 @@
 """One HTML file that says what runs showed, readable without a network: question, answer, tables, plots, a browser of
-problems, how it was made. Used by aggregate.py and, for its way to make a page, by sheets; knows no statistics and reads
-no run. What it looks like stands beside it in pages/."""
+problems, how it was made. Used by aggregate.py and, for its way to make a page, by sheets; knows no statistics and
+reads no run. What it looks like stands beside it in pages/."""
 
 import base64
 import dataclasses
