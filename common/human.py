@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import tyro
 
-from common.basics import InputError, parse_line, sha256, write_atomic
+from common.basics import InputError, sha256, write_atomic
 from common.replay import SPLITS, Quadruple, read_replay, replay_sha256, write_replay
 from common.sheets import Form, Question, read_key, read_sheet, write_sheets
 
@@ -67,19 +67,20 @@ def find_results(runs: Iterable[str], methods: tuple[str, str]) -> dict[tuple[st
     for given in map(pathlib.Path, runs):
         if not given.is_dir():
             raise InputError(f"{given}: no such folder; give folders of runs, or one that holds them")
-        folders += [given] if (given / "args.json").is_file() else sorted(given.glob("*__*__s*__*"))
+        is_run = (given / "args.json").is_file() or (given / "result.json").is_file()
+        folders += [given] if is_run else sorted(given.glob("*__*__s*__*"))
     for folder in folders:
         if folder.name.partition("__")[0] not in methods:
             continue
         path = folder / "result.json"
         if not path.is_file():
             raise InputError(f"{folder}: has no result.json, so it has not finished; --resume it, or leave it out")
-        result = parse_line(path.read_text(encoding="utf-8"), str(path))
         try:
+            result = json.loads(path.read_text(encoding="utf-8"))
             cell = (result["method"], result["args"]["task"], result["args"]["seed"])
             [record["revision"] for record in result["records"]], result["fingerprint"]["test_replay"]
-        except (TypeError, KeyError) as e:
-            raise InputError(f"{path}: lacks {e}, so it is no result with revisions; run that cell again") from None
+        except (OSError, ValueError, TypeError, KeyError) as e:
+            raise InputError(f"{path}: is no whole result with revisions ({e!r}); run that cell again") from None
         if cell in found:
             raise InputError(f"{folder}: seed {cell[2]} of {cell[0]} on {cell[1]} is also {stood[cell]}; give one")
         found[cell], stood[cell] = result, folder
