@@ -15,6 +15,14 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome")
 KEYS = {"ArrowLeft": 37, "ArrowRight": 39, "Tab": 9, "Enter": 13}
 
 
+def wait_until(so, seconds: float = 30) -> None:
+    """Until `so()` is true."""
+    end = time.monotonic() + seconds
+    while not so():
+        assert time.monotonic() < end, "it never came to be so"
+        time.sleep(0.05)
+
+
 class Page:
     """One page of the browser: open a file, ask for the value of an expression, press keys, take a picture."""
 
@@ -67,10 +75,7 @@ class Page:
 
     def wait(self, expression: str, seconds: float = 30) -> None:
         """Until the expression is true."""
-        end = time.monotonic() + seconds
-        while not self.value(expression):
-            assert time.monotonic() < end, f"still not so: {expression}"
-            time.sleep(0.05)
+        wait_until(lambda: self.value(expression), seconds)
 
     def press(self, key: str, shift: bool = False) -> None:
         """A key by its name (`ArrowLeft`) or its character."""
