@@ -82,7 +82,8 @@ def find_results(runs: Iterable[str], methods: tuple[str, str]) -> dict[tuple[st
         except (OSError, ValueError, TypeError, KeyError) as e:
             raise InputError(f"{path}: is no whole result with revisions ({e!r}); run that cell again") from None
         if cell in found:
-            raise InputError(f"{folder}: seed {cell[2]} of {cell[0]} on {cell[1]} is also {stood[cell]}; give one")
+            what = f"seed {cell[2]} of {cell[0]} on {cell[1]} is also {stood[cell]}"
+            raise InputError(f"{folder}: {what}; name the folders of the runs that are meant")
         found[cell], stood[cell] = result, folder
     return found
 

@@ -87,7 +87,7 @@ def test_runs_that_make_no_pairs(runs, tmp_path):
     refused(lambda: pairs(tmp_path / "nowhere"), "nowhere", "no such folder")
     refused(lambda: pairs(runs, against="b2_grpo"), "own seed 0, own seed 1; b2_grpo has none")
     again = write_run(tmp_path / "again", METHOD, 1, tmp_path / "replay")
-    refused(lambda: pairs(runs, again), str(again), "seed 1", "is also", str(runs))
+    refused(lambda: pairs(runs, again), str(again), "seed 1", "is also", str(runs), "name the folders")
     path = next(runs.glob("b5*s1*")) / "result.json"
     whole = path.read_text()
     for text in (whole[:100], "[]", whole.replace("revision", "text"), ""):
