@@ -75,3 +75,6 @@ from common.evaluation import Evaluator, base_report, first_problems, summarize
 from common.run import Run, RunArgs, StepClock, check_args, cli, open_out_dir, pick_dtype, rollout_metrics
 # sampled: replay whose flawed attempts a model made
 from common.sampled import sample_replay
+# page: the report as one HTML file
+# sheets: what people fill in, and its key
+# human: blinded pairs of revisions, what judgements say, audits of a replay
