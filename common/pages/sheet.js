@@ -1,0 +1,146 @@
+"use strict";
+// A sheet to be filled in: one row at a time, answers kept in the browser, saved as the CSV that the scorer reads.
+const $ = (id) => document.getElementById(id);
+const data = JSON.parse($("data").textContent);
+const columns = data.questions.map((question) => question.column);
+const store = `sheet ${data.sheet}`;
+let answers = {}; // {row: {column: label, comment: text}}
+let at = 0;
+
+function make(tag, attributes, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  element.append(...children);
+  return element;
+}
+
+// ---- answers ----
+const answersOf = (row) => answers[row.row] || {};
+const done = (row) => columns.every((column) => answersOf(row)[column]);
+const place = () => { // in the browser's store; null where it has none
+  try {
+    return window.localStorage;
+  } catch {
+    return null;
+  }
+};
+
+function keep() {
+  try {
+    place().setItem(store, JSON.stringify(answers));
+  } catch {
+    $("said").textContent = "This browser keeps nothing: save the table before you close the page.";
+  }
+}
+
+function answer(column, label) {
+  const row = data.rows[at];
+  answers[row.row] = { ...answersOf(row), [column]: label };
+  keep();
+  draw();
+}
+
+// ---- one row ----
+function draw() {
+  const row = data.rows[at];
+  const cells = data.shown.map(([column, title]) => {
+    const text = row[column].replace(/^'(?=[=+\-@])/, ""); // the quote is for spreadsheets alone
+    return make("section", { class: "panel" }, make("h2", {}, title), make("pre", {}, text));
+  });
+  const last = cells.splice(cells.length - data.side_by_side);
+  $("texts").replaceChildren(...cells, make("div", { class: "cards" }, ...last));
+  for (const column of columns) {
+    for (const input of document.getElementsByName(column)) input.checked = answersOf(row)[column] === input.value;
+  }
+  $("comment").value = answersOf(row).comment || "";
+  const n = data.rows.filter(done).length;
+  $("place").textContent = `row ${at + 1} of ${data.rows.length}, ${n} answered`;
+}
+
+function go(to) {
+  at = (to + data.rows.length) % data.rows.length;
+  draw();
+  location.replace(`#row=${data.rows[at].row}`);
+}
+
+function goOpen() {
+  const order = [...data.rows.keys()].map((i) => (at + 1 + i) % data.rows.length);
+  const open = order.find((i) => !done(data.rows[i]));
+  if (open === undefined) $("said").textContent = "Every row is answered: save the table.";
+  else go(open);
+}
+
+function readAddress() {
+  const wanted = location.hash.replace("#row=", "");
+  const i = data.rows.findIndex((row) => row.row === wanted);
+  if (i >= 0 && i !== at) {
+    at = i;
+    draw();
+  }
+}
+
+// ---- the table ----
+const quoted = (cell) => `"${cell.replaceAll('"', '""')}"`;
+
+function table() {
+  const locked = ["sheet", "row", ...data.shown.map(([column]) => column)];
+  const lines = data.rows.map((row) => [
+    data.sheet, ...locked.slice(1).map((column) => row[column]),
+    ...columns.map((column) => answersOf(row)[column] || ""), answersOf(row).comment || "",
+  ]);
+  return [data.head, ...lines].map((cells) => `${cells.map(quoted).join(",")}\r\n`).join("");
+}
+
+function save() {
+  const address = URL.createObjectURL(new Blob(["\ufeff", table()], { type: "text/csv" }));
+  make("a", { href: address, download: data.file }).click();
+  setTimeout(() => URL.revokeObjectURL(address), 10000);
+  const open = data.rows.filter((row) => !done(row)).length;
+  $("said").textContent = open ? `Saved ${data.file}; ${open} rows have no answer yet.` : `Saved ${data.file}, complete.`;
+}
+
+// ---- keys ----
+function pressed(event) {
+  if (event.altKey || event.ctrlKey || event.metaKey || event.target.closest("textarea")) return;
+  const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (by && !event.target.closest("input[type=radio]")) { // there the arrows choose
+    event.preventDefault();
+    go(at + by);
+  }
+  if (!$("keys").checked || event.key.length !== 1) return;
+  const open = data.questions.filter((question) => !answersOf(data.rows[at])[question.column]);
+  const question = open[0] || data.questions[0]; // the first open one; a single question may be answered anew
+  if (!open.length && data.questions.length > 1) return;
+  const label = question.labels.find((name) => name[0] === event.key.toLowerCase());
+  if (!label) return;
+  event.preventDefault();
+  answer(question.column, label);
+  if (open.length === 1 && at + 1 < data.rows.length) go(at + 1);
+}
+
+function start() {
+  try {
+    answers = JSON.parse(place().getItem(store)) || {};
+  } catch {
+    answers = {};
+  }
+  draw();
+  readAddress();
+  $("questions").addEventListener("submit", (event) => event.preventDefault());
+  $("questions").addEventListener("change", (event) => {
+    if (event.target.type === "radio") answer(event.target.name, event.target.value);
+  });
+  $("comment").addEventListener("input", () => {
+    const row = data.rows[at];
+    answers[row.row] = { ...answersOf(row), comment: $("comment").value };
+    keep();
+  });
+  $("previous").addEventListener("click", () => go(at - 1));
+  $("next").addEventListener("click", () => go(at + 1));
+  $("open").addEventListener("click", goOpen);
+  $("save").addEventListener("click", save);
+  addEventListener("hashchange", readAddress);
+  addEventListener("keydown", pressed);
+}
+
+start();
