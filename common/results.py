@@ -269,17 +269,26 @@ def changed_flags(cell: Cell, defaults: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in cell.args.items() if k not in NO_ARM and (k not in defaults or defaults[k] != v)}
 
 
+def common_flags(cells: list[Cell]) -> set[str]:
+    """The flags that all runs of several methods have, and have alike: they tell no arm from another."""
+    if len({cell.method for cell in cells}) == 1:
+        return set()
+    first = cells[0].args
+    return {k for k in first if all(k in cell.args and cell.args[k] == first[k] for cell in cells)}
+
+
 def name_arms(cells: list[Cell]) -> list[str]:
-    """The arm of each cell. Where a method's script is not here, what all of its runs share are its defaults."""
+    """The arm of each cell of a task. Where a method's script is not here, what all of its runs share are its
+    defaults."""
     names, defaults = [], {}
     for method in {cell.method for cell in cells}:
         own = [cell.args for cell in cells if cell.method == method]
         shared = {k: v for k, v in own[0].items() if all(args.get(k) == v for args in own)}
         known = script_defaults(method)
         defaults[method] = shared if known is None else known
-    text = lambda value: f"{value:g}" if isinstance(value, float) else str(value)
+    text, alike = lambda value: f"{value:g}" if isinstance(value, float) else str(value), common_flags(cells)
     for cell in cells:
-        flags = changed_flags(cell, defaults[cell.method])
+        flags = {k: v for k, v in changed_flags(cell, defaults[cell.method]).items() if k not in alike}
         names.append(" ".join([cell.method, *(f"{k}={text(v)}" for k, v in sorted(flags.items()))]))
     return names
 
@@ -331,7 +340,11 @@ def check_problems(task: str, cells: list[Cell]) -> None:
 def put_together(cells: list[Cell]) -> dict[str, dict[str, dict[int, Cell]]]:
     """{task: {arm: {seed: cell}}}; InputError if two runs are one cell."""
     found: dict[str, dict[str, dict[int, Cell]]] = {}
-    for cell, arm in sorted(zip(cells, name_arms(cells)), key=lambda pair: (pair[0].task, pair[1], pair[0].seed)):
+    pairs = []
+    for task in {cell.task for cell in cells}:
+        own = [cell for cell in cells if cell.task == task]
+        pairs += zip(own, name_arms(own))
+    for cell, arm in sorted(pairs, key=lambda pair: (pair[0].task, pair[1], pair[0].seed)):
         seeds = found.setdefault(cell.task, {}).setdefault(arm, {})
         if cell.seed in seeds:
             raise InputError(
