@@ -68,6 +68,7 @@ from common.base import load_model
 # credit: where training moved the policy on a flawed attempt, and what that would be without credit
 # evaluation: the measurement that all methods share, and the pre-check of the base
 from common.evaluation import Evaluator, base_report, first_problems, summarize
+# results: what runs have written: found, checked, refused where it does not belong in one table
 # report: result.json, the summary, the curves
 # locks: one process at a time in a run's directory
 # tracking: W&B, in a process of its own that cannot stop a run
@@ -75,3 +76,8 @@ from common.evaluation import Evaluator, base_report, first_problems, summarize
 from common.run import Run, RunArgs, StepClock, check_args, cli, open_out_dir, pick_dtype, reduce, rollout_metrics
 # sampled: replay whose flawed attempts a model made
 from common.sampled import sample_replay
+# page: the report as one HTML file
+# statistics: a difference over seeds and problems: its interval, its test, what it could have detected
+# claims: every measure of every arm, the declared comparisons, the answer in one sentence
+# tables: the tables of a report, as Markdown, LaTeX, CSV
+# figures: its plots

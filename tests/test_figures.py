@@ -7,7 +7,7 @@ import io
 
 import matplotlib.image
 import pytest
-from made_results import made_matrix
+from made_results import made_matrix, made_run
 
 from common.claims import compare, default_family, measure_all
 from common.figures import all_plots, colors, learning_curves, measure_plot
@@ -41,8 +41,6 @@ def test_what_would_be_empty_is_not_there(tmp_path):
     def without_credit(result):
         for r in result["records"]:
             r["credit_excess"] = None
-
-    from made_results import made_run
 
     run = made_run(tmp_path, B3, "gsm8k", 0, 8, change=without_credit)
     (run / "metrics.jsonl").unlink()
