@@ -46,7 +46,7 @@ class Args:
     allow_partial: bool = False
     """leave out unfinished runs, missing seeds and problems without a score, and say so in the tables"""
     wandb: str | None = None
-    """read the result artifacts of entity/project instead of folders"""
+    """read the result artifacts of entity/project instead of folders; they hold no learning curves"""
     group: str | None = None
     """of --wandb: runs of this group alone"""
 
@@ -175,10 +175,11 @@ def main(args: Args) -> str:
         raise InputError(f"--out {args.out}: is there and holds no report; choose another folder")
     if bool(args.runs) == bool(args.wandb) or (args.group and not args.wandb):
         raise InputError("give folders of runs, e.g. runs, or --wandb entity/project, with or without --group")
+    with tempfile.TemporaryDirectory() as space:
+        folders = find_runs(args.runs) if args.runs else fetch_wandb(args.wandb, args.group, space)
+        tasks = read_runs(folders, args.allow_partial)
     writable(target.parent, "out")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as space:
-        folders = find_runs(args.runs) if args.runs else fetch_wandb(args.wandb, args.group, f"{space}/wandb")
-        tasks = read_runs(folders, args.allow_partial)
         new = pathlib.Path(space) / "report"
         new.mkdir()
         sentence = write_report(new, args, tasks)

@@ -371,6 +371,9 @@ def read_runs(directories: list[pathlib.Path], allow_partial: bool = False) -> l
     cells = [read_cell(path, allow_partial) for path in directories if path not in unfinished]
     if not cells:
         raise InputError(f"none of these runs has finished, e.g. {directories[0]}: {unfinished[directories[0]]}")
+    for path, why in unfinished.items():
+        if not any(f"__{cell.task}__" in path.name for cell in cells):
+            print(f"{path}: {why}; no run of its task has, so it stands in no table")
     return [make_task(name, arms, unfinished, allow_partial) for name, arms in put_together(cells).items()]
 
 
