@@ -68,6 +68,7 @@ from common.base import load_model
 # credit: where training moved the policy on a flawed attempt, and what that would be without credit
 # evaluation: the measurement that all methods share, and the pre-check of the base
 from common.evaluation import Evaluator, base_report, first_problems, summarize
+# results: what runs have written: found, checked, refused where it does not belong in one table
 # report: result.json, the summary, the curves
 # locks: one process at a time in a run's directory
 # tracking: W&B, in a process of its own that cannot stop a run
@@ -78,3 +79,7 @@ from common.sampled import sample_replay
 # page: the report as one HTML file
 # sheets: what people fill in, and its key
 # human: blinded pairs of revisions, what judgements say, audits of a replay
+# statistics: a difference over seeds and problems: its interval, its test, what it could have detected
+# claims: every measure of every arm, the declared comparisons, the answer in one sentence
+# tables: the tables of a report, as Markdown, LaTeX, CSV
+# figures: its plots

@@ -12,8 +12,7 @@ from common.basics import TRACES
 from common.credit import KINDS
 from common.fingerprint import fingerprint
 from common.replay import replay_report
-
-SCHEMA_VERSION = 1
+from common.results import SCHEMA_VERSION
 
 
 def make_result(args, method: str, identity, counted, replay, base, records, final, timings) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The pages say what the files say: diffs, line numbers, metrics, names of files, commands; the table of results.
+"""The pages say what the files say: diffs, line numbers, metrics, names of files, commands.
 
 pytest tests/test_docs.py
 """
@@ -28,7 +28,7 @@ def load(path):
         return importlib.import_module(pathlib.Path(path).stem)
 
 
-update_methods, results_table = load("docs/update_methods.py"), load("docs/results_table.py")
+update_methods = load("docs/update_methods.py")
 METHODS, METRICS = (path.read_text() for path in update_methods.PAGES)
 SCRIPTS = sorted(path.name for path in ROOT.glob("b?_*.py"))
 
@@ -96,41 +96,14 @@ def test_every_command_is_understood(page):
             tyro.cli(args, args=words)  # exits where it does not understand
 
 
-# ---- the table of results -------------------------------------------------------------------------------------------
-def result(method, seed, revised, **fields):
-    """A result.json's content: ten problems of horizon 2, thirty of horizons 6 and 11."""
-    part = lambda n, value: {"n": n, "accuracy_revised": value}
-    summary = {
-        "accuracy_revised": revised, "delta_critique": revised, "wrong_to_right": revised, "right_to_wrong": None,
-        "accuracy": 0.5, "credit_auc": 0.6123,
-        "by_horizon": {"2": part(10, revised), "6": part(10, 0.3), "11": part(20, 0.0)},
-    }  # fmt: skip
-    fingerprint = {"tokenizer": "t", "optimizer_steps": 50, **fields, "digest": "d" * 64}
-    return {"method": method, "args": {"seed": seed}, "fingerprint": fingerprint, "summary": summary, "base": summary}
-
-
-def test_table_of_results():
-    lines = results_table.table([result("b2_grpo", 0, 0.25), result("b0_sft", 1, 0.5), result("b2_grpo", 1, 0.35)])
-    cells = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in lines.split("\n")}
-    assert list(cells)[2:] == ["base", "B0, 1", "B2, 0", "B2, 1", "**B2**, mean of 2"]
-    assert cells["B2, 0"] == ["25.0", "25.0", "25.0", "\u2013", "50.0", "0.612", "25.0", *["\u2013"] * 3, "10.0"]
-    assert cells["**B2**, mean of 2"][0] == cells["**B2**, mean of 2"][6] == "30.0"
-    assert cells["base"][5] == "\u2013"
-
-
-def test_no_table_of_runs_that_are_not_comparable():
-    with pytest.raises(ValueError, match="b3_grpo_verifier seed 2 differs in optimizer_steps"):
-        results_table.table([result("b2_grpo", 0, 0.2), result("b3_grpo_verifier", 2, 0.3, optimizer_steps=60)])
-
-
 # ---- the rooms and their map ----------------------------------------------------------------------------------------
 ROOMS = {path.stem: path for path in sorted(ROOT.glob("common/*.py")) if path.stem != "__init__"}
 MAP = re.findall(r"^# (?!ruff)(\w+): \S.*$", (ROOT / "cts_common.py").read_text(), re.MULTILINE)
-CROSS = ("devices", "docs", "methods", "scripts")  # tests of the scripts, of whole runs and of the pages
+CROSS = ("aggregate", "devices", "docs", "methods", "scripts")  # tests of the scripts, of whole runs and of the pages
 WITHOUT_JAX = (
     "basics", "prompts", "values", "answers", "verifier", "sandbox_server", "plans", "sandbox", "programs",
     "replay", "critique", "fixtures", "tasks", "tokenizer", "mistakes", "mutants", "batches", "locks", "tracking",
-    "interpreter", "credit", "page", "sheets", "human",
+    "interpreter", "credit", "results", "page", "sheets", "human", "statistics", "claims", "tables", "figures",
 )  # fmt: skip
 
 
@@ -148,7 +121,7 @@ def rooms_imported(text: str) -> set[str]:
 
 
 def test_every_room_has_its_line_in_the_map_and_its_test_file():
-    """And every test file its room, apart from the four that look at scripts, whole runs and pages."""
+    """And every test file its room, apart from those that look at scripts, whole runs and pages."""
     assert sorted(MAP) == sorted(ROOMS)
     tests = {path.stem.removeprefix("test_") for path in ROOT.glob("tests/test_*.py")}
     assert tests - set(CROSS) == set(ROOMS) and set(CROSS) <= tests

@@ -1,0 +1,301 @@
+"""What runs show: every measure of every arm with its interval, the declared comparisons, the answer in one sentence.
+Used by aggregate.py; knows no file format but the family's, and no statistics but those of common/statistics."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+import yaml
+
+from common.basics import InputError, sha256
+from common.results import CREDIT, Task
+from common.statistics import (
+    ALPHA,
+    MOST_SEEDS,
+    Estimate,
+    bootstrap,
+    estimate,
+    holm,
+    improvement,
+    mcnemar,
+    seeds_to_detect,
+    wilcoxon,
+    with_seeds,
+)
+
+METHOD = "b5_cts"  # whose claim it is, where no family says otherwise
+RATES = ("revised", "attempt", "delta_critique", "wrong_to_right", "right_to_wrong", "format")  # shown in percent
+MEASURES = (*RATES, "tokens", *CREDIT)
+GROUPED = ("revised", "attempt")  # measured by horizon, edit distance and tag too
+FAMILY_MEASURES = ("revised", "attempt", "delta_critique", "wrong_to_right", "format")  # of which more is better
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """The comparisons that were declared, first the primary one; which are (arm, arm that it is compared with)."""
+
+    comparisons: tuple[tuple[str, str], ...]
+    measure: str = "revised"
+    margin: float = 1.0  # percentage points: the smallest advantage that would matter
+    source: str = "default"
+
+    @property
+    def digest(self) -> str:
+        return sha256(json.dumps([self.comparisons, self.measure, self.margin]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One measure of one arm in one group of problems; numbers in the measure's own unit, None where there is none."""
+
+    task: str
+    arm: str
+    measure: str
+    group: str
+    seeds: int
+    problems: int  # those in which every seed has a value
+    mean: float | None
+    sd: float | None  # of the runs' means
+    low: float | None
+    high: float | None
+    effect: Estimate | None  # against the base arm, seeds and problems paired
+    difference: float | None  # the same where one seed allows no estimate
+
+    @property
+    def against(self) -> dict[str, float | None]:
+        low, high = self.effect.interval if self.effect else (None, None)
+        return {"difference": self.difference, "low": low, "high": high, "p": self.effect.p if self.effect else None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One comparison of the family on one task. Effects in points of 100 where the measure is a rate."""
+
+    task: str
+    arm: str
+    base: str
+    difference: float
+    found: Estimate | None  # None for one seed
+    p_holm: float | None
+    percentile: tuple[float, float] | None
+    wilcoxon: float
+    mcnemar: dict[int, float]
+    improvement: dict[str, float | None]
+    seeds: list[int]
+    problems: int
+    verdict: str
+    detectable: float | None  # at ALPHA / rows, so that Holm's method cannot undo it
+    seeds_needed: int | None  # to detect `target`; None: more problems are needed
+    target: float
+    least: float | None  # what MOST_SEEDS seeds could detect
+
+
+# ---- the family -----------------------------------------------------------------------------------------------------
+def default_family(tasks: list[Task], base: str) -> Family:
+    """Every arm against `base`; METHOD's comparison is the primary one, without it that of the last arm by name."""
+    arms = sorted({arm for task in tasks for arm in task.arms} - {base})
+    first = [METHOD] if METHOD in arms else arms[-1:]
+    return Family(tuple((arm, base) for arm in [*first, *(arm for arm in arms if arm not in first)]))
+
+
+def read_family(path: str) -> Family:
+    """The family that a file declares: a YAML or JSON object, or a sweep file with such an object in a comment line.
+
+    # family: {primary: [b5_cts, b3_grpo_verifier], others: [[b4_grpo_critique, b3_grpo_verifier]], margin: 1.0}
+    """
+    try:
+        text = pathlib.Path(path).read_text(encoding="utf-8")
+        line = re.search(r"^# family:(.*)$", text, re.MULTILINE)
+        given = yaml.safe_load(line[1] if line else text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise InputError(f"--family {path}: cannot be read ({' '.join(str(e).split())[:120]})") from None
+
+    def need(ok: bool, field: str, what: str) -> None:
+        if not ok:
+            raise InputError(f"--family {path}: field {field!r} {what}")
+
+    need(isinstance(given, dict) and "primary" in given, "primary", "is missing: [arm, arm it is compared with]")
+    unknown = sorted(set(given) - {"primary", "others", "measure", "margin"})
+    need(not unknown, ", ".join(unknown), "is unknown; there are primary, others, measure, margin")
+    others = given.get("others", [])
+    need(isinstance(others, list), "others", "must be a list of pairs")
+    pairs = [given["primary"], *others]
+    for pair in pairs:
+        names = isinstance(pair, list) and len(pair) == 2 and all(isinstance(arm, str) for arm in pair)
+        field = "primary" if pair is pairs[0] else "others"
+        need(names and pair[0] != pair[1], field, f"has {pair}, which is no pair of two arms")
+    need(len({tuple(pair) for pair in pairs}) == len(pairs), "others", "has a comparison twice")
+    measure, margin = given.get("measure", "revised"), given.get("margin", 1.0)
+    need(measure in FAMILY_MEASURES, "measure", f"must be one of {', '.join(FAMILY_MEASURES)}")
+    need(type(margin) in (int, float) and 0 < margin < 100, "margin", "must be percentage points above 0")
+    return Family(tuple(tuple(pair) for pair in pairs), measure, float(margin), pathlib.Path(path).name)
+
+
+# ---- measures -------------------------------------------------------------------------------------------------------
+def complete(*arrays: np.ndarray) -> np.ndarray:
+    """Which problems [N] have a value in every run."""
+    return np.logical_and.reduce([~np.isnan(a).any(0) for a in arrays])
+
+
+def measure_row(task: Task, arm: str, base: str | None, measure: str, group: str) -> Row:
+    """A measure of an arm, over its seeds and the problems of a group."""
+    inside = np.ones(len(task.first.ids), bool) if group == "all" else task.first.groups[group]
+    a_SN = task.scores(arm, measure, task.seeds(arm))
+    a_SN = a_SN[:, complete(a_SN) & inside]
+    mean = sd = low = high = effect = difference = None
+    if a_SN.shape[1]:
+        mean = float(a_SN.mean())
+        sd = float(a_SN.mean(1).std(ddof=1)) if len(a_SN) > 1 else None
+        own = estimate(a_SN)
+        low, high = own.interval if own else (None, None)
+    both = task.seeds(arm, base) if base in task.arms and arm != base else []
+    if both:
+        x_SN, y_SN = (task.scores(name, measure, both) for name in (arm, base))
+        D_SN = (x_SN - y_SN)[:, complete(x_SN, y_SN) & inside]
+        if D_SN.shape[1]:
+            effect, difference = estimate(D_SN), float(D_SN.mean())
+    return Row(task.name, arm, measure, group, *a_SN.shape, mean, sd, low, high, effect, difference)
+
+
+def measure_all(tasks: list[Task], base: str | None) -> list[Row]:
+    """Every measure of every arm, of all problems and, of GROUPED ones, by group."""
+    return [
+        measure_row(task, arm, base, measure, group)
+        for task in tasks
+        for arm in task.arms
+        for measure in MEASURES
+        for group in ("all", *(task.first.groups if measure in GROUPED else ()))
+    ]
+
+
+# ---- comparisons ----------------------------------------------------------------------------------------------------
+def judge(found: Estimate | None, p_holm: float | None, margin: float) -> str:
+    """supported: better, also after Holm. not supported: worse after Holm, or an advantage of `margin` is ruled out.
+    undecided: everything else."""
+    if found is None:
+        return "undecided"
+    if p_holm <= ALPHA:
+        return "supported" if found.mean > 0 else "not supported"
+    return "not supported" if found.interval[1] < margin else "undecided"
+
+
+def scaled(found: Estimate | None, by: float) -> Estimate | None:
+    """An estimate in another unit."""
+    if found is None:
+        return None
+    parts, squares = (tuple(value * by**2 for value in values) for values in (found.parts, found.squares))
+    return dataclasses.replace(found, mean=found.mean * by, se=found.se * by, squares=squares, parts=parts)
+
+
+def compare(tasks: list[Task], family: Family) -> list[Comparison]:
+    """The comparisons of the family on every task, Holm over all of them together. InputError if an arm is missing."""
+    rows = []
+    for task in tasks:
+        for arm, base in family.comparisons:
+            for name in (arm, base):
+                if name not in task.arms:
+                    raise InputError(f"{task.name}: no runs of {name!r}; there are {', '.join(task.arms)}")
+            seeds = task.seeds(arm, base)
+            if not seeds:
+                raise InputError(f"{task.name}: {arm} and {base} share no 'seed'; run both with the same ones")
+            a_SN, b_SN = (task.scores(name, family.measure, seeds) for name in (arm, base))
+            known = complete(a_SN, b_SN)
+            if not known.any():
+                raise InputError(f"{task.name}: no problem has {family.measure!r} in {arm} and {base}")
+            rows.append((task, arm, base, seeds, a_SN[:, known], b_SN[:, known]))
+    found = [scaled(estimate(a - b), 100) for *_, a, b in rows]
+    tested = [i for i, one in enumerate(found) if one]
+    adjusted = dict(zip(tested, holm([found[i].p for i in tested])))
+    out, alpha = [], ALPHA / max(1, len(tested))
+    for i, (task, arm, base, seeds, a_SN, b_SN) in enumerate(rows):
+        D_SN, one, interval = a_SN - b_SN, found[i], bootstrap(a_SN - b_SN)
+        difference = 100 * float(D_SN.mean())
+        target = max(abs(difference), family.margin)
+        out.append(Comparison(
+            task.name, arm, base, difference, one, adjusted.get(i), interval and tuple(100 * v for v in interval),
+            wilcoxon(D_SN), {seed: mcnemar(a, b) for seed, a, b in zip(seeds, a_SN, b_SN)}, improvement(a_SN, b_SN),
+            seeds, D_SN.shape[1], judge(one, adjusted.get(i), family.margin),
+            one and one.detectable_at(alpha), one and seeds_to_detect(one, target, alpha), target,
+            one and with_seeds(one, MOST_SEEDS, alpha),
+        ))  # fmt: skip
+    return out
+
+
+# ---- the sentence ---------------------------------------------------------------------------------------------------
+VERBS = {"revised": "revises", "attempt": "solves at first", "delta_critique": "gains from critiques",
+         "wrong_to_right": "repairs", "format": "forms well"}  # fmt: skip
+
+
+def what_would_decide(c: Comparison) -> str:
+    """How many seeds would decide an open comparison."""
+    if c.found is None:
+        return "one seed says nothing of runs: two seeds at least, better five"
+    could = f"an effect of {c.detectable:.1f} points would be found in 80 % of repetitions"
+    if c.seeds_needed is None:
+        return (
+            f"{could}; no number of seeds finds one of {c.target:.1f} with {c.problems:,} problems (the least is"
+            f" {c.least:.1f}): more problems are needed"
+        )
+    return f"{could}, and about {max(c.seeds_needed, len(c.seeds) + 1)} seeds would find one of {c.target:.1f}"
+
+
+def say_comparison(c: Comparison, family: Family, n: int) -> str:
+    """One comparison in words."""
+    more = "more" if c.difference >= 0 else "fewer"
+    text = f"on {c.task} {c.arm} {VERBS[family.measure]} {abs(c.difference):.1f} points {more} than {c.base}"
+    size = f"{len(c.seeds)} seed{'s' * (len(c.seeds) > 1)}, {c.problems:,} problems"
+    if c.found is None:
+        return f"{text} ({size}); {what_would_decide(c)}"
+    low, high = c.found.interval
+    text += f" (95 % interval {low:+.1f} to {high:+.1f}, p = {c.p_holm:.2g} after Holm over {n}, {size})"
+    if c.verdict == "undecided":
+        return f"{text}; {what_would_decide(c)}"
+    if c.verdict == "not supported" and c.p_holm > ALPHA:
+        return f"{text}; an advantage of {family.margin:g} point{'s' * (family.margin != 1)} is ruled out"
+    return text
+
+
+def answer(comparisons: list[Comparison], family: Family) -> tuple[str, str]:
+    """(verdict, sentence) of the primary comparison: supported if on every task it is, not supported if on one it is
+    not, else undecided."""
+    if not family.comparisons:
+        return "undecided", "Undecided: there is one arm alone, nothing to compare it with."
+    primary = [c for c in comparisons if (c.arm, c.base) == family.comparisons[0]]
+    verdicts = {c.verdict for c in primary}
+    whole = "not supported" if "not supported" in verdicts else "undecided" if "undecided" in verdicts else "supported"
+    head = {"undecided": "Undecided at this power"}.get(whole, whole.capitalize())
+    parts = "; and ".join(say_comparison(c, family, len(comparisons)) for c in primary)
+    return whole, f"{head}: {parts}."
+
+
+def question(family: Family) -> str:
+    """What the primary comparison asks."""
+    if not family.comparisons:
+        return "What do these runs show?"
+    arm, base = family.comparisons[0]
+    what = {
+        "revised": "revise more flawed attempts to right ones", "attempt": "solve more problems at first",
+        "delta_critique": "gain more from critiques", "wrong_to_right": "repair more wrong attempts",
+        "format": "write more well-formed answers",
+    }[family.measure]  # fmt: skip
+    return f"Does {arm} {what} than {base}?"
+
+
+def plain(value: Any) -> Any:
+    """Numbers, lists and objects for JSON: no NaN, no arrays, estimates with what follows from them."""
+    if isinstance(value, Estimate):
+        parts = {"interval": value.interval, "p": value.p, "detectable": value.detectable}
+        return plain({**{f.name: getattr(value, f.name) for f in dataclasses.fields(value)}, **parts})
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return value

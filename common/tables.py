@@ -1,0 +1,226 @@
+"""The tables of a report from rows and comparisons, and how they are written: Markdown, LaTeX, CSV. Used by figures and
+aggregate.py; measures nothing."""
+
+import csv
+import io
+import re
+
+from common.claims import RATES, Comparison, Family, Row
+from common.page import Table
+from common.results import CREDIT, Task
+
+NOTHING = "n/a"
+TITLES = {
+    "revised": "revised", "attempt": "first attempt", "delta_critique": "delta_critique",
+    "wrong_to_right": "wrong→right", "right_to_wrong": "right→wrong", "format": "well-formed", "tokens": "tokens",
+    "credit_auc": "AUC as it is", "credit_matched": "AUC matched", "credit_null": "its null",
+    "credit_excess": "excess", "flip_gain": "flip gain, nats", "value_correlation": "value correlation",
+    "value_excess": "value excess", "credit_temperature": "T*",
+}  # fmt: skip
+BASE_KEYS = {"revised": "accuracy_revised", "attempt": "accuracy", "delta_critique": "delta_critique",
+             "wrong_to_right": "wrong_to_right", "right_to_wrong": "right_to_wrong", "format": "format_frac",
+             "tokens": "tokens_mean"}  # fmt: skip
+Index = dict[tuple[str, str, str, str], Row]  # by task, arm, measure, group
+
+
+def index(rows: list[Row]) -> Index:
+    """Rows by what they are about."""
+    return {(row.task, row.arm, row.measure, row.group): row for row in rows}
+
+
+# ---- numbers --------------------------------------------------------------------------------------------------------
+def number(measure: str, value: float | None, sign: bool = False) -> str:
+    """Rates in percent, tokens with one digit, the rest with three; n/a where there is nothing.
+
+    >>> number("revised", 0.4321), number("credit_excess", 0.0531, sign=True), number("revised", None)
+    ('43.2', '+0.053', 'n/a')
+    """
+    if value is None:
+        return NOTHING
+    value, digits = (100 * value, 1) if measure in RATES else (value, 1 if measure == "tokens" else 3)
+    return f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
+
+
+def with_interval(row: Row | None) -> str:
+    """A mean and half the length of its interval; a mean alone where there is no interval."""
+    if row is None or row.mean is None:
+        return NOTHING
+    text = number(row.measure, row.mean)
+    return text if row.low is None else f"{text} ± {number(row.measure, (row.high - row.low) / 2)}"
+
+
+def with_effect(row: Row | None) -> str:
+    """A mean, and behind it the difference from the base arm with half the length of its interval."""
+    text = with_interval(row)
+    if row is None or row.mean is None or row.difference is None:
+        return text
+    half = f" ± {number(row.measure, row.effect.half)}" if row.effect else ""
+    return f"{number(row.measure, row.mean)} ({number(row.measure, row.difference, sign=True)}{half})"
+
+
+def p_value(p: float | None) -> str:
+    return NOTHING if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
+def seeds_of(task: Task, arm: str) -> str:
+    """The seeds that an arm has, and which of the others it lacks."""
+    lacks = sorted(seed for (name, seed) in task.missing if name == arm and seed >= 0)
+    text = str(len(task.arms[arm]))
+    return text + (f" (without {', '.join(map(str, lacks))})" if lacks else "")
+
+
+def main_table(task: Task, rows: Index) -> Table:
+    """Every arm and the untrained base: the rates, and what a million trained tokens win."""
+    measures = ("revised", "attempt", "delta_critique", "wrong_to_right", "right_to_wrong", "format")
+    base = task.first.base
+    first = ["untrained base", NOTHING, *(number(m, base.get(BASE_KEYS[m])) for m in measures), NOTHING, NOTHING]
+    lines = []
+    for arm in task.arms:
+        cells = [rows[task.name, arm, m, "all"] for m in measures]
+        rate, tokens = per_token(task, arm, cells[0].mean)
+        sd = NOTHING if cells[0].sd is None else f"{100 * cells[0].sd:.1f}"
+        lines.append([arm, seeds_of(task, arm), *map(with_interval, cells), sd, rate + tokens])
+    note = (
+        f"Percent of {len(task.first.ids):,} test problems, mean over seeds ± half of the 95 % interval over seeds and"
+        " problems; SD: of the runs' revised accuracy. Last column: points of revised accuracy won over the untrained"
+        " base for each million tokens that training computed, prompts included."
+    )
+    lost = sorted({f"{arm} seed {seed}: {why}" for (arm, seed), why in task.missing.items() if seed >= 0})
+    note += f" **Incomplete**: {'; '.join(lost)}." if lost else ""
+    head = ["method", "seeds", *(TITLES[m] for m in measures), "SD", "points per M tokens"]
+    return Table(f"{task.name}: accuracy", head, [first, *lines], note)
+
+
+def per_token(task: Task, arm: str, revised: float | None) -> tuple[str, str]:
+    """(points won for each million trained tokens, a mark where only the completions' tokens are known)."""
+    before, counted = task.first.base.get("accuracy_revised"), []
+    for cell in task.arms[arm].values():
+        counted.append(max((row["charts/tokens"] for row in cell.curves if "charts/tokens" in row), default=None))
+    if revised is None or before is None:
+        return NOTHING, ""
+    mark = "" if None not in counted else " (completions alone)"
+    tokens = task.first.fingerprint.get("training_tokens") if mark else sum(counted) / len(counted)
+    return (f"{100 * (revised - before) / (tokens / 1e6):+.1f}", mark) if tokens else (NOTHING, "")
+
+
+def family_table(comparisons: list[Comparison], family: Family) -> Table:
+    """What was declared: effect, interval, p, what could have been detected."""
+    lines = []
+    for c in comparisons:
+        found, mark = c.found, " (primary)" if (c.arm, c.base) == family.comparisons[0] else ""
+        near = lambda pair: NOTHING if pair is None else f"{pair[0]:+.1f} to {pair[1]:+.1f}"
+        open_ = c.verdict == "undecided"
+        detect = [NOTHING] * 2 if found is None else [f"{c.detectable:.1f}", shares(c)]
+        needed = NOTHING if found is None else "more problems" if c.seeds_needed is None else str(
+            max(c.seeds_needed, len(c.seeds) + 1))  # fmt: skip
+        poi = c.improvement
+        chance = f"{poi['share']:.2f}" + ("" if poi["low"] is None else f" [{poi['low']:.2f}, {poi['high']:.2f}]")
+        lines.append([
+            c.task, f"{c.arm} − {c.base}{mark}", f"{c.difference:+.1f}", near(found and found.interval),
+            near(c.percentile), p_value(found and found.p), p_value(c.p_holm), c.verdict,
+            *(detect if open_ else ["–"] * 2), needed if open_ else "–", p_value(c.wilcoxon),
+            " ".join(p_value(p) for p in c.mcnemar.values()), chance,
+        ])  # fmt: skip
+    head = ["task", "comparison", "points", "95 % interval", "percentiles", "p", "p, Holm", "verdict", "MDE",
+            "of it seeds / problems / either", "seeds to decide", "Wilcoxon", "McNemar by seed",
+            "P(improvement)"]  # fmt: skip
+    note = (
+        f"Points of {TITLES[family.measure]} on the same seeds and problems; t over seeds and problems. Holm over all"
+        f" {len(comparisons)} rows. MDE: the true effect that this test, at 5 % divided by the number of rows,"
+        " finds in 80 % of repetitions, beside rows that decide nothing; beside it the shares of the variance that more"
+        " seeds, more problems, and either of them would shrink. Seeds to decide: to find what was seen, or the margin."
+        f" An advantage below {family.margin:g} points, the margin, does not matter. Percentiles: of the bootstrap over"
+        " seeds and problems."
+        f" Wilcoxon and McNemar know problems alone. Family {family.digest[:16]} ({family.source})."
+    )
+    return Table("The declared comparisons", head, lines, note)
+
+
+def shares(c: Comparison) -> str:
+    """Shares of the variance of an effect that more seeds, more problems, and either would shrink."""
+    total = sum(c.found.parts)
+    return " / ".join(f"{100 * part / total:.0f} %" for part in c.found.parts) if total else NOTHING
+
+
+def group_table(task: Task, rows: Index, kind: str, measure: str, base: str | None) -> Table:
+    """An accuracy by horizon, edit distance or tag."""
+    groups = [group for group in task.first.groups if group.startswith(f"{kind} ")]
+    counts = [int(task.first.groups[group].sum()) for group in groups]
+    name = {"horizon": "h=", "edit": "", "tag": ""}[kind]
+    head = ["method", *(f"{name}{group.partition(' ')[2]} (n={n})" for group, n in zip(groups, counts))]
+    lines = [[arm, *(with_effect(rows.get((task.name, arm, measure, group))) for group in groups)] for arm in task.arms]
+    what = {"horizon": "horizon", "edit": "edit distance", "tag": "error tag"}[kind]
+    beside = f"; in brackets the difference from {base} ± half of its interval, not adjusted" if base else ""
+    return Table(f"{task.name}: {TITLES[measure]} by {what}", head, lines, f"Percent{beside}.")
+
+
+def credit_table(task: Task, rows: Index) -> Table | None:
+    """The measures of credit beside their nulls; None where no run has any."""
+    known = [m for m in CREDIT if any(rows[task.name, arm, m, "all"].mean is not None for arm in task.arms)]
+    if not known:
+        return None
+    lines = [[arm, *(with_interval(rows[task.name, arm, m, "all"]) for m in known)] for arm in task.arms]
+    note = (
+        "Mean over seeds ± half of the 95 % interval over seeds and problems. Excess and value excess are over their"
+        " nulls: 0 is no credit. docs/metrics.md defines them."
+    )
+    return Table(f"{task.name}: credit", ["method", *(TITLES[m] for m in known)], lines, note)
+
+
+def all_tables(
+    tasks: list[Task], rows: list[Row], comparisons: list[Comparison], family: Family, base: str | None
+) -> list[Table]:
+    """Those of a report, in order."""
+    found, at = [family_table(comparisons, family)] if comparisons else [], index(rows)
+    for task in tasks:
+        found.append(main_table(task, at))
+        found += [group_table(task, at, "horizon", measure, base) for measure in ("revised", "attempt")]
+        found += [group_table(task, at, kind, "revised", base) for kind in ("edit", "tag")]
+        found += [table] if (table := credit_table(task, at)) else []
+    return [table for table in found if len(table.head) > 1]
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+def as_markdown(title: str, sentence: str, tables: list[Table]) -> str:
+    """table.md."""
+    clean = lambda cell: cell.replace("|", "\\|").replace("\n", " ")
+    line = lambda cells: f"| {' | '.join(map(clean, cells))} |"
+    parts = [f"# {title}\n\n{sentence}\n"]
+    for table in tables:
+        rule = "|---" * len(table.head) + "|"
+        parts.append("\n".join([f"## {table.title}\n", line(table.head), rule, *map(line, table.rows)]))
+        parts.append(f"{table.note}\n" if table.note else "")
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def as_latex(tables: list[Table]) -> str:
+    """table.tex: a tabular of each table, for \\input."""
+    special = {sign: f"\\{sign}" for sign in "&%$#_{}"} | {
+        "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}", "→": r"$\to$", "±": r"$\pm$",
+        "−": "$-$", "–": "--", "<": "$<$", ">": "$>$", "≤": r"$\le$",
+    }  # fmt: skip
+    clean = lambda text: re.sub("|".join(map(re.escape, special)), lambda hit: special[hit[0]], text)
+    line = lambda cells: " & ".join(map(clean, cells)) + r" \\"
+    parts = []
+    for table in tables:
+        columns = "l" + "r" * (len(table.head) - 1)
+        rows = [r"\hline", line(table.head), r"\hline", *map(line, table.rows), r"\hline"]
+        comments = f"% {table.title}\n% {table.note}"
+        parts.append(f"{comments}\n\\begin{{tabular}}{{{columns}}}\n" + "\n".join(rows) + "\n\\end{tabular}\n")
+    return "\n".join(parts)
+
+
+def as_csv(rows: list[Row]) -> str:
+    """table.csv: every measure, arm and group a line, numbers in full; empty where there is none."""
+    text = io.StringIO(newline="")
+    out = csv.writer(text, lineterminator="\n")
+    out.writerow(["task", "method", "measure", "group", "seeds", "problems", "mean", "sd_of_runs", "low", "high",
+                  "difference", "difference_low", "difference_high", "p", "detectable"])  # fmt: skip
+    for row in rows:
+        against = row.against
+        least = row.effect.detectable if row.effect else None
+        numbers = [row.mean, row.sd, row.low, row.high, *against.values(), least]
+        cells = ["" if v is None else repr(v) for v in numbers]
+        out.writerow([row.task, row.arm, row.measure, row.group, row.seeds, row.problems, *cells])
+    return text.getvalue()
