@@ -59,7 +59,8 @@ class _Loader(yaml.SafeLoader):
     def number(self, node):
         kind = node.tag.rpartition(":")[2]
         if not PLAIN[kind].fullmatch(node.value):
-            raise InputError(f"line {node.start_mark.line + 1}: {node.value} is an unusual number; write it as 8 or 0.5")
+            where = f"line {node.start_mark.line + 1}"
+            raise InputError(f"{where}: {node.value} is not a number in its usual form; write it as 8 or 0.5")
         return int(node.value) if kind == "int" else float(node.value)
 
 
