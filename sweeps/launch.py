@@ -8,8 +8,8 @@
 
 Before anything starts, the file is expanded to command lines, data and base of every task are made, and the fingerprint
 of every cell is computed; cells of one task that differ in it are refused, field by field. Every cell is told what it
-is expected to be and compares again, wherever it runs. A cell that has finished is not run again, one that crashed goes on
-from its checkpoint, one that somebody else runs is left to them. docs/sweeps.md says more.
+is expected to be and compares again, wherever it runs. A cell that has finished is not run again, one that crashed goes
+on from its checkpoint, one that somebody else runs is left to them. docs/sweeps.md says more.
 """
 
 import argparse
