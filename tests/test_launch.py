@@ -51,7 +51,7 @@ for step in range(done, int(flags["steps"])):
     rows.open("a").write(json.dumps({"step": step}) + "\\n")
     if flags.get("prompts") == "1" and step == 1 and done == 0:
         os.kill(os.getpid(), signal.SIGKILL)
-    if flags.get("prompts") == "2" and step == 1:
+    if flags.get("prompts") == "2" and step >= 1:
         print("no luck\\rlast bar")
         raise ValueError("this always fails")
     if stopped:
@@ -107,10 +107,8 @@ def sweep(root, **parameters):
 def launch(root, *flags, **variables):
     """The launcher, started as a user starts it."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB_", "CTS_"))} | variables
-    return subprocess.Popen(
-        [sys.executable, str(root / "sweeps" / "launch.py"), str(root / "a.yaml"), *flags], cwd=root, env=env, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
+    command, pipes = [sys.executable, "sweeps/launch.py", "a.yaml", *flags], dict.fromkeys(("stdout", "stderr"), -1)
+    return subprocess.Popen(command, cwd=root, env=env, text=True, **pipes)
 
 
 def launched(root, *flags, **variables):
@@ -283,7 +281,7 @@ def test_a_run_that_is_not_as_planned_refuses_itself(repository):
     ("flags", "words"),
     [
         (("--tries", "0"), "error: --at_once must be at least 0, --tries at least 1"),
-        (("--wandb", "--out_dir", "elsewhere"), "error: --out_dir elsewhere: cells that an agent starts write into runs/"),
+        (("--wandb", "--out_dir", "there"), "error: --out_dir there: cells that an agent starts write into runs/"),
     ],
 )
 def test_bad_flags_are_one_line(repository, flags, words):
@@ -305,8 +303,8 @@ def test_print_gives_lines_that_a_shell_runs(repository):
     assert subprocess.run(first, shell=True, cwd=repository, env=env, check=False).returncode == 0
     _, out, err = launched(repository, "--print")  # what has finished is left out
     assert out.splitlines() == [second] and "1 of 2 cells have finished here and are left out" in err
-    done = subprocess.run(first.replace("base_weights:", "base_weights:0"), shell=True, cwd=repository, env=env, text=True,
-                          capture_output=True, check=False)  # fmt: skip
+    other = first.replace("base_weights:", "base_weights:0")
+    done = subprocess.run(other, shell=True, cwd=repository, env=env, capture_output=True, text=True)
     assert done.returncode == 2 and "it has another base_weights" in done.stderr
 
 
@@ -353,22 +351,23 @@ def test_wandb_registers_the_sweep_and_its_cells_are_the_launchers(repository):
     lines = launched(repository, "--print")[1].splitlines()
     env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
     env["PATH"] = f"{pathlib.Path(sys.executable).parent}:{env['PATH']}"
+    run = lambda command: subprocess.run(command, cwd=repository, env=env, capture_output=True, text=True)
+    show = "import sys, sweeps.cell as c; w, e = c.prepare(sys.argv[1:]); print(*e.items(), *w, sep='\\n')"
     for arm, line in zip(("b0_one", "b1_two --prompts=1"), lines, strict=True):
-        values = {"arm": arm, "seed": 0, "task": "fixtures_math", "steps": 3, "dtype": "float32", **guard}
-        args = {k: v if k == "guard" else {"value": v} for k, v in (values | {"guard": guard}).items() if k != "value"}
-        args["_wandb"] = {"value": {"preempted": True}}  # a run that is started again
-        made = create_sweep_command_args({"args": args})["args"]
-        assert create_sweep_command(registered["command"]) == ["${env}", "python", "${program}", "${args}"]
-        command = ["/usr/bin/env", "python", registered["program"], *made]
-        done = subprocess.run(command, cwd=repository, env=env, capture_output=True, text=True, check=False)
+        values = {"arm": arm, "seed": 0, "task": "fixtures_math", "steps": 3, "dtype": "float32"}
+        values["guard"] = guard["value"]
+        again = {"_wandb": {"preempted": True}}  # what a run that is started again is given
+        args = create_sweep_command_args({"args": {k: {"value": v} for k, v in (values | again).items()}})["args"]
+        command = create_sweep_command(registered["command"])
+        assert command == ["${env}", "python", "${program}", "${args}"]
+        command = ["/usr/bin/env", "python", registered["program"], *args]
+        done = run(command)
         killed = "prompts=1" in arm  # by SIGKILL: a failure, which W&B would not see in a negative code
         assert done.returncode == (128 + signal.SIGKILL if killed else 0), done.stderr
-        program = "import sys, sweeps.cell as c; w, e = c.prepare(sys.argv[1:]); print(*e.values(), *w, sep='\\n')"
-        said = subprocess.run([sys.executable, "-c", program, *made], cwd=repository, env=env, capture_output=True, text=True)
-        assert sorted(said.stdout.splitlines()) == sorted(w.partition("=")[2] if i < 2 else w for i, w in
-                                                          enumerate(shlex.split(line)) if i != 2)  # fmt: skip
-    other = [*made[:-1], "--guard=" + guard["value"].replace("base_weights:", "base_weights:0")]
-    done = subprocess.run([*command[:3], *other], cwd=repository, env=env, capture_output=True, text=True, check=False)
+        first, second, _, *words = shlex.split(line)
+        variables = [str(tuple(word.split("=", 1))) for word in (first, second)]
+        assert sorted(run([sys.executable, "-c", show, *args]).stdout.splitlines()) == sorted([*variables, *words])
+    done = run([*command[:3], *(word.replace("base_weights:", "base_weights:0") for word in args)])
     assert done.returncode == 2 and "it has another base_weights" in done.stderr
     path.write_text(yaml.safe_dump(config | {"entity": "nobody"}, sort_keys=False))
     code, _, err = launched(repository, "--wandb")
@@ -391,9 +390,12 @@ def test_a_cell_is_stopped_with_what_runs_it(repository):
 
 
 def test_words_that_no_agent_writes_are_refused(repository):
-    for words, said in ((["run"], "run: expected --parameter=value"), (["--seed=0"], "--arm is missing"),
-                        (["--arm=b9_no", "--task=t", "--seed=0"], "b9_no is no script; there are b0_one, b1_two")):  # fmt: skip
-        done = subprocess.run([sys.executable, "sweeps/cell.py", *words], cwd=repository, capture_output=True, text=True)
+    for words, said in (
+        (["run"], "run: expected --parameter=value"), (["--seed=0"], "--arm is missing"),
+        (["--arm=b9_no", "--task=t", "--seed=0"], "b9_no is no script; there are b0_one, b1_two"),
+    ):  # fmt: skip
+        command = [sys.executable, "sweeps/cell.py", *words]
+        done = subprocess.run(command, cwd=repository, capture_output=True, text=True)
         assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr
 
 
