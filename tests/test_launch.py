@@ -399,6 +399,29 @@ def test_words_that_no_agent_writes_are_refused(repository):
         assert done.returncode == 2 and done.stderr.startswith("error: ") and said in done.stderr
 
 
+# ---- the real thing -------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_real_cells_end_under_the_fingerprint_that_was_planned(command, tmp_path):
+    """Two scripts on a tiny checkpoint; a cell is killed after a step, the launcher too, and the next one goes on."""
+    settings = {k: v if isinstance(v, int | float) else str(v) for k, v in command.settings.items() if k != "out_dir"}
+    file = sweep(tmp_path, seed=[0], arm=["b0_sft", "b2_grpo"], **settings | {"steps": 6, "save_every": 1})
+    start = [sys.executable, "sweeps/launch.py", str(file), "--out_dir", str(tmp_path / "runs")]
+    run = lambda *more: subprocess.run([*start, *more], cwd=ROOT, capture_output=True, text=True, timeout=1200)
+    first = subprocess.Popen([*start], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    metrics = wait_for(lambda: next(iter((tmp_path / "runs").glob("b0_sft__*/metrics.jsonl")), None), 600)
+    pid = int(re.search(r"process (\d+) on", (metrics.parent / "lock").read_text())[1])
+    first.kill()
+    os.kill(pid, signal.SIGKILL)
+    done = run("--at_once", "1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"b0_sft fixtures_math s0: started again after \d of 6 steps", done.stdout)
+    results = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/result.json")]
+    assert len(results) == 2 and results[0]["fingerprint"] == results[1]["fingerprint"]
+    assert results[0]["fingerprint"]["digest"][:16] in done.stdout
+    assert [len((path / "metrics.jsonl").read_text().splitlines()) for path in (tmp_path / "runs").glob("b?_*")] == [6, 6]
+    assert run("--print").stdout == ""  # nothing is left
+
+
 # ---- small pieces ---------------------------------------------------------------------------------------------------
 def test_last_lines_and_spans(tmp_path):
     (tmp_path / "log").write_text("a\n\nbar 1%\rbar 2%\n  \nlast")
