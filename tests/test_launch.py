@@ -418,7 +418,8 @@ def test_real_cells_end_under_the_fingerprint_that_was_planned(command, tmp_path
     results = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/result.json")]
     assert len(results) == 2 and results[0]["fingerprint"] == results[1]["fingerprint"]
     assert results[0]["fingerprint"]["digest"][:16] in done.stdout
-    assert [len((path / "metrics.jsonl").read_text().splitlines()) for path in (tmp_path / "runs").glob("b?_*")] == [6, 6]
+    rows = [path.read_text().splitlines() for path in (tmp_path / "runs").glob("b?_*/metrics.jsonl")]
+    assert [*map(len, rows)] == [6, 6]
     assert run("--print").stdout == ""  # nothing is left
 
 
