@@ -96,9 +96,10 @@ def say_elsewhere(planned: list[Planned], config: dict[str, Any], options) -> No
         limit = f"%{options.at_once}" if options.at_once else ""
         print(f"sbatch --array=1-{len(left)}{limit} --export=ALL,CELLS={shlex.quote(str(file))} deploy/slurm.sbatch")
     elif options.sky:
+        note("BUCKET has to be set, to gs://NAME or s3://NAME: results go there")
         for i, p in left:
-            name = f"cts-{options.file.stem}-{i}"
-            print(f"sky jobs launch -y -n {name} deploy/sky.yaml --env {shlex.quote(f'COMMAND={p.line}')}")
+            name, given = f"cts-{options.file.stem}-{i}", shlex.quote(f"COMMAND={p.line}")
+            print(f'sky jobs launch -y -n {name} --env BUCKET="$BUCKET" --env {given} deploy/sky.yaml')
     else:
         register(planned, config, options)
 
@@ -143,6 +144,8 @@ def main(words: list[str] | None = None) -> int:
     try:
         if options.at_once < 0 or options.tries < 1:
             raise InputError("--at_once must be at least 0, --tries at least 1")
+        if "://" in options.out_dir:
+            raise InputError(f"--out_dir {options.out_dir}: must be a folder: what has finished is looked up there")
         options.file = options.file.resolve()
         os.chdir(ROOT)  # where commands and folders are what they say
         config = read_sweep(options.file)
