@@ -30,6 +30,8 @@ from common.programs import run_program, run_programs
 from common.replay import Quadruple
 # critique: critiques by rules, redaction, another attempt in y0's place
 from common.critique import redact, with_attempts, with_critique, with_critique_of
+# cells: a run among others: its name, and what its sweep expects it to be
+# sweep: the file of a sweep, read whole, and the command lines that it stands for
 # fixtures: generated problems: a small GSM8K, small functions
 # slips: planted slips: which operations a base gets wrong, errors by kind of step
 # tasks: GSM8K, MBPP, APPS and the table of tasks

@@ -67,6 +67,11 @@ def run_identity(args, base_params, tokenizer, replay, shapes, dtype) -> dict[st
     )  # fmt: skip
 
 
+def run_fingerprint(identity: dict[str, Any], counted: dict[str, Any]) -> dict[str, Any]:
+    """The fingerprint of a run, from its identity and the budgets that it has spent (before it starts: will spend)."""
+    return fingerprint(**{k: v for k, v in identity.items() if k not in ("digest", "planned_steps")}, **counted)
+
+
 def count_budgets(steps: int, B: int, G: int, shapes: dict[str, int], n_test: int) -> dict[str, Any]:
     """The budgets that `steps` finished steps and one evaluation have spent; tokens are those of the fixed shapes.
 

@@ -10,17 +10,16 @@ import jax
 
 from common.basics import TRACES
 from common.credit import KINDS
-from common.fingerprint import fingerprint
+from common.fingerprint import run_fingerprint
 from common.replay import replay_report
 from common.results import SCHEMA_VERSION
 
 
 def make_result(args, method: str, identity, counted, replay, base, records, final, timings) -> dict[str, Any]:
     """The content of result.json; `counted` are the budgets as they were spent, which complete the fingerprint."""
-    fields = {k: v for k, v in identity.items() if k not in ("digest", "planned_steps")}
     return {
         "schema_version": SCHEMA_VERSION, "method": method, "args": dataclasses.asdict(args),
-        "fingerprint": fingerprint(**fields, **counted),
+        "fingerprint": run_fingerprint(identity, counted),
         "replay": {split: replay_report(quads) for split, quads in replay.items()}, "precheck": base["precheck"],
         "base": base["summary"], "summary": final, "records": records, "traces": dict(TRACES), "timings": timings,
         "versions": versions(),

@@ -19,7 +19,8 @@ from jax.experimental import multihost_utils
 
 from common.answers import has_unread
 from common.base import model_source
-from common.basics import TRACES, InputError, sha256, writable, write_atomic
+from common.basics import TRACES, InputError, writable, write_atomic
+from common.cells import EXPECTED, check_expected, run_name, run_settings
 from common.checkpoints import check_save_hf, save_hf
 from common.evaluation import summarize
 from common.fingerprint import count_budgets
@@ -64,9 +65,6 @@ class RunArgs:
     """steps between checkpoints; 0 = only the last"""
 
 
-# They do not change the result.
-NOT_IN_RUN_NAME = ("task", "seed", "out_dir", "resume", "wandb", "mesh", "save_every", "save_hf", "hosts",
-                   "unsafe_sandbox")  # fmt: skip
 NANO_RATE = 1e-4  # a peak learning rate above it has to do with small models
 ABOVE_ZERO = ("steps", "prompts", "group", "max_prompt_tokens", "temperature", "learning_rate")
 
@@ -140,12 +138,11 @@ class Run:
         """`script`: the file of the method, which names it."""
         import orbax.checkpoint as ocp
 
-        settings = {k: v for k, v in sorted(dataclasses.asdict(args).items()) if k not in NOT_IN_RUN_NAME}
         self.method = pathlib.Path(script).stem
-        self.name = f"{self.method}__{args.task}__s{args.seed}__{sha256(json.dumps(settings))[:8]}"
+        self.name = run_name(args, self.method)
         self.dir = pathlib.Path(args.out_dir).absolute() / self.name
         self.args, self.stopped_by = args, None
-        on_leader(self._open, settings)
+        on_leader(self._open, run_settings(args))
         self._ocp = ocp
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
         self.checkpoints = ocp.CheckpointManager(self.dir / "checkpoints", options=options)
@@ -155,7 +152,7 @@ class Run:
     def _open(self, settings: dict[str, Any]) -> None:
         """Make and lock the directory; InputError if another process holds it, if it holds another run, or none where
         --resume asks for one."""
-        if self.args.resume and not self.dir.exists():
+        if self.args.resume and not self.dir.exists() and not os.environ.get(EXPECTED):  # a sweep has others beside it
             self._refuse_other_flags(settings)
         if self.args.save_hf and not self._exported():
             check_save_hf(pathlib.Path(self.args.save_hf))
@@ -218,8 +215,9 @@ class Run:
 
     def start(self, identity: dict[str, Any], params, opt_state):
         """(params, opt_state): goes on from the newest checkpoint, if there is one, and opens W&B. `identity` is
-        `run_identity`: a checkpoint made under another one is refused."""
+        `run_identity`: a checkpoint made under another one is refused, and a run that its sweep has not planned."""
         self.identity = identity
+        on_leader(check_expected, identity)
         TRACES.clear()  # what was traced for the base is not the run's
         (params, opt_state), self.first_step = self._restore((params, opt_state))
         mode, config = wandb_mode(self.args.wandb), {**dataclasses.asdict(self.args), "identity": identity}

@@ -77,7 +77,7 @@ def command(tmp_path_factory):
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    start.out = folder / "runs"
+    start.out, start.settings = folder / "runs", settings
     return start
 
 

@@ -81,7 +81,7 @@ def test_every_file_named_exists(page):
     assert [link for link in links if not (folder / link).exists()] == []
     names = set(re.findall(r"(?<![\w/.*<>$-])[\w/]+\.(?:py|md|png)\b", re.sub(r"\]\([^)]*\)", "]", text)))
     names = {name for name in names if not name.startswith("b6_")} - {"curves.png"}
-    places = (ROOT, folder, ROOT / "benchmarks")  # docs/performance.md calls these by their bare names
+    places = (ROOT, folder, ROOT / "benchmarks", ROOT / "sweeps")  # docs call what is there by bare names
     assert [name for name in names if not any((place / name).exists() for place in places)] == []
 
 
@@ -99,11 +99,12 @@ def test_every_command_is_understood(page):
 # ---- the rooms and their map ----------------------------------------------------------------------------------------
 ROOMS = {path.stem: path for path in sorted(ROOT.glob("common/*.py")) if path.stem != "__init__"}
 MAP = re.findall(r"^# (?!ruff)(\w+): \S.*$", (ROOT / "cts_common.py").read_text(), re.MULTILINE)
-CROSS = ("aggregate", "devices", "docs", "methods", "scripts")  # tests of the scripts, of whole runs and of the pages
+CROSS = ("aggregate", "devices", "docs", "launch", "methods", "scripts")  # tests of scripts, whole runs, sweeps/, pages
 WITHOUT_JAX = (
     "basics", "prompts", "values", "answers", "verifier", "sandbox_server", "plans", "sandbox", "programs",
     "replay", "critique", "fixtures", "tasks", "tokenizer", "mistakes", "mutants", "batches", "locks", "tracking",
-    "interpreter", "credit", "results", "page", "sheets", "human", "statistics", "claims", "tables", "figures",
+    "interpreter", "credit", "cells", "sweep", "results", "page", "sheets", "human", "statistics", "claims", "tables",
+    "figures",
 )  # fmt: skip
 
 
@@ -121,7 +122,7 @@ def rooms_imported(text: str) -> set[str]:
 
 
 def test_every_room_has_its_line_in_the_map_and_its_test_file():
-    """And every test file its room, apart from those that look at scripts, whole runs and pages."""
+    """And every test file its room, apart from those that look at scripts, whole runs, sweeps/ and pages."""
     assert sorted(MAP) == sorted(ROOMS)
     tests = {path.stem.removeprefix("test_") for path in ROOT.glob("tests/test_*.py")}
     assert tests - set(CROSS) == set(ROOMS) and set(CROSS) <= tests
@@ -165,9 +166,9 @@ def test_half_of_the_rooms_need_no_jax():
 
 def test_size_budgets_of_the_files():
     lines = lambda path: len(path.read_text().splitlines())
-    paths = [path for folder in ("", "common/", "docs/", "benchmarks/") for path in ROOT.glob(f"{folder}*.py")]
-    paths += ROOT.glob("common/pages/*")
+    folders = ("", "common/", "docs/", "benchmarks/", "sweeps/")
+    paths = [path for folder in folders for path in ROOT.glob(f"{folder}*.py")] + [*ROOT.glob("common/pages/*")]
     sizes = {str(path.relative_to(ROOT)): lines(path) for path in paths}
-    limits = {name: 430 if name.startswith("common/") else 750 for name in sizes}
+    limits = {name: 430 if name.startswith(("common/", "sweeps/")) else 750 for name in sizes}
     limits |= {"cts_common.py": 150, "common/sandbox_server.py": 750}
     assert {name: size for name, size in sizes.items() if size > limits[name]} == {}

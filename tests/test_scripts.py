@@ -28,11 +28,13 @@ import b5_cts
 import cts_common as cts
 import teacher
 from common.basics import InputError
+from common.cells import differing, run_name
 from common.credit import NOTHING
 from common.model import leaf_names
 from common.report import read_metrics
 from common.run import Run
 from common.tasks import TASKS
+from sweeps import identify
 
 ROOT = pathlib.Path(__file__).parents[1]
 SCRIPTS = ("b0_sft", "b1_dpo", "b2_grpo", "b3_grpo_verifier", "b4_grpo_critique", "b5_cts")
@@ -268,6 +270,61 @@ def test_methods_share_one_fingerprint_and_one_report_on_the_base(runs):
         assert runs[out]["fingerprint"] == runs["b2"]["fingerprint"]
         assert runs[out]["base"] == runs["b2"]["base"] and runs[out]["precheck"] == runs["b2"]["precheck"]
     assert None not in runs["b2"]["fingerprint"].values()
+
+
+def cells_of(space, **changes):
+    """Cells of a sweep with the flags of `run`, one a script, as the launcher hands them to identify.py."""
+    cells = []
+    for script in SCRIPTS:
+        flags = {**tiny.flags(importlib.import_module(script)), "replay": space / "replay", **changes}
+        cells.append({"label": script, "script": script, "flags": [f"--{k}={v}" for k, v in flags.items()]})
+    return cells
+
+
+def test_fingerprints_are_known_before_a_run_starts(space, runs, monkeypatch):
+    """By the launcher of sweeps: to the last field what the runs write; data and base are loaded once."""
+    loads = []
+    monkeypatch.setattr(cts, "load_model", lambda *a, load=cts.load_model: (loads.append(a[0]), load(*a))[1])
+    out_dir = str(space / "b2")
+    assert runs["b2"]
+    found = identify.identify_all(cells_of(space), out_dir, None)
+    for cell, out in zip(found, ("b0", "b1", "b2", "b3", "b4", "b5")):
+        assert cell["fingerprint"] == runs[out]["fingerprint"]
+        args = dataclasses.replace(importlib.import_module(SCRIPT[out]).Args(), **runs[out]["args"])
+        assert cell["name"] == run_name(dataclasses.replace(args, model=cell["model"]), SCRIPT[out])
+    (folder,) = {cell["model"] for cell in found}
+    assert loads == [folder] and pathlib.Path(folder).parent == space / "b2" / "base"
+    cells = [*cells_of(space)[2:3], *cells_of(space, eval_problems=7, temperature=0.9, group=2)[2:3]]
+    whole, few = (cell["fingerprint"] for cell in identify.identify_all(cells, out_dir, None))
+    assert whole == runs["b2"]["fingerprint"] and few["test_compute_budget"] == 7 * 2 * 48
+    assert differing(whole, few) == ["decode.temperature", "decode.eval_problems", "training_tokens",
+                                     "rollout_budget", "test_compute_budget"]  # fmt: skip
+
+
+def test_a_shared_base_travels_without_what_was_cached_beside_it(space, runs):
+    """It is the base of the runs, in a folder of the user's choice, made once."""
+    assert runs["b2"]
+    found = [identify.identify_all(cells_of(space)[2:3], str(space / "b2"), str(space / "bases"))[0] for _ in range(2)]
+    assert found[0] == found[1] and found[0]["fingerprint"] == runs["b2"]["fingerprint"]
+    folder = pathlib.Path(found[0]["model"])
+    assert folder.parent == space / "bases" and [*folder.parent.iterdir()] == [folder]
+    assert {path.name for path in folder.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    assert not [*folder.glob("report*"), *folder.glob("critic*")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(lam_alig=0), r"^b2_grpo: b2_grpo.py does not take .*--lam_alig=0 .*[Uu]nrecognized"),
+        (dict(dtype="half"), r"^b2_grpo: b2_grpo.py does not take .*--dtype=half .*float32"),
+        (dict(task="gsm9k"), r"^--task gsm9k: unknown"),
+        (dict(steps=0), r"^--steps 0: must be at least 1"),
+    ],
+)
+def test_a_cell_that_its_script_would_refuse_is_named(space, changes, words):
+    with pytest.raises(InputError, match=words) as error:
+        identify.identify_all(cells_of(space, **changes)[2:3], str(space / "bad"), None)
+    assert "\n" not in str(error.value)
 
 
 def test_all_lam_zero_is_the_parent(space, runs):
