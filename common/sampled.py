@@ -17,7 +17,8 @@ from common.batches import decode_rows, pack_prompts
 from common.critique import check_critique
 from common.fingerprint import weights_sha256
 from common.hosts import batch_shardings, fetch, make_mesh, put, say, shard_rule
-from common.making import count_steps, load_replay, make_replay, quadruple
+from common.making import load_replay, make_replay, quadruple
+from common.mistakes import count_steps
 from common.model import Decoder
 from common.prompts import attempt_prompt
 from common.replay import Problem, Quadruple
