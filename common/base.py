@@ -186,7 +186,7 @@ def recipe(task: Task, quads: list[Quadruple]) -> dict[str, Any]:
 def of_own_problems(task_name: str, quads: list[Quadruple], digest: str | None) -> bool:
     """Are these another teacher's quadruples on problems of the task's train split, which (`digest` says) are still
     those that its base was made of? What a base is taught is the task, not who found fault with an attempt."""
-    if any(q.meta["teacher"] == "perturb" for q in quads):
+    if any(q.meta.get("teacher", "perturb") == "perturb" for q in quads):
         return False
     problems = [(p.x, p.reference) for p in load_problems(task_name, None)[0]["train"]]
     return problems_sha256(problems) == digest and {q.x for q in quads} <= {x for x, _ in problems}
