@@ -89,8 +89,9 @@ class Budget:
     def __init__(self, journal: Ledger, prices: Prices | None, max_usd: float, max_requests: int):
         self.journal, self.prices = journal, prices
         self.max_usd, self.max_requests = max_usd, max_requests  # 0: without bound
+        self.lost: dict[str, float] = {}
         self.open: dict[str, float] = {}  # set aside and not settled
-        self.spent, self.requests, self.tokens, self.unsettled = 0.0, 0, Counter(), 0
+        self.spent, self.requests, self.tokens = 0.0, 0, Counter()
         self.changed = asyncio.Event()
         for row in journal.rows():
             if "aside" in row:
@@ -98,9 +99,9 @@ class Budget:
                 self.requests += 1
             else:
                 self._add(row["id"], row["usd"], row.get("usage"))
-        for ticket in list(self.open):  # under way when a former start was killed
-            self.unsettled += 1
-            self._add(ticket, self.open[ticket], None)
+        # under way when a former start was killed: spent, unless a batch brings the answer yet
+        self.lost, self.open = self.open, {}
+        self.spent += sum(self.lost.values())
         self.start = f"{time.time_ns():x}"
 
     def worst(self, prompt: Prompt, max_tokens: int) -> float:
@@ -135,13 +136,13 @@ class Budget:
         if usage and self.prices:
             usd = self.prices.usd(usage)
         else:
-            usd = self.open[ticket] if billed else 0.0
+            usd = self.open.get(ticket, self.lost.get(ticket, 0.0)) if billed else 0.0
         self.journal.note({"id": ticket, "usd": usd, "usage": usage})
         self._add(ticket, usd, usage)
 
     def _add(self, ticket: str, usd: float, usage) -> None:
+        self.spent += usd - (self.lost.pop(ticket, 0.0) if ticket not in self.open else 0.0)
         self.open.pop(ticket, None)
-        self.spent += usd
         if usage:
             self.tokens.update(dict(zip(Usage._fields, usage)))
         self.changed.set()
@@ -301,6 +302,6 @@ def describe(asker: Asker) -> dict[str, Any]:
     return {
         "requests": budget.requests, "tokens": dict(budget.tokens), "failures": dict(sorted(asker.failures.items())),
         "usd": round(budget.spent, 6) if budget.prices else None, "prices": budget.prices and budget.prices._asdict(),
-        "killed_under_way": budget.unsettled, "form": asker.provider.form,
+        "without_an_end": len(budget.lost), "form": asker.provider.form,
         "stopped": asker.stopped.why if asker.stopped else None,
     }  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 
 from common.answers import final_answers, score_math
 from common.basics import InputError, sha256
-from common.mistakes import count_steps
+from common.mistakes import count_steps, word_values
 from common.mutants import count_statements
 from common.plans import parse_program
 from common.programs import grade, program_of
@@ -33,8 +33,8 @@ GIVEN = "You are given a problem, its reference solution and a student's attempt
 NOT_GIVEN = "You are given a problem and its reference solution."
 MATH = {
     "attempt": "a student's attempt at the problem, in the format of the reference solution: one step a line, the "
-    "answer behind #### on the last line. One step of it is wrong, as students go wrong; the later steps go on from its "
-    "wrong result, so the answer is wrong too. No word in it says that it is wrong.",
+    "answer behind #### on the last line. One step of it is wrong, as students go wrong; the later steps go on from "
+    "its wrong result, so the answer is wrong too. No word in it says that it is wrong.",
     "wrong_step": "the first wrong step of the attempt: its whole line, copied letter by letter.",
     "critique": "one or two sentences to the student: which step is wrong, and why. They give away neither the answer "
     "of the problem nor the right result of any step; the student has to work that out.",
@@ -180,7 +180,7 @@ def scores(problem: Problem, domain: str, y0: str, y1: str) -> tuple[bool, bool]
     if "harness_error" in (first.outcome, second.outcome):
         return "harness error"
     if first.outcome in ("timeout", "oom"):  # it would cost its time limit at every scoring
-        return "y0 does not end in time or memory"
+        return "the attempt does not end in time or memory"
     return first.outcome == "pass", second.outcome == "pass"
 
 
@@ -207,9 +207,9 @@ def judge_reply(
         return right
     verified = right == (False, True)
     if not (verified or keep_unverified):
-        return "y0 is right" if right[0] else "y1 is wrong"
+        return "the attempt is right" if right[0] else "the revision is wrong"
     if domain == "math" and not given and not final_answers(y0):
-        return "y0 states no answer"
+        return "the attempt states no answer"
     found, how = find_quote(y0, answer["wrong_step"])
     meta = {
         "task_id": problem.task_id, "domain": domain, "split": assign_split(problem), "horizon": horizon(problem, y1),
@@ -222,12 +222,18 @@ def judge_reply(
     if domain == "math":
         meta["span_by_rule"] = rule_agrees(problem, y0, meta["error_span"])
     q = Quadruple(problem.x, y0, f, y1, meta)
-    if leaks(q):
+    if leaks(q) or (domain == "math" and in_words(problem.answer, f)):
         return LEAK
     try:
         return parse_quadruple(json.dumps(dataclasses.asdict(q)), "answer")
     except InputError:  # half a surrogate pair, say
         return "text that no replay file holds"
+
+
+def in_words(answer: str, f: str) -> bool:
+    """Does a critique spell the answer out? Small numbers are everyday words, and count as figures alone."""
+    value = read_value(answer).number
+    return value > 10 and value in word_values(f)
 
 
 def rule_agrees(problem: Problem, y0: str, span: list[int] | None) -> bool | None:
