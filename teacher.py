@@ -44,7 +44,7 @@ class Args:
     model: str = "nano"
     """of --y0 model: nano (the task's base, shipped or made here), or a checkpoint: folder or hub id"""
     samples: int = 4
-    """of --y0 model: attempts sampled of a problem; perturb stops at the first that will do, an API gets all wrong ones"""
+    """of --y0 model: attempts sampled of a problem, at most; over an API each try is on another wrong one"""
     temperature: float = 0.7
     """of --y0 model: sampling temperature"""
     data_dir: str | None = None
@@ -96,7 +96,7 @@ class Args:
     merge: tuple[str, ...] = ()
     """only put the replays of these folders together, into --out"""
     audit: int = 0
-    """only write a sheet of so many training quadruples of --out for a person to judge; 0 = off"""
+    """only write a sheet of so many quadruples of --out for a person to judge, into --out/audit; 0 = off"""
     audited: str | None = None
     """only read such a sheet back, filled in, into the replay in --out"""
 
@@ -140,8 +140,12 @@ def use_replay(args: Args) -> dict[str, Any]:
         return shelf.merge(args.merge, args.out)
     folder = pathlib.Path(args.out or f"data/replay/{args.task}")
     if args.audited:
-        return human.read_audit(args.audited, folder)
-    return human.export_audit(folder, args.audit)
+        found = human.read_audit(args.audited, pathlib.Path(args.audited).with_name("key.json"), folder)
+        print(f"{folder}: {found['audited']} of {found['rows']} rows of {args.audited} are read back")
+        return found
+    key = human.export_audit(folder, folder / "audit", args.audit, args.seed)
+    print(f"{folder}/audit: fill in audit.csv or audit.html, then --audited {folder}/audit/audit.csv")
+    return key
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 
 from common.basics import InputError, read_json, write_atomic
 from common.ledger import Ledger
-from common.replay import Problem, Quadruple, parse_quadruple
+from common.replay import SPLITS, Problem, Quadruple, parse_quadruple, read_replay
 from common.teaching import LEAK
 
 FILES = ("accepted", "rejected", "requests", "attempts", "batches")
@@ -69,11 +69,17 @@ class Records:
         self.note(row)
 
     def quadruples(self) -> dict[str, Quadruple]:
-        """Those kept, by task id. Should one stand there twice, the first counts."""
-        found: dict[str, Quadruple] = {}
-        for i, row in enumerate(self.files["accepted"].rows(), 1):
-            q = parse_quadruple(json.dumps(row), f"{self.files['accepted'].path}:{i}")
+        """Those kept, by task id. Should one stand there twice, the first counts. What a person has said of one in the
+        replay that was written before stays."""
+        accepted, found, texts = self.files["accepted"], {}, lambda q: (q.x, q.y0, q.f, q.y1)
+        for i, row in enumerate(accepted.rows(), 1):
+            q = parse_quadruple(json.dumps(row), f"{accepted.path}:{i}")
             found.setdefault(q.meta["task_id"], q)
+        for path in (accepted.path.with_name(f"{split}.jsonl") for split in SPLITS):
+            for q in read_replay(path) if path.is_file() and path.stat().st_size else ():
+                own = found.get(q.meta["task_id"])
+                if q.meta["is_human_audited"] and own and texts(own) == texts(q):
+                    found[q.meta["task_id"]] = q
         return found
 
     def close(self) -> None:

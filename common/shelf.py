@@ -58,11 +58,12 @@ def merge(folders: tuple[str, ...], out: str) -> dict[str, Any]:
                     seen[key] = split
                     merged.setdefault(split, []).append(q)
     if len(domains) > 1:
-        raise InputError(f"--merge: {' and '.join(f'{folder} is {d}' for d, folder in domains.items())}; merge one kind")
+        kinds = " and ".join(f"{folder} is {domain}" for domain, folder in domains.items())
+        raise InputError(f"--merge: {kinds}; merge replays of one kind")
     check_leakage(merged)
     writable(out, "out")
     for split in dict.fromkeys(("train", "val", "test", *merged)):
         write_replay(pathlib.Path(out) / f"{split}.jsonl", merged.get(split, []))
     sizes = {split: len(quads) for split, quads in merged.items()}
-    print(f"{out}: {', '.join(f'{split} {n}' for split, n in sizes.items())}; {twice} left out, their problems were there")
+    print(f"{out}: {', '.join(f'{split} {n}' for split, n in sizes.items())}; {twice} left out, being there")
     return {"splits": sizes, "left_out": twice}
