@@ -118,9 +118,7 @@ class Server:
         return "\r\n".join([*lines, "", ""]).encode() + data
 
     async def route(self, method, path, headers, body, writer):
-        if path == "/seen":
-            writer.write(self.response(200, {k: len(v) for k, v in self.seen.items()}))
-        elif path.endswith(("/v1/messages", "/chat/completions")):
+        if path.endswith(("/v1/messages", "/chat/completions")):
             await self.one(path, headers, json.loads(body), writer)
         else:
             status, reply = self.batch_route(method, path, headers, body, writer)
@@ -159,7 +157,8 @@ class Server:
     def fault_of(self, x: str, n: int) -> str:
         """Of the n-th request on a problem; the third is always answered well."""
         number = int(hashlib.sha256(f"{x}{n}".encode()).hexdigest(), 16)
-        return self.only[number % len(self.only)] if n < 3 and (number >> 64) % 1000 < 1000 * self.faults else ""
+        fault = self.only[number % len(self.only)] if n < 3 and (number >> 64) % 1000 < 1000 * self.faults else ""
+        return "" if fault == "leak" and n > 1 else fault  # a second leak ends it
 
     def unknown_form(self, request) -> str:
         has = {"schema": "response_format" in request or "output_config" in request, "tool": "tools" in request,
@@ -316,7 +315,8 @@ class Server:
         return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Serve until killed; the address is printed."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--faults", type=float, default=0.0)
@@ -325,3 +325,7 @@ if __name__ == "__main__":
     with Server(args.faults, args.delay, port=args.port) as server:
         print(server.url, flush=True)
         threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
