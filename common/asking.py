@@ -113,12 +113,16 @@ class Budget:
         in_money = not self.max_usd or self.spent + sum(self.open.values()) + worst <= self.max_usd
         return in_money and (not self.max_requests or self.requests < self.max_requests)
 
+    def full(self) -> str:
+        """Which cap is reached, and what it came to."""
+        cap = "--max_requests" if 0 < self.max_requests <= self.requests else "--max_usd"
+        return f"{cap} is reached: {self.requests} requests, ${self.spent:.4f}"
+
     async def set_aside(self, worst: float) -> str:
         """A ticket for one request; waits while only what is under way stands against it, Stop where nothing does."""
         while not self.room(worst):
-            if not self.open or (self.max_requests and self.requests >= self.max_requests):
-                cap = "--max_requests" if self.max_requests and self.requests >= self.max_requests else "--max_usd"
-                raise Stop(f"{cap} is reached: {self.requests} requests, ${self.spent:.4f}")
+            if not self.open or 0 < self.max_requests <= self.requests:
+                raise Stop(self.full())
             self.changed.clear()
             await self.changed.wait()
         return self.take(worst)

@@ -188,7 +188,7 @@ class Batches:
             if not budget.room(worst):
                 # told once what is out is back; it may come to less
                 if not part and not self.intents:
-                    raise self.asker.stop(Stop(f"the cap is reached: {budget.requests} requests, ${budget.spent:.4f}"))
+                    raise self.asker.stop(Stop(budget.full()))
                 break
             if len(part) == MOST_REQUESTS or size + prompt.bytes() > MOST_BYTES:
                 await self.send_one(part)
