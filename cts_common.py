@@ -75,3 +75,12 @@ from common.evaluation import Evaluator, base_report, first_problems, summarize
 from common.run import Run, RunArgs, StepClock, check_args, cli, open_out_dir, pick_dtype, reduce, rollout_metrics
 # sampled: replay whose flawed attempts a model made
 from common.sampled import sample_replay
+# The rooms below are those of teacher.py alone: nothing that trains imports them, nor an SDK.
+# shelf: replay folders that are there: what one holds, several put together
+# ledger: files that only grow and survive any end
+# providers: the two wire forms of teachers over an API
+# asking: the one loop that sends, waits, sends again and counts the money
+# teaching: what a teacher is asked, what becomes of its answer
+# records: what the starts of a folder have come to
+# batch_jobs: the providers' batch interfaces
+# taught: replay that a teacher over an API wrote
