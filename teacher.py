@@ -130,7 +130,7 @@ def main(args: Args) -> dict[str, Any]:
 
 def use_replay(args: Args) -> dict[str, Any]:
     """What is done with a replay that is there."""
-    from common import human, shelf
+    from common import shelf
 
     if args.stats:
         return shelf.stats(args.stats)
@@ -138,6 +138,8 @@ def use_replay(args: Args) -> dict[str, Any]:
         if not args.out:
             raise cts.InputError("--merge: say with --out into which folder")
         return shelf.merge(args.merge, args.out)
+    from common import human
+
     folder = pathlib.Path(args.out or f"data/replay/{args.task}")
     if args.audited:
         found = human.read_audit(args.audited, pathlib.Path(args.audited).with_name("key.json"), folder)
