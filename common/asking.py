@@ -43,11 +43,12 @@ class Stop(Exception):
 
 
 class GaveUp(Exception):
-    """This request is given up for now: another start may ask again. `final`: another start would not help."""
+    """This request is given up for now: another start may ask again. `final`: another start would not help; `billed`:
+    it has cost something."""
 
-    def __init__(self, why: str, final: bool = False):
+    def __init__(self, why: str, final: bool = False, billed: bool = False):
         super().__init__(why)
-        self.why, self.final = why, final
+        self.why, self.final, self.billed = why, final, billed
 
 
 class Prices(NamedTuple):
@@ -136,7 +137,10 @@ class Budget:
         return ticket
 
     def settle(self, ticket: str, usage: Usage | None, billed: bool = True) -> None:
-        """What a request came to: from its usage; without one the worst case where it may have been billed, else 0."""
+        """What a request came to: from its usage; without one the worst case where it may have been billed, else 0. One
+        that is settled stays so: a batch may be read twice."""
+        if ticket not in self.open and ticket not in self.lost:
+            return
         if usage and self.prices:
             usd = self.prices.usd(usage)
         else:
@@ -237,7 +241,8 @@ class Asker:
                     self.unfit += 1
                     if self.unfit >= UNFIT and not self.answers:
                         raise self.stop(Stop(f"the first {self.unfit} requests are refused: {e.what}", True)) from None
-                    raise GaveUp(f"refused by the server: {e.what}", final=True) from None
+                    # before any answer it may be the way of asking that is bad
+                    raise GaveUp(f"refused by the server: {e.what}", final=self.answers > 0) from None
                 if e.kind == "form":  # the next one looks different
                     continue
                 failed += 1
@@ -269,6 +274,9 @@ class Asker:
                 ticket = await self.budget.set_aside(self.budget.worst(prompt, self.provider.max_tokens))
             except Stop as e:
                 raise self.stop(e) from None
+            if self.stopped:  # while it waited for room
+                self.budget.settle(ticket, None, billed=False)
+                raise self.stopped
             usage, billed = None, True  # also where this task is cancelled
             try:
                 async with asyncio.timeout(self.provider.timeout):

@@ -7,6 +7,7 @@ brought is paid for, and kept; what failed goes into the next one alone.
 """
 
 import asyncio
+import contextlib
 import json
 from collections.abc import AsyncIterator
 from typing import Any
@@ -111,7 +112,7 @@ def read_reply(provider: Provider, message: Any) -> Reply | GaveUp:
     try:
         return provider.read_checked(message)
     except Failure as e:
-        return GaveUp(f"in a batch: {e.what}")
+        return GaveUp(f"in a batch: {e.what}", billed=e.billed)
 
 
 def gave_up(what: Any, final: bool) -> GaveUp:
@@ -244,7 +245,10 @@ class Batches:
                 task_id, tried, ticket = job
                 answered = isinstance(result, Reply)
                 self.asker.answers += answered
-                self.asker.budget.settle(ticket, result.usage if answered else None, billed=answered)
+                usage, billed = (result.usage, True) if answered else (None, result.billed)
+                self.asker.budget.settle(ticket, usage, billed)
+                if not answered and not self.asker.answers:  # it may be the way of asking that is bad
+                    result.final = False
                 yield task_id, tried, result
         for task_id, tried, ticket in left.values():
             self.asker.budget.settle(ticket, None, billed=False)
@@ -256,8 +260,6 @@ class Batches:
 
     async def pause(self) -> None:
         """Until the next look, or the end."""
-        try:
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(POLL):
                 await self.asker.stopping.wait()
-        except TimeoutError:
-            pass

@@ -8,12 +8,11 @@ import re
 
 import pytest
 from teacher_server import Server
-from test_taught import SPLITS, TEACHERS, files, problems, quick, rows, run  # noqa: F401 (fixtures)
+from test_taught import TEACHERS, files, problems, quick, rows, run  # noqa: F401 (fixtures)
 
 from common import batch_jobs
 from common.basics import InputError
 from common.ledger import Ledger
-from common.replay import read_replay
 
 
 @pytest.mark.parametrize("name", TEACHERS)
@@ -67,6 +66,8 @@ def test_a_kill_at_any_moment_of_a_batch(tmp_path, problems, monkeypatch, name, 
         raise Killed
 
     wire, seen = batch_jobs.BATCHES[name], []
+    with Server() as server:
+        whole = run(server, name, tmp_path / "whole", batch="yes")
     with Server() as server, monkeypatch.context() as patch:
         if moment == "before it was created":
             patch.setattr(wire, "create", die_soon)
@@ -85,15 +86,15 @@ def test_a_kill_at_any_moment_of_a_batch(tmp_path, problems, monkeypatch, name, 
 
             patch.setattr(Ledger, "commit", commit_ten)
         with pytest.raises((Killed, BaseExceptionGroup)):
-            run(server, name, tmp_path, batch="yes")
+            run(server, name, tmp_path / "part", batch="yes")
         patch.undo()
         monkeypatch.setattr(batch_jobs, "POLL", 0.02)
-        report = run(server, name, tmp_path, batch="yes")
-        assert report["kept"] == 40 and len(server.batches) == 1
-        assert len(rows(tmp_path / "accepted.jsonl")) == 40
+        report = run(server, name, tmp_path / "part", batch="yes")
+        assert report["kept"] == len(rows(tmp_path / "part" / "accepted.jsonl")) == 40 and len(server.batches) == 1
+        assert report["usd"] == whole["usd"]
         assert report["requests"] == (80 if moment == "before it was created" else 40)
         assert report["without_an_end"] == 0
-    assert len([q for split in SPLITS for q in read_replay(tmp_path / f"{split}.jsonl")]) == 40
+    assert files(tmp_path / "part") == files(tmp_path / "whole")
 
 
 def test_the_cap_bounds_a_batch(tmp_path, problems):  # noqa: F811

@@ -304,7 +304,7 @@ def test_what_no_further_request_would_change_stops_at_once(tmp_path, problems, 
             run(server, "openai", tmp_path, concurrency=4)
         assert "start again to go on" in str(raised.value) and server.requests <= 8
         server.status = None
-        assert run(server, "openai", tmp_path)["kept"] == 40 - (5 if status == 400 else 0)
+        assert run(server, "openai", tmp_path)["kept"] == 40
 
 
 def test_nobody_there_is_said_soon(tmp_path, problems, monkeypatch):
