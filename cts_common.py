@@ -85,3 +85,12 @@ from common.sampled import sample_replay
 # claims: every measure of every arm, the declared comparisons, the answer in one sentence
 # tables: the tables of a report, as Markdown, LaTeX, CSV
 # figures: its plots
+# The rooms below are those of teacher.py alone: nothing that trains imports them, nor an SDK.
+# shelf: replay folders that are there: what one holds, several put together
+# ledger: files that only grow and survive any end
+# providers: the two wire forms of teachers over an API
+# asking: the one loop that sends, waits, sends again and counts the money
+# teaching: what a teacher is asked, what becomes of its answer
+# records: what the starts of a folder have come to
+# batch_jobs: the providers' batch interfaces
+# taught: replay that a teacher over an API wrote

@@ -7,6 +7,7 @@ import functools
 import json
 import pathlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from common.checkpoints import load_hf_weights, save_hf
 from common.fingerprint import sources_sha256, weights_sha256
 from common.hf_config import read_hf_config
 from common.hosts import on_leader, say
+from common.making import load_problems
 from common.model import Decoder, ModelConfig
 from common.prompts import attempt_prompt, revise_prompt
 from common.replay import Quadruple, replay_sha256
@@ -164,6 +166,11 @@ def make_base(directory: pathlib.Path, task: Task, quads: list[Quadruple], flag:
     save_hf(directory, cfg, params, tokenizer, flag=flag, dtype=dtype)
 
 
+def problems_sha256(problems: Iterable[tuple[str, str]]) -> str:
+    """Digest of problems and their solutions, in whatever order they come."""
+    return sha256(json.dumps(sorted(problems)))
+
+
 def recipe(task: Task, quads: list[Quadruple]) -> dict[str, Any]:
     """What a base that comes with the repository was made of, as it stands in its made_of.json. No digest of sources:
     an edit that changes no document would make every shipped base void."""
@@ -171,21 +178,33 @@ def recipe(task: Task, quads: list[Quadruple]) -> dict[str, Any]:
         "nano_vocab": task.nano_vocab, "base_steps": task.base_steps, "base_width": task.base_width,
         "planted": task.planted and dataclasses.asdict(task.planted), "rows": BASE_ROWS, "learning_rate": BASE_LR,
         "prompt_weight": BASE_PROMPT_WEIGHT, "pass": PLANTED_PASS, "seed": BASE_SEED,
-        "train_replay": replay_sha256(quads),
+        "train_replay": replay_sha256(quads), "train_problems": problems_sha256((q.x, q.y1) for q in quads),
     }  # fmt: skip
     return json.loads(json.dumps(settings))  # as it is read back
 
 
+def of_own_problems(task_name: str, quads: list[Quadruple], digest: str | None) -> bool:
+    """Are these another teacher's quadruples on problems of the task's train split, which (`digest` says) are still
+    those that its base was made of? What a base is taught is the task, not who found fault with an attempt."""
+    if any(q.meta.get("teacher", "perturb") == "perturb" for q in quads):
+        return False
+    problems = [(p.x, p.reference) for p in load_problems(task_name, None)[0]["train"]]
+    return problems_sha256(problems) == digest and {q.x for q in quads} <= {x for x, _ in problems}
+
+
 def shipped_base(task_name: str, quads: list[Quadruple]) -> pathlib.Path | None:
     """The folder of the base that comes with the repository, if the task has one and it is the base of these settings
-    and quadruples."""
+    and of these quadruples, or of the problems that another teacher's quadruples are about."""
     folder = SHIPPED / task_name
     if not folder.is_dir():
         return None
     made_of, now = read_json(folder / "made_of.json", {}), recipe(TASKS[task_name], quads)
-    differs = ", ".join(key for key in now if now[key] != made_of.get(key))
+    differs = [key for key in now if now[key] != made_of.get(key)]
+    of_replay = differs and {*differs} <= {"train_replay", "train_problems"}
+    if of_replay and of_own_problems(task_name, quads, made_of.get("train_problems")):
+        return folder
     if differs:
-        say(f"The base in {folder} is not used: it was made with another {differs}.")
+        say(f"The base in {folder} is not used: it was made with another {', '.join(differs)}.")
     return None if differs else folder
 
 

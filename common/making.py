@@ -17,11 +17,20 @@ from common.answers import score_math
 from common.basics import InputError, normalize_x, writable, write_atomic
 from common.critique import check_critique, describe_call, write_code_critique
 from common.hosts import on_leader, say
-from common.mistakes import TAG_OF_KIND, attempts, equations_in, lines_of
+from common.mistakes import TAG_OF_KIND, attempts, count_steps, equations_in, lines_of
 from common.mutants import FLAWS, Mutant, count_statements, mutants
 from common.plans import parse_program
 from common.programs import Verdict, grade
-from common.replay import Problem, Quadruple, assign_split, check_leakage, read_replay, replay_report, write_replay
+from common.replay import (
+    Problem,
+    Quadruple,
+    assign_split,
+    check_leakage,
+    edit_distance,
+    read_replay,
+    replay_report,
+    write_replay,
+)  # fmt: skip
 from common.sandbox import check_sandbox
 from common.slips import Planted, plant_slips
 from common.tasks import TASKS, get_task
@@ -50,24 +59,6 @@ def load_replay(task: str, replay_dir: str | None, data_dir: str | None, unsafe_
         raise InputError(f"{directory}: --task {task} is {TASKS[task].domain}, this replay {' and '.join(domains)}")
     check_leakage(replay)
     return replay
-
-
-def edit_distance(a: str, b: str) -> int:
-    """Word-level Levenshtein distance, one numpy row per word of `a`.
-
-    Insertions run along the row: they are the running minimum of (cost - position), plus the position.
-
-    >>> edit_distance("Tom has 24 pens.", "Tom has 26 red pens.")
-    2
-    """
-    left, right = a.split(), b.split()
-    codes = {word: i for i, word in enumerate(dict.fromkeys(left + right))}
-    right_R, places = np.array([codes[word] for word in right], int), np.arange(len(right) + 1)
-    row = places
-    for i, word in enumerate(left, 1):
-        costs = np.minimum(row[1:] + 1, row[:-1] + (right_R != codes[word]))
-        row = np.minimum.accumulate(np.concatenate([[i], costs]) - places) + places
-    return int(row[-1])
 
 
 def slips(problem: Problem, seed: int, planted: Planted) -> Iterator[tuple[str, str, int, str]]:
@@ -101,11 +92,6 @@ def perturb(
     if chosen is None or not (chosen.meta["verified"] or keep_unverified):
         return "no verified perturbation" if y1_correct else "reference not verified"
     return chosen
-
-
-def count_steps(problem: Problem) -> int:
-    """The horizon of a math problem: the lines of its reference before the answer's."""
-    return sum("####" not in line for line in lines_of(problem.reference))
 
 
 def quadruple(
@@ -204,6 +190,17 @@ def split_problems(problems: list[Problem]) -> dict[str, list[Problem]]:
     return by_split
 
 
+def load_problems(task: str, data_dir: str | None, limit: int = 0) -> tuple[dict[str, list[Problem]], int, str]:
+    """(problems by split, the first `limit` of each if that is not 0; how many were left out since test has them too;
+    the digest of them all)."""
+    problems, digest = get_task(task).load(data_dir), hashlib.sha256()
+    for p in problems:
+        digest.update(json.dumps([p.x, p.reference, *([p.tests] if p.tests else [])]).encode())
+    by_split = split_problems(problems)
+    twice = len(problems) - sum(map(len, by_split.values()))
+    return {split: some[: limit or None] for split, some in by_split.items()}, twice, digest.hexdigest()
+
+
 def make_quadruples(
     by_split: dict[str, list[Problem]], domain: str, seed: int, keep_unverified: bool, planted: Planted | None = None
 ):
@@ -239,12 +236,7 @@ def make_replay(
     if source.domain == "code":
         check_sandbox(unsafe_sandbox)
     writable(out, "out")
-    problems, digest = source.load(data_dir), hashlib.sha256()
-    for p in problems:
-        digest.update(json.dumps([p.x, p.reference, *([p.tests] if p.tests else [])]).encode())
-    by_split = split_problems(problems)
-    twice = len(problems) - sum(map(len, by_split.values()))
-    by_split = {split: some[: limit or None] for split, some in by_split.items()}
+    by_split, twice, digest = load_problems(task, data_dir, limit)
     more = {} if make is not make_quadruples else {"planted": source.planted}
     replay, rejected, further = make(by_split, source.domain, seed, keep_unverified == "yes", **more)
     rejected += Counter({"stands in test too": twice})  # a count of 0 is dropped
@@ -254,7 +246,7 @@ def make_replay(
         "task": task, "teacher": teacher, "seed": seed, "problems": sum(total.values()) + twice, "kept": len(quads),
         "unverified": sum(not q.meta["verified"] for q in quads), "rejected": dict(sorted(rejected.items())),
         "splits": {s: {"kept": len(kept), "total": total[s]} for s, kept in replay.items()},
-        "replay": replay_report(quads), "source_sha256": digest.hexdigest(), **further,
+        "replay": replay_report(quads), "source_sha256": digest, **further,
     }  # fmt: skip
     for split, kept in replay.items():
         write_replay(out / f"{split}.jsonl", kept)

@@ -85,6 +85,11 @@ def lines_of(solution: str) -> list[str]:
     return [line for line in solution.split("\n") if line.strip()]
 
 
+def count_steps(problem: Problem) -> int:
+    """The horizon of a math problem: the lines of its reference before the answer's."""
+    return sum("####" not in line for line in lines_of(problem.reference))
+
+
 def results(lines: list[str]) -> set[Fraction]:
     """Values that the steps in `lines` compute."""
     return {to_fraction(eq.group(2)) for line in lines for eq in equations_in(line)}

@@ -10,6 +10,8 @@ import re
 from collections import Counter
 from typing import Any
 
+import numpy as np
+
 from common.basics import InputError, normalize_x, parse_line, sha256, write_atomic
 from common.plans import flaw_of_tests
 from common.prompts import CODE_LINE
@@ -115,6 +117,24 @@ def salted_bucket(x: str) -> int:
     return int(hashlib.sha256(("cts-split\0" + normalize_x(x)).encode()).hexdigest(), 16) % 100
 
 
+def edit_distance(a: str, b: str) -> int:
+    """Word-level Levenshtein distance, one numpy row per word of `a`.
+
+    Insertions run along the row: they are the running minimum of (cost - position), plus the position.
+
+    >>> edit_distance("Tom has 24 pens.", "Tom has 26 red pens.")
+    2
+    """
+    left, right = a.split(), b.split()
+    codes = {word: i for i, word in enumerate(dict.fromkeys(left + right))}
+    right_R, places = np.array([codes[word] for word in right], int), np.arange(len(right) + 1)
+    row = places
+    for i, word in enumerate(left, 1):
+        costs = np.minimum(row[1:] + 1, row[:-1] + (right_R != codes[word]))
+        row = np.minimum.accumulate(np.concatenate([[i], costs]) - places) + places
+    return int(row[-1])
+
+
 def assign_split(problem: Problem) -> str:
     """train/val/test: 70/10/20 by salted hash; a source with train and test keeps its test, val leaves its train."""
     bucket = salted_bucket(problem.x)
@@ -134,19 +154,20 @@ def check_leakage(replay: dict[str, list[Quadruple]]) -> None:
                 raise InputError(f"leakage: problem {q.meta['task_id']} of split {split} {other}")
 
 
+def leaks(q: Quadruple) -> bool:
+    """Does the critique say what the revision has to say: its final answer (math), or a line of its program that the
+    attempt lacks (code)?"""
+    if q.meta["domain"] == "math":
+        return read_value(q.meta["answer"]).number in numbers_in(q.f)
+    lines = lambda text: {" ".join(line.split()) for line in text.split("\n")}
+    return any(len(line) > 5 and line in " ".join(q.f.split()) for line in lines(q.y1) - lines(q.y0))
+
+
 def replay_report(quads: list[Quadruple]) -> dict[str, Any]:
-    """Counts by tag and horizon, and the leak rate: the share of critiques that say what the revision has to say, its
-    final answer (math) or a line of its program that the attempt lacks (code)."""
-
-    def leak(q: Quadruple) -> bool:
-        if q.meta["domain"] == "math":
-            return read_value(q.meta["answer"]).number in numbers_in(q.f)
-        lines = lambda text: {" ".join(line.split()) for line in text.split("\n")}
-        return any(len(line) > 5 and line in " ".join(q.f.split()) for line in lines(q.y1) - lines(q.y0))
-
-    leaks = [leak(q) for q in quads if q.meta["domain"] == "code" or "answer" in q.meta]
+    """Counts by tag and horizon, and the leak rate: the share of critiques that say what the revision has to say."""
+    leaky = [leaks(q) for q in quads if q.meta["domain"] == "code" or "answer" in q.meta]
     counts = lambda values: dict(sorted(Counter(values).items()))
-    return {"quadruples": len(quads), "leak_rate": sum(leaks) / max(1, len(leaks)),
+    return {"quadruples": len(quads), "leak_rate": sum(leaky) / max(1, len(leaky)),
             "tags": counts(tag for q in quads for tag in q.meta["error_tags"]),
             "horizons": counts(q.meta["horizon"] for q in quads)}  # fmt: skip
 

@@ -10,15 +10,17 @@ import jax
 from flax import nnx
 from tqdm import tqdm
 
-from common.answers import score_math
+from common.answers import final_answers, score_math
 from common.base import load_model
 from common.basics import STREAM_ROLLOUT, InputError, round_up
 from common.batches import decode_rows, pack_prompts
 from common.critique import check_critique
 from common.fingerprint import weights_sha256
 from common.hosts import batch_shardings, fetch, make_mesh, put, say, shard_rule
-from common.making import count_steps, load_replay, make_replay, quadruple
+from common.making import load_replay, make_replay, quadruple
+from common.mistakes import count_steps
 from common.model import Decoder
+from common.programs import grade
 from common.prompts import attempt_prompt
 from common.replay import Problem, Quadruple
 from common.run import pick_dtype
@@ -109,6 +111,50 @@ def sampled_quadruples(
     return replay, +rejected, {"attempts": dict(sorted(attempts.items())), "critiques_without_numbers": without}
 
 
+def open_sampler(
+    task: str, model: str, prompts: list[str], temperature: float, seed: int, out_dir: str, data_dir: str | None
+) -> tuple[Callable, int, dict[str, Any]]:
+    """(`make_sampler`'s function for these prompts, rows at once, what a report says of the model). nano is the base
+    that the task's own replay makes, or the one that comes with the repository."""
+    mesh, replay = make_mesh("auto"), load_replay(task, None, data_dir) if model == "nano" else {}
+    cfg, params, tokenizer, cache = load_model(model, task, replay, out_dir, mesh)
+    P = round_up(max(map(len, tokenizer.encode_prompts(prompts))), 16)
+    rows = round_up(min(ROWS, len(prompts)), mesh.shape["data"])
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: Decoder(cfg, nnx.Rngs(0))))
+    how = (P, get_task(task).max_new_tokens, rows, temperature, seed, mesh)
+    if model == "nano" and (cache / "config.json").is_file():  # one that was trained here
+        say(f"Attempts are those of the base in {cache}; --model {cache} trains from that very base.")
+    return make_sampler(graphdef, params, tokenizer, *how), rows, {"base_weights": weights_sha256(params)}
+
+
+def check_sampling(samples: int, temperature: float) -> None:
+    """InputError where nothing can be sampled so."""
+    if samples < 1:
+        raise InputError(f"--samples {samples}: must be at least 1")
+    if not 0 < temperature < float("inf"):
+        raise InputError(f"--temperature {temperature}: must be above 0")
+
+
+def wrong_attempts(task: str, problems: list[Problem], model: str, samples: int, temperature: float, **where: Any):
+    """Of each problem, batch by batch, (problem, its wrong ones among `samples` sampled attempts, each once). Wrong is
+    what states another answer, or a program that ends and fails a test: an answer in no form is no flaw of reasoning.
+    `where`: seed, out_dir, data_dir."""
+    sample, rows, _ = open_sampler(task, model, [attempt_prompt(p.x) for p in problems], temperature, **where)
+    problems = sorted(problems, key=lambda p: (len(p.reference), p.task_id))
+    for i in range(0, len(problems), rows):
+        some = problems[i : i + rows]
+        tries = [sample([attempt_prompt(p.x) for p in some]) for _ in range(samples)]
+        found = [list(dict.fromkeys(y0 for y0, ended in own if ended and y0.strip())) for own in zip(*tries)]
+        if get_task(task).domain == "math":
+            wrong = lambda y0, p: final_answers(y0) and score_math(y0, p.answer) == 0
+            yield from [(p, [y0 for y0 in own if wrong(y0, p)]) for p, own in zip(some, found)]
+            continue
+        programs = [(p, y0) for p, own in zip(some, found) for y0 in own]
+        verdicts = grade([y0 for _, y0 in programs], [p.tests for p, _ in programs])
+        bad = {(p.task_id, y0) for (p, y0), v in zip(programs, verdicts) if v.outcome in ("wrong", "crash")}
+        yield from [(p, [y0 for y0 in own if (p.task_id, y0) in bad]) for p, own in zip(some, found)]
+
+
 def sample_replay(
     task: str, model: str, samples: int, temperature: float, out_dir: str, data_dir: str | None, out: str | None,
     seed: int, **flags: Any,
@@ -117,28 +163,17 @@ def sample_replay(
     nano is the base that the task's own replay makes, cached in `out_dir` as every script does."""
     if get_task(task).domain != "math":
         raise InputError(f"--y0 model: works on math tasks, {task} is code; use --y0 perturb")
-    if samples < 1:
-        raise InputError(f"--samples {samples}: must be at least 1")
-    if not 0 < temperature < float("inf"):
-        raise InputError(f"--temperature {temperature}: must be above 0")
+    check_sampling(samples, temperature)
     own = pathlib.Path(f"data/replay/{task}")
     out = pathlib.Path(out or f"{own}_model")
     if model == "nano" and out.absolute() == own.absolute():
         raise InputError(f"--out {out}: the nano base is made from the replay in it; choose another folder")
 
     def make(by_split, domain, seed, keep_unverified):
-        mesh, replay = make_mesh("auto"), load_replay(task, None, data_dir) if model == "nano" else {}
-        cfg, params, tokenizer, cache = load_model(model, task, replay, out_dir, mesh)
         prompts = [attempt_prompt(p.x) for problems in by_split.values() for p in problems]
-        P = round_up(max(map(len, tokenizer.encode_prompts(prompts))), 16)
-        rows = round_up(min(ROWS, len(prompts)), mesh.shape["data"])
-        graphdef = nnx.graphdef(nnx.eval_shape(lambda: Decoder(cfg, nnx.Rngs(0))))
-        how = (P, get_task(task).max_new_tokens, rows, temperature, seed, mesh)
-        sample = make_sampler(graphdef, params, tokenizer, *how)
+        sample, rows, base = open_sampler(task, model, prompts, temperature, seed, out_dir, data_dir)
         replay, rejected, found = sampled_quadruples(by_split, sample, samples, rows, keep_unverified)
-        if model == "nano":
-            say(f"Attempts are those of the base in {cache}; --model {cache} trains from that very base.")
-        about = {"y0": "model", "model": model, "base_weights": weights_sha256(params), "samples": samples}
+        about = {"y0": "model", "model": model, **base, "samples": samples}
         return replay, rejected, {**about, "temperature": temperature, **found}
 
     return make_replay(task, "rules", data_dir, str(out), seed, make=make, **flags)

@@ -34,11 +34,12 @@ from common.base import (
     nano_base,
     pack_documents,
     recipe,
+    shipped_base,
 )  # fmt: skip
 from common.critique import ORDINALS
 from common.fingerprint import weights_sha256
-from common.fixtures import fixtures_rare
-from common.making import make_replay, perturb
+from common.fixtures import fixtures_math, fixtures_rare
+from common.making import load_problems, make_replay, perturb
 from common.model import Decoder
 from common.prompts import attempt_prompt, revise_prompt
 from common.replay import Quadruple, read_replay
@@ -361,6 +362,27 @@ def test_a_shipped_base_made_otherwise_is_not_used(shipped, built, tmp_path, cap
     named = changed if changed != "made_of" else "nano_vocab, base_steps"
     assert first.startswith(f"The base in {shipped} is not used: it was made with another {named}")
     assert second.startswith("Building the nano base for fixtures_math once")
+
+
+def test_a_shipped_base_serves_the_replay_of_another_teacher_on_its_own_problems(shipped, built, tmp_path, monkeypatch):
+    """Some of the task's training problems, another's attempts and critiques. Not where the task is another by now, nor
+    on a problem that the base may not know, nor for what the keyless teacher has made otherwise."""
+    task = TASKS["fixtures_math"]
+    use = lambda problems: monkeypatch.setitem(
+        TASKS, "fixtures_math", dataclasses.replace(task, load=lambda data_dir: problems)
+    )
+    problems = [dataclasses.replace(p, split="train") for p in fixtures_math(size=40)]
+    use(problems)
+    made = [perturb(p) for p in load_problems("fixtures_math", None)[0]["train"]]
+    (shipped / "made_of.json").write_text(json.dumps(recipe(TASKS["fixtures_math"], made)))
+    other = [dataclasses.replace(q, f="Other.", meta={**q.meta, "teacher": "rules"}) for q in made]
+    assert len(made) > 10 and shipped_base("fixtures_math", made) == shipped
+    assert shipped_base("fixtures_math", other[1:]) == shipped and not built
+    strange = dataclasses.replace(other[0], x="Another problem?")
+    assert shipped_base("fixtures_math", [*other[1:], strange]) is None
+    assert shipped_base("fixtures_math", made[1:]) is None
+    use(problems[1:])
+    assert shipped_base("fixtures_math", other[1:]) is None
 
 
 BASES = sorted(path.parent.name for path in SHIPPED.glob("*/config.json"))

@@ -104,7 +104,7 @@ WITHOUT_JAX = (
     "basics", "prompts", "values", "answers", "verifier", "sandbox_server", "plans", "sandbox", "programs",
     "replay", "critique", "fixtures", "tasks", "tokenizer", "mistakes", "mutants", "batches", "locks", "tracking",
     "interpreter", "credit", "cells", "sweep", "results", "page", "sheets", "human", "statistics", "claims", "tables",
-    "figures",
+    "figures", "shelf", "ledger", "providers", "asking", "teaching", "records", "batch_jobs",
 )  # fmt: skip
 
 

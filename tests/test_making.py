@@ -6,7 +6,6 @@ pytest tests/test_making.py
 import dataclasses
 import json
 import os
-import random
 import re
 
 import pytest
@@ -16,7 +15,7 @@ import teacher
 from common import programs as programs_room
 from common.basics import InputError
 from common.fixtures import fixtures_code, fixtures_long, fixtures_math
-from common.making import edit_distance, load_replay, perturb, perturb_programs
+from common.making import load_replay, perturb, perturb_programs
 from common.mutants import FLAWS, count_statements
 from common.replay import ERROR_TAGS, Quadruple, parse_quadruple, replay_report, write_replay
 from common.slips import PLANTED, operations, step_kinds
@@ -101,20 +100,6 @@ def test_out_that_is_a_file(tmp_path, small_task):
     with pytest.raises(InputError, match="--out"):
         run(tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
-
-
-def test_edit_distance_equals_a_naive_dynamic_program():
-    def naive(a: list[str], b: list[str]) -> int:
-        d = [[i + j if i * j == 0 else 0 for j in range(len(b) + 1)] for i in range(len(a) + 1)]
-        for i in range(1, len(a) + 1):
-            for j in range(1, len(b) + 1):
-                d[i][j] = min(d[i - 1][j] + 1, d[i][j - 1] + 1, d[i - 1][j - 1] + (a[i - 1] != b[j - 1]))
-        return d[-1][-1]
-
-    rng = random.Random(1)
-    for _ in range(200):
-        a, b = ([rng.choice("uvwxyz") for _ in range(rng.randrange(9))] for _ in range(2))
-        assert edit_distance(" ".join(a), " ".join(b)) == naive(a, b), (a, b)
 
 
 def test_load_replay_names_the_missing_split(tmp_path):

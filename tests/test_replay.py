@@ -6,6 +6,7 @@ pytest tests/test_replay.py
 import dataclasses
 import json
 import os
+import random
 import re
 
 import pytest
@@ -17,6 +18,7 @@ from common.replay import (
     Problem,
     assign_split,
     check_leakage,
+    edit_distance,
     parse_quadruple,
     read_replay,
     replay_report,
@@ -194,3 +196,17 @@ def test_leakage_is_found_whatever_the_case_and_spaces():
     check_leakage({"train": [math_quad(1), math_quad(1)], "val": [math_quad(2)], "test": [math_quad(3)]})
     with pytest.raises(InputError, match=r"leakage: problem own/other of split test is also own/1 of split train"):
         check_leakage({"train": [math_quad(1), math_quad(7)], "val": [math_quad(2)], "test": [math_quad(3), other]})
+
+
+def test_edit_distance_equals_a_naive_dynamic_program():
+    def naive(a: list[str], b: list[str]) -> int:
+        d = [[i + j if i * j == 0 else 0 for j in range(len(b) + 1)] for i in range(len(a) + 1)]
+        for i in range(1, len(a) + 1):
+            for j in range(1, len(b) + 1):
+                d[i][j] = min(d[i - 1][j] + 1, d[i][j - 1] + 1, d[i - 1][j - 1] + (a[i - 1] != b[j - 1]))
+        return d[-1][-1]
+
+    rng = random.Random(1)
+    for _ in range(200):
+        a, b = ([rng.choice("uvwxyz") for _ in range(rng.randrange(9))] for _ in range(2))
+        assert edit_distance(" ".join(a), " ".join(b)) == naive(a, b), (a, b)

@@ -1,0 +1,265 @@
+"""The providers' batch interfaces, at half price: requests go out as files, answers come back within a day. Used by
+taught; knows no quadruple.
+
+What is going to be sent is on disk before it is sent, and the batch's id after; a start that finds the first without
+the second looks the batch up among the provider's own before it sends anything again. What a batch that expired has
+brought is paid for, and kept; what failed goes into the next one alone.
+"""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from common.asking import Asker, GaveUp, Stop, backoff
+from common.basics import sha256
+from common.ledger import Ledger
+from common.providers import Failure, Prompt, Provider, Reply
+
+MOST_REQUESTS, MOST_BYTES = 10_000, 90_000_000  # of one batch; the providers allow 50,000 and more, 200 MB and more
+POLL = 30.0  # seconds between two looks
+TRIES = 8  # of a call that fails in passing
+LISTED = 100  # batches of the provider that are looked through for a lost one
+
+
+class AnthropicBatches:
+    """Message batches. They carry no note of ours, so a lost one is known by the custom ids of its results."""
+
+    def __init__(self, provider: Provider):
+        self.provider, self.calls = provider, provider.client.messages.batches
+
+    async def create(self, key: str, requests: list[tuple[str, Prompt]]) -> str:
+        params = self.provider.params
+        made = await self.calls.create(requests=[{"custom_id": name, "params": params(p)} for name, p in requests])
+        return made.id
+
+    async def ended(self, batch_id: str) -> bool:
+        return (await self.calls.retrieve(batch_id)).processing_status == "ended"
+
+    async def find(self, key: str) -> str | None:
+        """The id of the batch under our key; waits for those that have not ended, which show nothing of themselves."""
+        listed = [batch async for batch in await_page(await self.calls.list(limit=20))]
+        for batch in listed:
+            while batch.processing_status != "ended":
+                await asyncio.sleep(POLL)
+                batch = await self.calls.retrieve(batch.id)
+            if batch.results_url is None:  # kept no longer
+                continue
+            async for row in self.results(batch.id):
+                if row[0].startswith(f"{key}-"):
+                    return batch.id
+                break
+        return None
+
+    async def results(self, batch_id: str) -> AsyncIterator[tuple[str, Reply | GaveUp]]:
+        async for row in await self.calls.results(batch_id):
+            result = row.result.to_dict(mode="json")
+            if result.get("type") == "succeeded":
+                yield row.custom_id, read_reply(self.provider, result.get("message"))
+            else:
+                error = ((result.get("error") or {}).get("error") or {}).get("type")
+                yield row.custom_id, gave_up(result.get("type"), final=error == "invalid_request_error")
+
+
+class OpenAIBatches:
+    """Batches of chat completions: a file of requests in, a file of answers and one of errors out."""
+
+    ENDED = ("completed", "failed", "expired", "cancelled")
+
+    def __init__(self, provider: Provider):
+        self.provider, self.calls, self.files = provider, provider.client.batches, provider.client.files
+
+    async def create(self, key: str, requests: list[tuple[str, Prompt]]) -> str:
+        url = "/v1/chat/completions"
+        line = lambda name, p: {"custom_id": name, "method": "POST", "url": url, "body": self.provider.params(p)}
+        data = "".join(json.dumps(line(name, p)) + "\n" for name, p in requests).encode()
+        file = await self.files.create(file=(f"{key}.jsonl", data), purpose="batch")
+        made = await self.calls.create(
+            input_file_id=file.id, endpoint=url, completion_window="24h", metadata={"cts_batch": key}
+        )
+        return made.id
+
+    async def ended(self, batch_id: str) -> bool:
+        return (await self.calls.retrieve(batch_id)).status in self.ENDED
+
+    async def find(self, key: str) -> str | None:
+        async for batch in await_page(await self.calls.list(limit=20)):
+            if (batch.metadata or {}).get("cts_batch") == key:
+                return batch.id
+        return None
+
+    async def results(self, batch_id: str) -> AsyncIterator[tuple[str, Reply | GaveUp]]:
+        """Of both files, whatever the batch's end: what was finished is in the first even where it expired."""
+        batch = await self.calls.retrieve(batch_id)
+        for file_id in (batch.output_file_id, batch.error_file_id):
+            content = (await self.files.content(file_id)).content if file_id else b""
+            for line in content.decode(errors="replace").splitlines():
+                row = json.loads(line)
+                response = row.get("response") or {}
+                status = response.get("status_code")
+                if status == 200:
+                    yield row["custom_id"], read_reply(self.provider, response.get("body"))
+                else:
+                    code = (row.get("error") or {}).get("code")
+                    yield row["custom_id"], gave_up(code or f"status {status}", final=status in (400, 413, 422))
+
+
+BATCHES = {"anthropic": AnthropicBatches, "openai": OpenAIBatches}
+
+
+def read_reply(provider: Provider, message: Any) -> Reply | GaveUp:
+    try:
+        return provider.read_checked(message)
+    except Failure as e:
+        return GaveUp(f"in a batch: {e.what}", billed=e.billed)
+
+
+def gave_up(what: Any, final: bool) -> GaveUp:
+    what = what if isinstance(what, str) and len(what) < 40 else "failed"
+    return GaveUp(f"in a batch: {what}", final)
+
+
+async def await_page(page: Any) -> AsyncIterator[Any]:
+    """The entries of a list and of its next pages, the first LISTED."""
+    n = 0
+    async for entry in page:
+        yield entry
+        n += 1
+        if n >= LISTED:
+            return
+
+
+class Batches:
+    """Rounds of batches, over all starts of a folder. Of the last round: has anything gone out (`went_out`), and has a
+    batch come back without one answer (`barren`)?"""
+
+    def __init__(self, asker: Asker, ledger: Ledger):
+        self.asker, self.ledger, self.provider = asker, ledger, asker.provider
+        self.wire = BATCHES[asker.provider.teacher](asker.provider)
+        self.went_out = self.barren = False
+        self.intents: dict[str, list] = {}  # {key: [[task id, tries before, ticket], ...]}
+        self.ids: dict[str, str] = {}
+        for row in ledger.rows():
+            if "jobs" in row:
+                self.intents[row["batch"]] = row["jobs"]
+            elif "id" in row:
+                self.ids[row["batch"]] = row["id"]
+            else:
+                self.intents.pop(row["batch"], None)
+
+    async def steady(self, call: Any, *args: Any) -> Any:
+        """A call of the batch interface, tried again where it fails in passing; Stop where it cannot do."""
+        sdk, provider = self.provider.sdk, self.provider
+        for tries in range(1, TRIES + 1):
+            try:
+                return await call(*args)
+            except sdk.APIStatusError as e:
+                if e.status_code == 404:
+                    raise self.asker.stop(Stop("this server has no batches; leave out --batch", fatal=True)) from None
+                failure = provider.failure(e, (provider.forms, provider.limits))
+            except sdk.APIConnectionError:
+                failure = Failure("broken", "no connection, or a broken one")
+            except (ValueError, AttributeError, TypeError):  # a page in HTML, half an answer
+                failure = Failure("broken", "an answer that is no batch")
+            if failure.kind not in ("busy", "broken") or tries == TRIES:
+                raise self.asker.stop(Stop(f"batches: {failure.what}", fatal=True))
+            await asyncio.sleep(min(failure.wait, 900) if failure.wait is not None else backoff(tries))
+
+    async def round(self, jobs: list[tuple[str, int, Prompt]]) -> AsyncIterator[tuple[str, int, Reply | GaveUp]]:
+        """What is still out from a former start, else the jobs (task id, tries before, prompt) in batches; then, as
+        they end, (task id, tries before, reply or why there is none)."""
+        if not self.intents:
+            await self.send(jobs)
+        self.went_out, self.barren = bool(self.intents), False
+        for key in list(self.intents):
+            answers, made = self.asker.answers, True
+            async for row in self.collect(key):
+                made = key in self.ids
+                yield row
+            self.barren |= made and self.asker.answers == answers
+            self.ledger.commit_now({"batch": key})
+            del self.intents[key]
+
+    async def send(self, jobs: list[tuple[str, int, Prompt]]) -> None:
+        """As many as the budget has room for, in batches of bounded size."""
+        part, size, budget = [], 0, self.asker.budget
+        for task_id, tried, prompt in jobs:
+            worst = budget.worst(prompt, self.provider.max_tokens)
+            if not budget.room(worst):
+                # told once what is out is back; it may come to less
+                if not part and not self.intents:
+                    raise self.asker.stop(Stop(budget.full()))
+                break
+            if len(part) == MOST_REQUESTS or size + prompt.bytes() > MOST_BYTES:
+                await self.send_one(part)
+                part, size = [], 0
+            part.append((task_id, tried, prompt, budget.take(worst)))
+            size += prompt.bytes()
+        if part:
+            await self.send_one(part)
+
+    async def send_one(self, part: list[tuple[str, int, Prompt, str]]) -> None:
+        """One batch: its intent on disk, then the batch, then its id on disk. Where the call breaks off, the batch may
+        be there all the same: it is looked for, not sent twice."""
+        jobs = [[task_id, tried, ticket] for task_id, tried, _, ticket in part]
+        key = sha256(json.dumps(jobs))[:16]
+        self.ledger.commit_now({"batch": key, "jobs": jobs})
+        self.intents[key] = jobs
+        requests = [(f"{key}-{i}", prompt) for i, (_, _, prompt, _) in enumerate(part)]
+
+        async def create() -> str:
+            if sent and (found := await self.wire.find(key)):
+                return found
+            sent.append(True)
+            return await self.wire.create(key, requests)
+
+        sent: list[bool] = []
+        self.know(key, await self.steady(create))
+
+    def know(self, key: str, batch_id: str) -> None:
+        self.ids[key] = batch_id
+        self.ledger.commit_now({"batch": key, "id": batch_id})
+
+    async def collect(self, key: str) -> AsyncIterator[tuple[str, int, Reply | GaveUp]]:
+        """Wait for a batch, settle what each of its requests has cost, and hand it on."""
+        jobs, missing = self.intents[key], None
+        if key not in self.ids:
+            print(f"A batch of {len(jobs)} requests was under way when a former start ended: looking for it.")
+            found = await self.steady(self.wire.find, key)
+            if found is None:  # it never got there
+                missing = GaveUp("in a batch that was never made")
+            else:
+                self.know(key, found)
+        left = dict(enumerate(jobs))
+        if missing is None:
+            while not await self.steady(self.wire.ended, self.ids[key]):
+                if self.asker.stopped:
+                    raise self.asker.stopped
+                await self.pause()
+            for name, result in await self.steady(self.all_results, key):
+                number = name.removeprefix(f"{key}-")
+                job = left.pop(int(number), None) if number.isdigit() else None
+                if job is None:  # twice, or not ours
+                    continue
+                task_id, tried, ticket = job
+                answered = isinstance(result, Reply)
+                self.asker.answers += answered
+                usage, billed = (result.usage, True) if answered else (None, result.billed)
+                self.asker.budget.settle(ticket, usage, billed)
+                if not answered and not self.asker.answers:  # it may be the way of asking that is bad
+                    result.final = False
+                yield task_id, tried, result
+        for task_id, tried, ticket in left.values():
+            self.asker.budget.settle(ticket, None, billed=False)
+            yield task_id, tried, missing or GaveUp("in a batch: no result")
+
+    async def all_results(self, key: str) -> list[tuple[str, Reply | GaveUp]]:
+        """All of a batch at once: a connection that breaks in the midst has brought nothing."""
+        return [row async for row in self.wire.results(self.ids[key])]
+
+    async def pause(self) -> None:
+        """Until the next look, or the end."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(POLL):
+                await self.asker.stopping.wait()

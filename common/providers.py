@@ -1,0 +1,270 @@
+"""The wire forms of the two kinds of teachers behind one interface: a Prompt goes out, a Reply comes back, or a Failure
+that says what kind it was. Used by asking and batch_jobs; knows neither what is asked nor when it is asked again.
+
+The SDKs are imported when a provider is made, and only then. They send, and give names to what comes back; bodies are
+read here, from their text: `parse()` loses the usage of an answer that was cut off, and a page in HTML with status 200
+reaches the caller as it is. Nothing that a server says in words is ever passed on: errors quote prompts.
+"""
+
+import dataclasses
+import importlib
+import json
+import logging
+import os
+import re
+import time
+from email.utils import parsedate_to_datetime
+from typing import Any, NamedTuple
+
+from common.basics import InputError
+
+KEYS = {"anthropic": "ANTHROPIC_API_KEY", "openai": "OPENAI_API_KEY"}
+BASES = {"anthropic": "ANTHROPIC_BASE_URL", "openai": "OPENAI_BASE_URL"}
+FORMS = ("schema", "tool", "plain")  # how JSON is asked for, the strictest first
+SIGNS = {"schema": ("response_format", "output_config", "json_schema", "output_format", "structured", "grammar"),
+         "tool": ("tool",), "plain": ()}  # what a server names that does not know the form
+TOOL = "write_down"  # the name of the tool whose input is the answer
+ENDS = {"end_turn": "end", "stop": "end", "stop_sequence": "end", "tool_use": "end", "tool_calls": "end",
+        "max_tokens": "cut off", "length": "cut off", "model_context_window_exceeded": "cut off",
+        "refusal": "refused", "content_filter": "refused"}  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What a teacher is told (system), what is said in turn (role, text), and the schema of the answer."""
+
+    system: str
+    turns: tuple[tuple[str, str], ...]
+    schema: dict[str, Any]
+
+    def bytes(self) -> int:
+        """At least as many as its tokens: no byte-level tokenizer makes more of them, and frames are short."""
+        told = [self.system, json.dumps(self.schema), *(text for _, text in self.turns)]
+        return sum(len(text.encode()) for text in told) + 500
+
+
+class Usage(NamedTuple):
+    """Tokens billed for a request: of the prompt in full, read from a cache, written to one; of the answer."""
+
+    fresh: int = 0
+    cached: int = 0
+    written: int = 0
+    output: int = 0
+
+
+class Reply(NamedTuple):
+    """An answer: its text, its usage (None: the server gives none), how it ended ("end", "cut off", "refused", else the
+    server's own word) and the category of a refusal."""
+
+    text: str
+    usage: Usage | None
+    stop: str
+    category: str = ""
+
+
+class Failure(Exception):
+    """No answer. `kind`: busy (the provider wants less), broken (worth another try), form (it does not know this form
+    of a request: there is another), unfit (this request will never do), fatal (none will). `what` is in our words."""
+
+    def __init__(self, kind: str, what: str, wait: float | None = None, billed: bool = False):
+        super().__init__(what)
+        self.kind, self.what, self.wait, self.billed = kind, what, wait, billed
+
+
+def word(value: Any) -> str:
+    """A server's short word as it may be printed: an identifier, or nothing."""
+    return value if isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w.-]{0,48}", value) else ""
+
+
+def number(value: Any) -> int:
+    """A count of a server: 0 where it gives none."""
+    return value if isinstance(value, int) and value >= 0 else 0
+
+
+def retry_after(headers: Any) -> float | None:
+    """Seconds that a server asks to wait: `retry-after-ms`, or `retry-after` in seconds or as a date."""
+    for name, unit in (("retry-after-ms", 1000), ("retry-after", 1)):
+        text = headers.get(name)
+        try:
+            wait = float(text) / unit if text else None
+        except ValueError:
+            try:
+                wait = parsedate_to_datetime(text).timestamp() - time.time()
+            except (ValueError, TypeError):
+                wait = None
+        if wait is not None and wait == wait:
+            return max(0.0, wait)
+    return None
+
+
+class Provider:
+    """A model at a provider. What a request looks like (`form`, and the name of its limit) changes where the server
+    does not know it."""
+
+    teacher = ""
+
+    def __init__(self, model: str, base_url: str | None, max_tokens: int, timeout: float, form: str = "auto"):
+        """InputError where the SDK or the key is missing."""
+        self.model, self.max_tokens, self.timeout = model, max_tokens, timeout
+        self.forms = FORMS if form == "auto" else (form,)
+        self.base_url = base_url = base_url or os.environ.get(BASES[self.teacher])
+        self.limits = self.limit_names()
+        key = os.environ.get(KEYS[self.teacher]) or ("none" if base_url else None)
+        if key is None:
+            way_out = "or give --base_url of a server that needs none"
+            raise InputError(f"--teacher {self.teacher}: no key; set {KEYS[self.teacher]}, {way_out}")
+        try:
+            self.sdk = importlib.import_module(self.teacher)
+        except ImportError:
+            way_out = "pip install -r requirements-teacher.txt"
+            raise InputError(f"--teacher {self.teacher}: its package is not installed; {way_out}") from None
+        for name in ("httpx2", "httpx", "httpcore2", "httpcore"):  # they log addresses
+            logging.getLogger(name).setLevel(logging.WARNING)
+        self.client = self.make_client(api_key=key, base_url=base_url, max_retries=0, timeout=timeout)
+
+    def limit_names(self) -> tuple[str, ...]:
+        return ("max_tokens",)
+
+    @property
+    def form(self) -> str:
+        return self.forms[0]
+
+    def fall_back(self, way: tuple, words: str) -> bool:
+        """Is there another way, once a server has refused this one in these words? Of many requests under way that fail
+        for one cause the first changes it."""
+        if way != (self.forms, self.limits):
+            return True
+        if len(self.limits) > 1 and re.search(rf"\b{self.limits[0]}\b", words):
+            self.limits = self.limits[1:]
+        elif len(self.forms) > 1 and any(name in words for name in SIGNS[self.form]):
+            self.forms = self.forms[1:]
+        else:
+            return False
+        return True
+
+    async def ask(self, prompt: Prompt) -> Reply:
+        """One request, sent once; Failure where it brings no answer. Not bounded in time: the SDKs' own limits end
+        with the first byte."""
+        way = self.forms, self.limits
+        try:
+            raw = await self.create(**self.params(prompt))
+            body = raw.http_response.content
+        except self.sdk.APIStatusError as e:
+            raise self.failure(e, way) from None
+        except self.sdk.APIConnectionError as e:  # a time-out too
+            raise Failure("broken", "no connection, or a broken one", billed=not never_sent(e)) from None
+        try:
+            message = json.loads(body)
+        except ValueError:
+            raise Failure("broken", "an answer that is no JSON", billed=True) from None
+        return self.read_checked(message)
+
+    def read_checked(self, message: Any) -> Reply:
+        """`read`, where the shape is a message's."""
+        try:
+            return self.read(message)
+        except (KeyError, IndexError, TypeError, AttributeError):
+            raise Failure("broken", "an answer that is no message", billed=True) from None
+
+    def failure(self, e: Any, way: tuple) -> Failure:
+        """What a status means."""
+        status, code = e.status_code, word(getattr(e, "code", None)) or word(getattr(e, "type", None))
+        what = f"status {status}" + (f" ({code})" if code else "")
+        if status == 402 or code in ("insufficient_quota", "billing_error"):
+            return Failure("fatal", f"{what}: no credit is left")
+        if status in (401, 403):
+            return Failure("fatal", f"{what}: the key is not accepted")
+        if status == 404:
+            return Failure("fatal", f"{what}: no such model, or nothing at this address")
+        if status in (429, 529):
+            return Failure("busy", what, retry_after(e.response.headers))
+        if status in (408, 409) or status >= 500:
+            return Failure("broken", what, retry_after(e.response.headers), billed=status >= 500)
+        return Failure("form" if self.fall_back(way, e.response.text.lower()) else "unfit", what)
+
+    def told(self, prompt: Prompt) -> str:
+        """The system's words; in plain form they hold the schema."""
+        if self.form != "plain":
+            return prompt.system
+        asked = "Answer with one JSON object and nothing else. It fits this JSON schema:"
+        return f"{prompt.system}\n\n{asked}\n{json.dumps(prompt.schema)}"
+
+
+def never_sent(e: Exception) -> bool:
+    """Did the connection fail before a byte of the request was out?"""
+    return type(e.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
+
+
+class Anthropic(Provider):
+    """Messages of the Anthropic API. `input_tokens` are without those of the cache."""
+
+    teacher = "anthropic"
+
+    def make_client(self, **settings: Any) -> Any:
+        client = self.sdk.AsyncAnthropic(**settings)
+        self.create = client.messages.with_raw_response.create
+        return client
+
+    def params(self, prompt: Prompt) -> dict[str, Any]:
+        turns = [{"role": role, "content": text} for role, text in prompt.turns]
+        body = {"model": self.model, "max_tokens": self.max_tokens, "system": self.told(prompt), "messages": turns}
+        if self.form == "schema":
+            body["output_config"] = {"format": {"type": "json_schema", "schema": prompt.schema}}
+        elif self.form == "tool":
+            body["tools"] = [{"name": TOOL, "description": "Write the answer down.", "input_schema": prompt.schema}]
+            body["tool_choice"] = {"type": "tool", "name": TOOL}
+        return body
+
+    def read(self, message: dict[str, Any]) -> Reply:
+        blocks, used = message["content"], message.get("usage") or {}
+        said = [json.dumps(b["input"]) for b in blocks if b.get("type") == "tool_use" and b.get("name") == TOOL]
+        said = said or [b["text"] for b in blocks if b.get("type") == "text"]
+        usage = Usage(number(used.get("input_tokens")), number(used.get("cache_read_input_tokens")),
+                      number(used.get("cache_creation_input_tokens")), number(used.get("output_tokens")))  # fmt: skip
+        stop = message.get("stop_reason") or "end_turn"
+        category = word((message.get("stop_details") or {}).get("category"))
+        return Reply("".join(said), usage if used else None, ENDS.get(stop, word(stop) or "other"), category)
+
+
+class OpenAI(Provider):
+    """Chat completions, of OpenAI and of all servers that speak its form. `prompt_tokens` hold those of the cache, and
+    `completion_tokens` the reasoning."""
+
+    teacher = "openai"
+
+    def make_client(self, **settings: Any) -> Any:
+        client = self.sdk.AsyncOpenAI(**settings)
+        self.create = client.chat.completions.with_raw_response.create
+        return client
+
+    def limit_names(self) -> tuple[str, ...]:
+        """OpenAI's new models refuse `max_tokens`; others overlook what they do not know, the bound with it."""
+        names = ("max_completion_tokens", "max_tokens")
+        return names[::-1] if self.base_url else names
+
+    def params(self, prompt: Prompt) -> dict[str, Any]:
+        turns = [("system", self.told(prompt)), *prompt.turns]
+        body = {"model": self.model, self.limits[0]: self.max_tokens,
+                "messages": [{"role": role, "content": text} for role, text in turns]}  # fmt: skip
+        if self.form == "schema":
+            schema = {"name": TOOL, "schema": prompt.schema, "strict": True}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        elif self.form == "tool":
+            body["tools"] = [{"type": "function", "function": {"name": TOOL, "parameters": prompt.schema}}]
+            body["tool_choice"] = {"type": "function", "function": {"name": TOOL}}
+        return body
+
+    def read(self, message: dict[str, Any]) -> Reply:
+        choice, used = message["choices"][0], message.get("usage") or {}
+        said, stop = choice["message"], choice.get("finish_reason") or "stop"
+        calls = [call["function"]["arguments"] for call in said.get("tool_calls") or []]
+        cached = number((used.get("prompt_tokens_details") or {}).get("cached_tokens"))
+        fresh = max(0, number(used.get("prompt_tokens")) - cached)
+        usage = Usage(fresh, cached, 0, number(used.get("completion_tokens"))) if used else None
+        if said.get("refusal"):
+            return Reply("", usage, "refused", "refusal")
+        return Reply(calls[0] if calls else said.get("content") or "", usage, ENDS.get(stop, word(stop) or "other"),
+                     "content_filter" if stop == "content_filter" else "")  # fmt: skip
+
+
+PROVIDERS = {"anthropic": Anthropic, "openai": OpenAI}

@@ -1,0 +1,121 @@
+"""Batches of both providers over real HTTP: expired ones, lost ones, kills between two lines.
+
+pytest tests/test_batch_jobs.py
+"""
+
+import json
+import re
+
+import pytest
+from teacher_server import Server
+from test_taught import TEACHERS, files, problems, quick, rows, run  # noqa: F401 (fixtures)
+
+from common import batch_jobs
+from common.basics import InputError
+from common.ledger import Ledger
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_batches_bring_what_single_requests_bring_at_half_price(tmp_path, problems, name):  # noqa: F811
+    with Server() as server:
+        single = run(server, name, tmp_path / "single")
+        server.polls = 3
+        report = run(server, name, tmp_path / "batch", batch="yes")
+    assert files(tmp_path / "batch") == files(tmp_path / "single") and len(server.batches) == 1
+    assert report["usd"] == pytest.approx(single["usd"] / 2) and report["requests"] == 40
+    lines = rows(tmp_path / "batch" / "batches.jsonl")
+    assert [set(line) for line in lines] == [{"batch", "jobs"}, {"batch", "id"}, {"batch"}]
+    ids = [request["custom_id"] for batch in server.batches.values() for request in batch["requests"]]
+    assert all(re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", one) for one in ids) and len({*ids}) == 40
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_of_an_expired_batch_what_was_paid_is_kept_and_the_rest_goes_again_alone(tmp_path, problems, name):  # noqa: F811
+    with Server() as server:
+        run(server, name, tmp_path / "good")
+    with Server() as server:
+        server.expire = 0.4
+        report = run(server, name, tmp_path / "batch", batch="yes")
+        sizes = [len(batch["requests"]) for batch in server.batches.values()]
+    assert files(tmp_path / "batch") == files(tmp_path / "good") and report["kept"] == 40
+    assert sizes[0] == 40 and sizes == sorted(sizes, reverse=True) and 5 < sizes[1] < 30
+    assert sum(sizes) == report["requests"] and not report["answers_rejected"]
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_batch_whose_creation_broke_off_is_found_and_not_sent_twice(tmp_path, problems, name):  # noqa: F811
+    """The server made it and cut the connection: one that is looked up, by metadata or custom ids."""
+    with Server() as server:
+        server.drop_creates = 1
+        report = run(server, name, tmp_path, batch="yes")
+    assert report["kept"] == report["requests"] == 40 and len(server.batches) == 1
+
+
+@pytest.mark.parametrize("moment", ["before it was created", "before its id was on disk", "while it ran", "half read"])
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_kill_at_any_moment_of_a_batch(tmp_path, problems, monkeypatch, name, moment):  # noqa: F811
+    """The next start finds it, or sends it where it was never made; nothing is paid twice."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_):
+        raise Killed
+
+    async def die_soon(*_):
+        raise Killed
+
+    wire, seen = batch_jobs.BATCHES[name], []
+    with Server() as server:
+        whole = run(server, name, tmp_path / "whole", batch="yes")
+    with Server() as server, monkeypatch.context() as patch:
+        if moment == "before it was created":
+            patch.setattr(wire, "create", die_soon)
+        elif moment == "before its id was on disk":
+            patch.setattr(batch_jobs.Batches, "know", die)
+        elif moment == "while it ran":
+            patch.setattr(wire, "ended", die_soon)
+        else:
+            commit = Ledger.commit
+
+            async def commit_ten(self, row):
+                await commit(self, row)
+                seen.append(row)
+                if len(seen) == 10:
+                    raise Killed
+
+            patch.setattr(Ledger, "commit", commit_ten)
+        with pytest.raises((Killed, BaseExceptionGroup)):
+            run(server, name, tmp_path / "part", batch="yes")
+        patch.undo()
+        monkeypatch.setattr(batch_jobs, "POLL", 0.02)
+        report = run(server, name, tmp_path / "part", batch="yes")
+        assert report["kept"] == len(rows(tmp_path / "part" / "accepted.jsonl")) == 40 and len(server.batches) == 1
+        assert report["usd"] == whole["usd"]
+        assert report["requests"] == (80 if moment == "before it was created" else 40)
+        assert report["without_an_end"] == 0
+    assert files(tmp_path / "part") == files(tmp_path / "whole")
+
+
+def test_the_cap_bounds_a_batch(tmp_path, problems):  # noqa: F811
+    """What fits in is sent; what comes back makes room for more."""
+    with Server() as server:
+        whole = run(server, "openai", tmp_path / "whole", batch="yes", max_tokens=300)
+        part = run(server, "openai", tmp_path / "part", batch="yes", max_tokens=300, max_usd=0.5 * whole["usd"])
+        sizes = [len(batch["requests"]) for batch in server.batches.values()][1:]
+    assert part["usd"] <= 0.5 * whole["usd"] and sum(sizes) == part["kept"] < 21 and len(sizes) > 1
+    assert "--max_usd is reached" in part["stopped"]
+
+
+def test_a_server_without_batches_is_said_so(tmp_path, problems, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(Server, "batch_route", lambda *_: (404, {"error": {"message": "no"}}))
+    with Server() as server, pytest.raises(InputError, match="this server has no batches; leave out --batch"):
+        run(server, "openai", tmp_path, batch="yes")
+
+
+def test_large_jobs_go_in_several_batches(tmp_path, problems, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(batch_jobs, "MOST_REQUESTS", 15)
+    with Server() as server:
+        assert run(server, "anthropic", tmp_path, batch="yes")["kept"] == 40
+    assert [len(batch["requests"]) for batch in server.batches.values()] == [15, 15, 10]
+    assert json.loads((tmp_path / "report.json").read_text())["batch"] == "yes"
