@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from common.answers import has_unread
 from common.base import model_source
 from common.basics import TRACES, InputError, sha256, writable, write_atomic
+from common.buckets import begin, is_url, mirrored
 from common.checkpoints import check_save_hf, save_hf
 from common.evaluation import summarize
 from common.fingerprint import count_budgets
@@ -27,7 +28,7 @@ from common.hosts import broadcast, leads, on_leader, progress, say, start_hosts
 from common.locks import lock, unlock
 from common.prompts import revise_prompt
 from common.replay import Quadruple
-from common.report import make_result, plot_curves, print_summary
+from common.report import PROCESS_START, make_result, plot_curves, print_summary
 from common.rewards import format_valid
 from common.tracking import STOP_WAIT, Tracker, wandb_mode
 
@@ -71,25 +72,14 @@ NANO_RATE = 1e-4  # a peak learning rate above it has to do with small models
 ABOVE_ZERO = ("steps", "prompts", "group", "max_prompt_tokens", "temperature", "learning_rate")
 
 
-def seconds_since_start() -> float:
-    """Wall time since this process began, its imports included; 0 where the system does not tell (it is no Linux)."""
-    try:
-        ticks = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
-    except (OSError, AttributeError, ValueError, IndexError):
-        return 0.0
-
-
-PROCESS_START = time.time() - seconds_since_start()
-
-
 def cli(main, args_type):
     """Parse the command line, join the hosts of `--hosts`, run `main`; bad input prints one line and exits with 2."""
     args = tyro.cli(args_type)
     try:
         if hasattr(args, "hosts"):
             start_hosts(args.hosts)
-        return main(args)
+        with mirrored(args, jax.process_count) as args:
+            return main(args)
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -102,6 +92,8 @@ def open_out_dir(args: RunArgs) -> None:
     def check():
         if args.save_hf and not args.resume:
             check_save_hf(pathlib.Path(args.save_hf))
+        if is_url(args.out_dir):
+            raise InputError(f"--out_dir {args.out_dir}: is for the command line; `main` takes a folder")
         writable(args.out_dir, "out_dir")
 
     on_leader(check)
@@ -160,7 +152,8 @@ class Run:
     def _open(self, settings: dict[str, Any]) -> None:
         """Make and lock the directory; InputError if another process holds it, if it holds another run, or none where
         --resume asks for one."""
-        if self.args.resume and not self.dir.exists():
+        begin(self.dir)
+        if self.args.resume and not self.dir.exists() and "CTS_LAUNCHER" not in os.environ:
             self._refuse_other_flags(settings)
         if self.args.save_hf and not self._exported():
             check_save_hf(pathlib.Path(self.args.save_hf))
