@@ -1,4 +1,4 @@
-"""What a run ends with: result.json, curves.png, the printed summary; and when its process began. Used by run and by the
+"""What a run ends with: result.json, curves.png, the printed summary; when its process began. Used by run and by the
 scripts."""
 
 import dataclasses

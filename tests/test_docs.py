@@ -127,7 +127,7 @@ CROSS = ("devices", "docs", "methods", "scripts")  # tests of the scripts, of wh
 WITHOUT_JAX = (
     "basics", "prompts", "values", "answers", "verifier", "sandbox_server", "plans", "sandbox", "programs",
     "replay", "critique", "fixtures", "tasks", "tokenizer", "mistakes", "mutants", "batches", "locks", "tracking",
-    "interpreter", "credit",
+    "interpreter", "credit", "buckets",
 )  # fmt: skip
 
 
