@@ -109,13 +109,13 @@ class Bucket:
             return {}
 
     def send_group(self, folder: pathlib.Path, group: str) -> None:
-        """A folder of `folder`: its files, then its marker."""
-        files = sorted(path for path in (folder / group).rglob("*") if path.is_file() and not is_passing(path.name))
-        now = {path.relative_to(folder / group).as_posix(): digest(path) for path in files}
+        """The files of a folder, then its marker."""
+        files = sorted(path for path in folder.rglob("*") if path.is_file() and not is_passing(path.name))
+        now = {path.relative_to(folder).as_posix(): digest(path) for path in files}
         before = self.marker(group)
         for name in now:
             if before.get(name) != now[name]:
-                self.write(f"{group}/{name}", folder / group / name)
+                self.write(f"{group}/{name}", folder / name)
         if now != before:
             self.write(group + MARKER, json.dumps(now, indent=1).encode())
 
@@ -182,7 +182,7 @@ class Sender:
         for group, files_now in groups.items():
             if self.sent.get(group) != files_now and (self.folder / group).is_dir():
                 try:
-                    self.bucket.send_group(self.folder, group)
+                    self.bucket.send_group(self.folder / group, group)
                 except FileNotFoundError:
                     if (self.folder / group).is_dir():
                         raise
