@@ -110,13 +110,14 @@ cleanup() {
     trap - EXIT
     [[ -z $child ]] || kill "$child" 2>/dev/null || true
     rm -f "$package"
-    trap '' INT TERM # a second Ctrl-C is not to leave the machine behind
+    trap '' INT TERM HUP # a second Ctrl-C is not to leave the machine behind
     delete || code=1
     exit "$code"
 }
 trap cleanup EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
+trap 'exit 129' HUP
 
 reserve() { # until it is ACTIVE; 1 where it is not to be had this time
     created=yes # before it is known: a create that fails halfway may have created

@@ -1,5 +1,5 @@
 """Stands in for srun on two nodes, both here: starts the command of its line once a node, with the variables that Slurm
-sets in a step, and ends as srun does, with the highest exit code. NODES tells where each task's process id is written."""
+sets in a step, and ends as srun does, with the highest exit code. In the folder NODES it says each task's process."""
 
 import os
 import pathlib

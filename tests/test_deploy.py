@@ -1,0 +1,390 @@
+"""Every launcher against programs that stand in for gcloud, sky, sbatch, srun, docker and kubectl: they record their
+calls and fail when told. Then what the files of deploy/ say, and a run on two nodes of real processes.
+
+pytest tests/test_deploy.py        (and with -m slow)
+"""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from examples import ROOT
+
+from common.basics import InputError
+
+DEPLOY, STAND_INS = ROOT / "deploy", ROOT / "tests/stand_ins"
+NAMES = ("gcloud", "gsutil", "sky", "sbatch", "srun", "scontrol", "scancel", "squeue", "docker", "kubectl", "xpk")
+SHOW = f"{sys.executable} {{}}/show.py"  # a command that prints its arguments as JSON
+
+
+class Place:
+    """A folder with stand-ins on PATH: `rules` say what they do, `calls` what they were asked."""
+
+    def __init__(self, folder: pathlib.Path):
+        self.folder, self.log = folder, folder / "calls"
+        (folder / "bin").mkdir()
+        for name in NAMES:
+            shutil.copy(STAND_INS / "stand_in.sh", folder / "bin" / name)
+            (folder / "bin" / name).chmod(0o755)
+        (folder / "show.py").write_text("import json, sys; print(json.dumps(sys.argv[1:]))")
+        self.rules("")
+
+    def rules(self, *lines: str) -> None:
+        """PATTERN|TIMES|EXIT CODE|OUTPUT each; of those that fit the first counts, TIMES times (0: always)."""
+        (self.folder / "rules").write_text("".join(f"{line}\n" for line in lines if line))
+        self.log.unlink(missing_ok=True)
+        pathlib.Path(f"{self.log}.used").unlink(missing_ok=True)
+
+    def env(self, **variables: str) -> dict[str, str]:
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SKYPILOT_")) and k != "CTS_LAUNCHER"}
+        env |= {"PATH": f"{self.folder / 'bin'}:{env['PATH']}", "CALLS": str(self.log), "TMPDIR": str(self.folder)}
+        return env | {"RULES": str(self.folder / "rules")} | variables
+
+    def start(self, *command: str, **variables: str) -> subprocess.Popen:
+        pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(command, env=self.env(**variables), cwd=self.folder, **pipes)
+
+    def bash(self, script: str, **variables: str) -> subprocess.CompletedProcess:
+        process = self.start("bash", str(DEPLOY / script), **variables)
+        out, err = process.communicate(timeout=120)
+        return subprocess.CompletedProcess(script, process.returncode, out, err)
+
+    @property
+    def calls(self) -> list[str]:
+        return self.log.read_text().splitlines() if self.log.is_file() else []
+
+
+@pytest.fixture
+def place(tmp_path):
+    return Place(tmp_path)
+
+
+def shown(output: str) -> list[str]:
+    """The calls that a launcher prints, without those of programs that are not stood in for."""
+    return [line for line in output.splitlines() if line.startswith("+ ") and not line.startswith("+ tar ")]
+
+
+def test_shellcheck_finds_nothing():
+    """Debian's package, or the one of PyPI."""
+    program = shutil.which("shellcheck") or shutil.which("shellcheck", path=str(pathlib.Path(sys.executable).parent))
+    if not program:
+        pytest.skip("apt-get install shellcheck, or pip install -r tests/requirements.txt")
+    scripts = [*DEPLOY.glob("*.sh"), *DEPLOY.glob("*.sbatch"), *STAND_INS.glob("*.sh"), *ROOT.glob("tests/*.sh")]
+    assert len(scripts) >= 4
+    done = subprocess.run([program, *map(str, scripts)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+
+
+# ---- a cell ---------------------------------------------------------------------------------------------------------
+def test_a_cell_gets_its_arguments_as_they_are_written(place):
+    command = SHOW.format(place.folder) + """ 'a b' --x=1=2 "it's" '$HOME' '' '*'"""
+    done = place.bash("cell.sh", COMMAND=command)
+    assert json.loads(done.stdout) == ["a b", "--x=1=2", "it's", "$HOME", "", "*"] and done.returncode == 0
+    assert place.bash("cell.sh", COMMAND=command, DRY_RUN="1").stdout == f"{command}\n"
+    assert done.stderr == f"cell: {command}\n"
+    (place.folder / "cells of mine.txt").write_text(f"false\nX='a b' {command}\n")
+    done = place.bash("cell.sh", CELLS="cells of mine.txt", CELL="2")
+    assert json.loads(done.stdout)[:2] == ["a b", "--x=1=2"] and done.returncode == 0
+    assert place.bash("cell.sh", CELLS="cells of mine.txt", CELL="1").returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "variables", "added"),
+    [
+        ("python b5_cts.py --seed 3", {}, " --resume"),
+        ("python b5_cts.py --resume --out_dir=x", dict(OUT_DIR="/y"), ""),
+        ("python b5_cts.py", dict(OUT_DIR="/my runs/x=1"), r" --resume --out_dir /my\ runs/x=1"),
+        ("python ./b3_grpo_verifier.py --out-dir y", dict(OUT_DIR="/y"), " --resume"),
+        ("python teacher.py --task gsm8k", dict(OUT_DIR="/y"), ""),
+        ("python b0_sft.py --resume", dict(SKYPILOT_NUM_NODES="2", SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2",
+         SKYPILOT_NODE_RANK="1"), " --hosts 10.0.0.1:8476,2,1"),
+        ("python b0_sft.py --resume --hosts auto", dict(SKYPILOT_NUM_NODES="2", SKYPILOT_NODE_IPS="10.0.0.1",
+         SKYPILOT_NODE_RANK="1"), ""),
+        ("python b0_sft.py --resume", dict(SKYPILOT_NUM_NODES="1", SKYPILOT_NODE_IPS="10.0.0.1",
+         SKYPILOT_NODE_RANK="0"), ""),
+        ("python b0_sft.py --resume", dict(CLUSTER_SPEC=json.dumps({"cluster": {"workerpool0": ["a:2222"],
+         "workerpool1": ["b:2222", "c:2222"]}, "task": {"type": "workerpool1", "index": 1}})), " --hosts a:2222,3,2"),
+        ("python b0_sft.py --resume", dict(CLUSTER_SPEC=json.dumps({"cluster": {"workerpool0": ["a:2222"]},
+         "task": {"type": "workerpool0", "index": 0}})), ""),
+    ],
+)  # fmt: skip
+def test_what_a_cell_is_given(place, command, variables, added):
+    done = place.bash("cell.sh", COMMAND=command, DRY_RUN="1", **variables)
+    assert (done.stdout, done.returncode) == (f"{command}{added}\n", 0), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({}, "COMMAND is not set"),
+        (dict(CELLS="nowhere"), "CELLS=nowhere cannot be read"),
+        (dict(CELLS="cells"), "CELL=: give the number of a line"),
+        (dict(CELLS="cells", CELL="0"), "CELL=0: give the number of a line"),
+        (dict(CELLS="cells", CELL="3"), "CELL=3: cells has no such line"),
+        (dict(COMMAND="true", SECRETS="nowhere"), "SECRETS=nowhere cannot be read"),
+        (dict(COMMAND="true", SECRETS="cells"), "SECRETS=cells can be read by others; chmod 600 it"),
+    ],
+)
+def test_a_cell_that_cannot_be_is_bad_input(place, variables, message):
+    (place.folder / "cells").write_text("true\ntrue\n")
+    (place.folder / "cells").chmod(0o644)
+    done = place.bash("cell.sh", **variables)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
+
+
+def test_secrets_reach_the_command_and_no_line(place):
+    (place.folder / "secrets").write_text("WANDB_API_KEY='very secret'\n")
+    (place.folder / "secrets").chmod(0o600)
+    command = f"""{sys.executable} -c 'import os; print(os.environ["WANDB_API_KEY"][:4], os.environ["CTS_LAUNCHER"])'"""
+    done = place.bash("cell.sh", COMMAND=command, SECRETS="secrets")
+    assert done.stdout == "very cell.sh\n" and "secret'" not in done.stderr and "very" not in done.stderr
+
+
+def test_the_signal_and_the_exit_code_are_the_command_s(place):
+    program = "import signal, sys, time; signal.signal(15, lambda *_: sys.exit(143));"
+    program += "print('up', flush=True); time.sleep(60)"
+    process = place.start("bash", str(DEPLOY / "cell.sh"), COMMAND=f'{sys.executable} -c "{program}"')
+    assert process.stdout.readline() == "up\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    assert place.bash("cell.sh", COMMAND="bash -c 'exit 2'").returncode == 2
+
+
+def test_a_launched_run_begins_beside_unfinished_ones(tmp_path, monkeypatch):
+    """--resume is refused where a run of other flags is unfinished, for a person would have meant that one; a launcher
+    that repeats its command means the one it says."""
+    import types
+
+    import b2_grpo
+    from common.run import Run
+
+    args = b2_grpo.Args(out_dir=str(tmp_path), resume=True, steps=3)
+    other = tmp_path / "b2_grpo__fixtures_math__s0__0"
+    other.mkdir()
+    (other / "args.json").write_text("{}")
+    name = "b2_grpo__fixtures_math__s0__1"
+    run = types.SimpleNamespace(args=args, dir=tmp_path / name, name=name)
+    run._refuse_other_flags = lambda settings: Run._refuse_other_flags(run, settings)
+    monkeypatch.delenv("CTS_LAUNCHER", raising=False)
+    with pytest.raises(InputError, match=r"--resume: .* was started with --steps None"):
+        Run._open(run, {"steps": 3})
+    monkeypatch.setenv("CTS_LAUNCHER", "cell.sh")
+    Run._open(run, {"steps": 3})
+    assert (run.dir / "args.json").is_file()
+
+
+# ---- Slurm ----------------------------------------------------------------------------------------------------------
+SLURM = dict(REPO=str(ROOT), SLURM_JOB_ID="7")
+ARRAY = dict(SLURM, SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="2", CELLS="cells")
+
+
+@pytest.mark.parametrize(
+    ("code", "variables", "requeued"),
+    [
+        (0, SLURM, None), (2, SLURM, None), (1, SLURM, None), (143, SLURM, "7"), (143, ARRAY, "5_2"), (2, ARRAY, None),
+        (143, dict(SLURM, SLURM_RESTART_COUNT="49"), "7"), (143, dict(SLURM, SLURM_RESTART_COUNT="50"), None),
+    ],
+)  # fmt: skip
+def test_slurm_requeues_what_was_stopped_and_nothing_else(place, code, variables, requeued):
+    (place.folder / "cells").write_text("a\nb\n")
+    place.rules(f"+ srun|0|{code}|")
+    done = place.bash("slurm.sbatch", COMMAND="x", **variables)
+    assert done.returncode == code
+    expected = [f"+ srun --wait=60 bash {ROOT}/deploy/cell.sh"]
+    assert place.calls == expected + ([f"+ scontrol requeue {requeued}"] if requeued else [])
+    assert shown(done.stdout) == place.calls
+
+
+def test_slurm_dry_run_is_what_is_called(place):
+    place.rules("+ srun|0|143|")
+    done = place.bash("slurm.sbatch", COMMAND="x", **SLURM)
+    calls = place.calls
+    place.rules()
+    dry = place.bash("slurm.sbatch", COMMAND="x", DRY_RUN="1", **SLURM)
+    assert shown(dry.stdout) == calls == shown(done.stdout) and place.calls == [] and dry.returncode == 0
+
+
+def test_slurm_hands_the_cell_on(place):
+    """The line of its array index, the folders, through srun, quoted as it was."""
+    (place.folder / "my cells").write_text("false\n" + SHOW.format(place.folder) + " 'a b' --x=1=2\n")
+    (place.folder / "bin/srun").write_text('#!/bin/sh\nshift\nexec "$@"\n')
+    done = place.bash("slurm.sbatch", **dict(ARRAY, CELLS="my cells", SCRATCH=str(place.folder / "a b")))
+    assert json.loads(done.stdout.splitlines()[-1]) == ["a b", "--x=1=2"] and done.returncode == 0
+    assert (place.folder / "a b").is_dir()
+
+
+def test_slurm_asks_which_line(place):
+    (place.folder / "cells").write_text("a\nb\nc\n")
+    done = place.bash("slurm.sbatch", CELLS="cells", **SLURM)
+    assert done.returncode == 2 and "sbatch --array=1-3%8 deploy/slurm.sbatch" in done.stderr and place.calls == []
+
+
+def test_slurm_directives():
+    text = (DEPLOY / "slurm.sbatch").read_text()
+    options = re.findall(r"^#SBATCH --([\w-]+)(?:=(\S+))?$", text, re.MULTILINE)
+    assert dict(options)["signal"] == "TERM@120" and ("requeue", "") in options
+    assert dict(options)["open-mode"] == "append"
+    assert text.index("#SBATCH --output") < text.index("set -euo")  # Slurm reads none after the first command
+
+
+def test_gpus_of_a_node_that_one_task_has_alone(place):
+    """Under Slurm JAX gives a task one GPU, unless JAX_LOCAL_DEVICE_IDS says more."""
+    command = f"""{sys.executable} -c 'import os; print(os.environ.get("JAX_LOCAL_DEVICE_IDS"))'"""
+    ids = lambda **v: place.bash("cell.sh", COMMAND=command, **v).stdout.strip()
+    step = dict(SLURM_STEP_NUM_TASKS="2", SLURM_GPUS_ON_NODE="4")
+    assert ids(SLURM_STEP_TASKS_PER_NODE="1(x2)", **step) == "0,1,2,3"
+    assert ids(SLURM_STEP_TASKS_PER_NODE="4(x2)", **step) == "None"
+    assert ids(SLURM_STEP_TASKS_PER_NODE="1", SLURM_GPUS_ON_NODE="4") == "None"  # alone: all are seen anyway
+
+
+# ---- a TPU ----------------------------------------------------------------------------------------------------------
+TPU = dict(
+    NAME="me-cts", PROJECT="p", ZONE="z", TYPE="v6e-8", RUNTIME="v2-alpha-tpuv6e", BUCKET="gs://b", WAIT="0", TRIES="3",
+    COMMAND="python b5_cts.py --task 'a b' --x=1=2",
+)  # fmt: skip
+NEW = "describe me-cts|1|1|ERROR: NOT_FOUND: no such resource"  # the first question: is it there already?
+ACTIVE = "describe me-cts|0|0|ACTIVE"
+ENDED = "cell.sh|0|0|cts-exit 0"
+
+
+def steps(calls) -> list[str]:
+    """The calls in a word each."""
+    words = ("describe", "create", "delete", "cell.sh", "scp", "ssh")
+    return [next(word for word in words if f"{word} " in call or f"{word}\\" in call) for call in calls]
+
+
+INSTALL = ["scp", "ssh"]
+GOOD = ["describe", "create", "describe", *INSTALL, "cell.sh", "delete"]
+
+
+def test_tpu_dry_run_is_what_is_called(place):
+    (place.folder / "secrets").write_text("WANDB_API_KEY=very-secret\n")
+    (place.folder / "secrets").chmod(0o600)
+    (place.folder / "cells").write_text(f"{TPU['COMMAND']}\n\npython b3_grpo_verifier.py --data_dir '/my data'\n")
+    more = dict(TPU, CELLS="cells", SECRETS=str(place.folder / "secrets"), WORKERS="4", MODEL="reserved")
+    for variables in (TPU, dict(TPU, MODEL="on-demand"), more):
+        place.rules(NEW, ACTIVE, "cell.sh|0|0|" + r"cts-exit 0\n" * int(variables.get("WORKERS", 1)))
+        done = place.bash("tpu.sh", **variables)
+        assert done.returncode == 0, done.stderr
+        calls = place.calls
+        place.rules()
+        dry = place.bash("tpu.sh", DRY_RUN="1", **variables)
+        assert shown(dry.stdout) == calls == shown(done.stdout) and place.calls == [] and dry.returncode == 0
+        assert "very-secret" not in done.stdout + done.stderr + dry.stdout + "".join(calls)
+    assert not list(place.folder.glob("*.tgz"))
+    assert "--reserved" in calls[1] and "gcsfuse" in "".join(calls) and steps(calls).count("cell.sh") == 2
+
+
+def test_tpu_runs_the_command_as_it_is_written(place):
+    """What the workers' shell makes of the line is the command, quotes, spaces and signs as they were."""
+    place.rules(NEW, ACTIVE, ENDED)
+    place.bash("tpu.sh", **TPU)
+    assert steps(place.calls) == GOOD
+    (line,) = [call for call in place.calls if "cell.sh" in call]
+    (remote,) = [w for w in subprocess.run(["bash", "-c", f"printf '%s\\0' {line[2:]}"], capture_output=True, text=True)
+                 .stdout.split("\0") if w.startswith("--command=")]  # fmt: skip
+    home = place.folder / "home"
+    (home / "cts").mkdir(parents=True)
+    shutil.copytree(DEPLOY, home / "cts/deploy")
+    (home / "cts-venv/bin").mkdir(parents=True)
+    (home / "cts-venv/bin/activate").write_text("")
+    (home / "bin").mkdir()
+    (home / "bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} {place.folder}/show.py "$@"\n')
+    (home / "bin/python").chmod(0o755)
+    env = place.env(HOME=str(home), PATH=f"{home / 'bin'}:{os.environ['PATH']}")
+    done = subprocess.run(["bash", "-c", remote.removeprefix("--command=")], env=env, capture_output=True, text=True)
+    words, end = done.stdout.splitlines()
+    assert end == "cts-exit 0"
+    assert json.loads(words) == ["b5_cts.py", "--task", "a b", "--x=1=2", "--resume", "--out_dir", "gs://b/runs"]
+
+
+@pytest.mark.parametrize(
+    ("rules", "code", "expected"),
+    [
+        pytest.param(["queued-resources create|1|1|"], 0, ["describe", "create", "delete", *GOOD[1:]], id="create"),
+        pytest.param(["queued-resources create|0|1|"], 143, ["describe", *["create", "delete"] * 3], id="never"),
+        pytest.param([NEW, "describe me-cts|1|0|FAILED"], 0, [*GOOD[:3], "delete", *GOOD[1:]], id="stock-out"),
+        pytest.param([NEW, "describe me-cts|2|0|WAITING_FOR_RESOURCES"], 0,
+                     [*GOOD[:3], "describe", "describe", *GOOD[3:]], id="queue"),
+        pytest.param([NEW, "describe me-cts|1|1|quota of requests"], 0, [*GOOD[:3], *GOOD[2:]], id="no-answer"),
+        pytest.param(["scp|0|1|"], 1, [*GOOD[:3], "scp", "describe", "delete"], id="scp"),
+        pytest.param(["set -e|0|1|", "set\\ -e|0|1|"], 1, [*GOOD[:3], *INSTALL, "describe", "delete"], id="install"),
+        pytest.param([NEW, "describe me-cts|1|0|ACTIVE", "describe me-cts|1|0|SUSPENDED", "scp|1|1|"], 0,
+                     [*GOOD[:3], "scp", "describe", "delete", *GOOD[1:]], id="preempted-while-installing"),
+        pytest.param(["cell.sh|1|255|"], 0, [*GOOD[:6], "delete", *GOOD[1:]], id="preempted"),
+        pytest.param(["cell.sh|1|0|cts-exit 143"], 0, [*GOOD[:6], "delete", *GOOD[1:]], id="143"),
+        pytest.param(["cell.sh|0|0|cts-exit 143"], 143, ["describe", *GOOD[1:] * 3], id="always-143"),
+        pytest.param(["cell.sh|0|0|cts-exit 2"], 2, GOOD, id="bad-input"),
+        pytest.param(["cell.sh|0|1|cts-exit 1"], 1, GOOD, id="fault"),
+        pytest.param(["queued-resources delete|2|1|"], 0, [*GOOD, "delete", "delete"], id="delete-again"),
+        pytest.param(["queued-resources delete|0|1|"], 1, [*GOOD, *["delete"] * 5], id="delete-never"),
+    ],
+)  # fmt: skip
+def test_tpu_cleans_up_after_a_failure_at_each_step(place, rules, code, expected):
+    place.rules(*([] if NEW in rules else [NEW]), *rules, ACTIVE, ENDED)
+    done = place.bash("tpu.sh", **TPU)
+    assert (steps(place.calls), done.returncode) == (expected, code), done.stderr
+    assert ("NOT DELETED, it goes on costing: gcloud" in done.stderr) == (expected[-5:] == ["delete"] * 5)
+
+
+def test_tpu_goes_on_with_the_cell_that_was_stopped(place):
+    (place.folder / "cells").write_text("one\ntwo\nthree\n")
+    place.rules(NEW, ACTIVE, "COMMAND=two|1|255|", "cell.sh|0|0|cts-exit 0")
+    done = place.bash("tpu.sh", **TPU, CELLS="cells")
+    ran = re.findall(r"COMMAND=(\w+)", "\n".join(place.calls))
+    assert done.returncode == 0 and ran == ["one", "two", "two", "three"]
+    assert "cell 2 of 3 was stopped; on with another machine" in done.stderr
+
+
+@pytest.mark.parametrize("said", ["cts-exit 0", "cts-exit 0\\ncts-exit 143", "cts-exit 0\\ncts-exit 0\\ncts-exit 2"])
+def test_tpu_counts_its_workers(place, said):
+    """One of two that says nothing is gone; the worst code counts."""
+    place.rules(NEW, ACTIVE, f"cell.sh|0|0|{said}")
+    done = place.bash("tpu.sh", **dict(TPU, TRIES="1", WORKERS="2"))
+    assert done.returncode == (2 if "2" in said else 143) and steps(place.calls)[-1] == "delete"
+
+
+def test_tpu_that_is_somebody_else_s_is_left_alone(place):
+    place.rules("describe|0|0|ACTIVE")
+    done = place.bash("tpu.sh", **TPU)
+    assert done.returncode == 2 and steps(place.calls) == ["describe"] and "me-cts is there already" in done.stderr
+    place.rules("describe|0|1|ERROR: you are not logged in")
+    done = place.bash("tpu.sh", **TPU)
+    assert done.returncode == 1 and steps(place.calls) == ["describe"] and "not logged in" in done.stderr
+
+
+@pytest.mark.parametrize("pattern", ["cell.sh", "scp", "queued-resources create"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_tpu_is_deleted_when_its_launcher_is_told_to_go(place, pattern, number, code):
+    place.rules(NEW, f"{pattern}|0|hang|", ACTIVE, ENDED)
+    process = place.start("bash", str(DEPLOY / "tpu.sh"), **TPU)
+    while not any(pattern in call for call in place.calls):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == code and steps(place.calls)[-1] == "delete"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (dict.fromkeys(TPU, ""), "not set: NAME PROJECT ZONE TYPE RUNTIME BUCKET COMMAND or CELLS"),
+        (dict(ZONE=""), "not set: ZONE;"),
+        (dict(BUCKET="s3://b"), "BUCKET=s3://b: give gs://NAME"),
+        (dict(NAME="Me!"), "NAME=Me!: lower-case letters"),
+        (dict(MODEL="cheap"), "MODEL=cheap: spot, on-demand or reserved"),
+        (dict(CELLS="nowhere"), "CELLS=nowhere cannot be read"),
+        (dict(SECRETS="nowhere"), "SECRETS=nowhere is not there"),
+    ],
+)
+def test_tpu_names_what_is_missing_before_anything_is_created(place, variables, message):
+    done = place.bash("tpu.sh", **{**TPU, **variables})
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and place.calls == []
