@@ -18,6 +18,7 @@ import pytest
 from examples import ROOT
 
 from common.basics import InputError
+from common.report import read_metrics
 
 DEPLOY, STAND_INS = ROOT / "deploy", ROOT / "tests/stand_ins"
 NAMES = ("gcloud", "gsutil", "sky", "sbatch", "srun", "scontrol", "scancel", "squeue", "docker", "kubectl", "xpk")
@@ -388,3 +389,51 @@ def test_tpu_is_deleted_when_its_launcher_is_told_to_go(place, pattern, number, 
 def test_tpu_names_what_is_missing_before_anything_is_created(place, variables, message):
     done = place.bash("tpu.sh", **{**TPU, **variables})
     assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and place.calls == []
+
+
+# ---- two nodes ------------------------------------------------------------------------------------------------------
+@pytest.mark.slow
+def test_two_nodes_of_slurm_train_stop_and_go_on_to_the_same_bits(place, command):
+    """The batch script as Slurm runs it, with an srun that starts both nodes here. One node alone gets SIGTERM: both
+    save and end with 143, the job is requeued, and its second start ends with the weights and metrics, to the bit, of a
+    job that nobody stopped."""
+    (place.folder / "bin/srun").write_text(f'#!/bin/sh\nexec {sys.executable} {STAND_INS}/srun.py "$@"\n')
+    flags = [*command.given, "--prompts", "8", "--save_every", "0", "--steps", "300", "--wandb", "disabled"]
+    jobs = {"stopped": "4001", "alone": "4002"}
+    for name in jobs:
+        (place.folder / name).mkdir()
+        (place.folder / name / "runs").mkdir()
+
+    def job(name, restarts):
+        script = " ".join([sys.executable, "b2_grpo.py", *flags, "--save_hf", str(place.folder / name / "hf")])
+        many = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2"
+        return place.start(
+            "bash", str(DEPLOY / "slurm.sbatch"), COMMAND=script, NODES=str(place.folder / name), JAX_PLATFORMS="cpu",
+            OUT_DIR=str(place.folder / name / "runs"), REPO=str(ROOT), SLURM_JOB_ID=jobs[name], XLA_FLAGS=many,
+            SLURM_RESTART_COUNT=str(restarts),
+        )  # fmt: skip
+
+    logs = lambda name: "".join((place.folder / name / f"node{i}.log").read_text()[-1500:] for i in range(2))
+    first = job("stopped", 0)
+    while not list((place.folder / "stopped/runs").glob("b2_grpo__*/metrics.jsonl")):
+        assert first.poll() is None, logs("stopped")
+        time.sleep(0.1)
+    os.kill(int((place.folder / "stopped/node1.pid").read_text()), signal.SIGTERM)
+    output, _ = first.communicate(timeout=300)
+    assert first.returncode == 143, output + logs("stopped")
+    assert place.calls == ["+ scontrol requeue 4001"]
+    assert "stopped by signal 15 after step" in (place.folder / "stopped/node0.log").read_text()
+    assert "stopped by" not in (place.folder / "stopped/node1.log").read_text()
+    second, alone = job("stopped", 1), None
+    second.communicate(timeout=600)
+    assert second.returncode == 0, logs("stopped")
+    alone = job("alone", 0)
+    alone.communicate(timeout=600)
+    assert alone.returncode == 0, logs("alone")
+    assert place.calls == ["+ scontrol requeue 4001"]
+    runs = [next((place.folder / name / "runs").glob("b2_grpo__*")) for name in jobs]
+    no_times = lambda row: {k: v for k, v in row.items() if not k.startswith(("time/", "charts/SPS"))}
+    rows, others = ([no_times(row) for row in read_metrics(run)] for run in runs)
+    assert rows == others and len(rows) == 300
+    weights, other_weights = ((place.folder / name / "hf/model.safetensors").read_bytes() for name in jobs)
+    assert weights == other_weights
