@@ -7,6 +7,7 @@ pytest tests/test_buckets.py
 
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import signal
@@ -179,21 +180,21 @@ def test_main_takes_a_folder():
 
 # ---- a server -------------------------------------------------------------------------------------------------------
 class Server:
-    """moto's S3 on a port of its own; `fail(request, number)` says whether a request is answered with 503."""
+    """moto's S3 on a port of its own; `fail()` says whether the next request is answered with 503."""
 
     def __init__(self):
         from moto.server import DomainDispatcherApplication, create_backend_app
         from werkzeug.serving import make_server
 
-        self.fail, self.puts, app = lambda method, number: False, 0, DomainDispatcherApplication(create_backend_app)
+        self.fail, app = lambda: False, DomainDispatcherApplication(create_backend_app)
 
         def answer(environ, start_response):
-            self.puts += environ["REQUEST_METHOD"] == "PUT"
-            if self.fail(environ["REQUEST_METHOD"], self.puts):
+            if self.fail():
                 start_response("503 Slow Down", [("Content-Length", "0")])
                 return [b""]
             return app(environ, start_response)
 
+        logging.getLogger("werkzeug").setLevel(logging.WARNING)
         self.http = make_server("127.0.0.1", 0, answer, threaded=True)
         threading.Thread(target=self.http.serve_forever, daemon=True).start()
         self.url = f"http://127.0.0.1:{self.http.server_port}"
@@ -228,12 +229,12 @@ def test_the_sender_catches_up_after_failures(server, tmp_path):
     """The bucket answers 503 for a while as lines are written; after the run's end all is there."""
     a_run(tmp_path)
     command = [sys.executable, "-m", "common.buckets", str(tmp_path), "s3://cts/failing", "run"]
-    server.fail = lambda method, number: True
+    server.fail = lambda: True
     process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     line = process.stderr.readline()
     assert "s3://cts/failing fails" in line and f"files stay in {tmp_path}" in line
     process.stdin.close()
-    server.fail = lambda method, number: False
+    server.fail = lambda: False
     assert "answers again: all is there" in process.stderr.read()
     assert process.wait(120) == 0
     names = Bucket("s3://cts/failing").names()
@@ -261,6 +262,18 @@ def senders(place) -> list[int]:
     return found
 
 
+def lines_of(path) -> int:
+    return path.read_bytes().count(b"\n")
+
+
+def wait_for(what, process) -> None:
+    """Until `what()` is, while the process lives."""
+    deadline = time.monotonic() + 600
+    while not what():
+        assert time.monotonic() < deadline and process.poll() is None, process.stdout.read()[-2000:]
+        time.sleep(0.05)
+
+
 def no_times(rows):
     return [{k: v for k, v in row.items() if not k.startswith(("time/", "charts/SPS"))} for row in rows]
 
@@ -269,14 +282,13 @@ def test_nothing_is_lost_with_a_machine(server, command, tmp_path):
     """Every fifth request fails. The run and its sender get SIGKILL and their disk is gone; another machine goes on
     from the bucket to the bits of a run that nothing happened to. A third finds it finished."""
     requests = iter(range(10**9))
-    server.fail = lambda method, number: next(requests) % 5 == 4
+    server.fail = lambda: next(requests) % 5 == 4
     first = start(command, tmp_path / "first", "--seed", "7")
-    deadline = time.monotonic() + 500
+    here = lambda: [p for p in (tmp_path / "first").glob("runs/buckets/cts/runs/*/metrics.jsonl") if lines_of(p) > 4]
+    wait_for(here, first)
+    first.send_signal(signal.SIGSTOP)  # in the midst of its steps, until the sender has one of its checkpoints
     bucket = Bucket("s3://cts/runs")
-    there = lambda: [name for name in bucket.names() if name.endswith(".complete") and "checkpoints" in name]
-    while not there():
-        assert time.monotonic() < deadline and first.poll() is None, first.stdout.read()[-2000:]
-        time.sleep(0.2)
+    wait_for(lambda: [n for n in bucket.names() if n.endswith(".complete") and "checkpoints" in n], first)
     for process in [first.pid, *senders(tmp_path / "first")]:
         with contextlib.suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
@@ -287,7 +299,7 @@ def test_nothing_is_lost_with_a_machine(server, command, tmp_path):
     output = second.communicate(timeout=600)[0]
     assert second.returncode == 0, output[-2000:]
     assert "is ahead of" in output
-    server.fail = lambda method, number: False
+    server.fail = lambda: False
     third = start(command, tmp_path / "third", "--seed", "7", "--resume")
     assert "has finished already" in third.communicate(timeout=600)[0] and third.returncode == 0
     alone = start(command, tmp_path / "alone", "--seed", "7", "--out_dir", str(tmp_path / "runs"))
@@ -300,11 +312,9 @@ def test_nothing_is_lost_with_a_machine(server, command, tmp_path):
 
 def test_sigterm_sends_before_it_exits(server, command, tmp_path):
     """Exit 143, and the bucket has the checkpoint and every line."""
-    server.fail = lambda method, number: False
+    server.fail = lambda: False
     process = start(command, tmp_path / "first", "--seed", "8", "--save_every", "0", "--steps", "4000")
-    while not list((tmp_path / "first").glob("runs/buckets/cts/runs/*__s8__*/metrics.jsonl")):
-        assert process.poll() is None, process.stdout.read()[-2000:]
-        time.sleep(0.2)
+    wait_for(lambda: list((tmp_path / "first").glob("runs/buckets/cts/runs/*__s8__*/metrics.jsonl")), process)
     process.send_signal(signal.SIGTERM)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 143, output[-2000:]
