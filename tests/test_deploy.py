@@ -15,9 +15,11 @@ import sys
 import time
 
 import pytest
-from examples import ROOT
+import yaml
+from examples import GOLDEN, ROOT, math_quad
 
 from common.basics import InputError
+from common.replay import write_replay
 from common.report import read_metrics
 
 DEPLOY, STAND_INS = ROOT / "deploy", ROOT / "tests/stand_ins"
@@ -389,6 +391,157 @@ def test_tpu_is_deleted_when_its_launcher_is_told_to_go(place, pattern, number, 
 def test_tpu_names_what_is_missing_before_anything_is_created(place, variables, message):
     done = place.bash("tpu.sh", **{**TPU, **variables})
     assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and place.calls == []
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+def test_sky_yaml_starts_a_cell(place):
+    """Its `run` on one machine and on the second of two; where runs go; empty secrets are none."""
+    run = yaml.safe_load((DEPLOY / "sky.yaml").read_text())["run"]
+    assert run.endswith("exec bash deploy/cell.sh\n")
+    run = run.replace("exec bash", "env; DRY_RUN=1 exec bash")
+
+    def start(**variables):
+        given = dict(COMMAND="python b5_cts.py --a 'b c' --d=e", BUCKET="gs://b", OUT_DIR="", PORT="8476", **variables)
+        done = subprocess.run(["bash", "-c", run], cwd=ROOT, env=place.env(**given), capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    output = start(WANDB_API_KEY="", HF_TOKEN="secret")
+    assert output.endswith("python b5_cts.py --a 'b c' --d=e --resume --out_dir gs://b/runs\n")
+    assert "WANDB_API_KEY" not in output and "HF_TOKEN=secret" in output
+    two = dict(SKYPILOT_NUM_NODES="2", SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2", SKYPILOT_NODE_RANK="1")
+    assert start(**two).endswith("--hosts 10.0.0.1:8476,2,1\n")
+
+
+def test_the_image_s_entry_point_runs_a_cell(place):
+    """One text is the command; COMMAND or CELLS in the environment are taken, too."""
+    (line,) = re.findall(r"^ENTRYPOINT (.*)$", (DEPLOY / "Dockerfile").read_text(), re.MULTILINE)
+    tini, group, end, *command = json.loads(line)
+    assert (tini, group, end) == ("tini", "-g", "--")
+
+    def start(*words, **variables):
+        env = place.env(DRY_RUN="1", **variables)
+        return subprocess.run([*command, *words], cwd=ROOT, env=env, capture_output=True, text=True).stdout
+
+    assert start("python b5_cts.py --a 'b c' --d=e") == "python b5_cts.py --a 'b c' --d=e --resume\n"
+    assert start(COMMAND="python teacher.py --x 'a b'") == "python teacher.py --x 'a b'\n"
+    (place.folder / "cells").write_text("true 'a b'\n")
+    assert start(CELLS=str(place.folder / "cells"), CELL="1") == "true 'a b'\n"
+
+
+def test_the_image_is_pinned_and_runs_as_no_root():
+    text = (DEPLOY / "Dockerfile").read_text()
+    assert re.search(r"^ARG BASE=\S+@sha256:[0-9a-f]{64}$", text, re.MULTILINE)
+    lines = text.splitlines()
+    assert lines.index("USER cts") > max(i for i, line in enumerate(lines) if line.startswith(("RUN", "COPY")))
+    jax = re.search(r"^jax==(\S+)$", (ROOT / "requirements.txt").read_text(), re.MULTILINE)[1]
+    files = [text, *((DEPLOY / name).read_text() for name in ("sky.yaml", "tpu.sh"))]
+    assert {version for file in files for version in re.findall(r"jax\[[\w,]+\]==([\d.]+)", file)} == {jax}
+
+
+def test_the_job_set_restarts_what_was_stopped_and_ends_what_is_bad():
+    *_, jobset = yaml.safe_load_all((DEPLOY / "jobset.yaml").read_text())
+    (rule,) = jobset["spec"]["failurePolicy"]["rules"]
+    assert (rule["action"], rule["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert re.fullmatch(r"[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", rule["name"])  # as its definition asks
+    (hosts,) = jobset["spec"]["replicatedJobs"]
+    job = hosts["template"]["spec"]
+    pod = job["template"]["spec"]
+    assert job["completionMode"] == "Indexed" and job["parallelism"] == job["completions"] == 4
+    assert (pod["restartPolicy"], job["backoffLimit"]) == ("Never", 0)  # one host less ends all: the set starts anew
+    (rule,) = job["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"] == {"containerName": "cts", "operator": "In", "values": [1, 2]}
+    chips = int(pod["containers"][0]["resources"]["limits"]["google.com/tpu"])
+    rows, columns = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+    assert chips * job["parallelism"] == int(rows) * int(columns)
+
+
+COMMANDS = re.findall(r"^    (.*)$", (DEPLOY / "README.md").read_text(), re.MULTILINE)
+OURS = ("python", "pip", "export")
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if not line.startswith(OURS) and "bash deploy" not in line])
+def test_the_page_s_commands_are_calls(place, line):
+    """Each is understood by a shell, with every quote in its place, and calls the program that it names."""
+    (place.folder / "cts.env").write_text("")
+    variables = dict(HOME=str(place.folder), BUCKET="gs://me-cts")
+    done = subprocess.run(["bash", "-euc", line], cwd=ROOT, env=place.env(**variables), capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    (call,) = place.calls
+    program = next(word for word in line.split() if word in NAMES)
+    assert call.startswith(f"+ {program} ")
+    files = re.findall(r"deploy/[\w.]+", call)
+    assert all((ROOT / name).is_file() for name in files)
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("DRY_RUN")])
+def test_the_page_s_dry_runs_run(place, line):
+    names = [line for line in COMMANDS if line.startswith("export NAME=")]
+    script = f"{names[0]}\n{line}"
+    done = subprocess.run(["bash", "-euc", script], cwd=ROOT, env=place.env(), capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith("+ ") and place.calls == []
+
+
+@pytest.mark.slow
+def test_files_are_what_their_publishers_describe():
+    """In an environment of its own, for SkyPilot pins what we pin otherwise; .ci/run makes it."""
+    python = os.environ.get("SCHEMAS_PYTHON")
+    if not python:
+        pytest.skip("SCHEMAS_PYTHON: the python of an environment with tests/schemas.txt")
+    done = subprocess.run([python, "tests/check_schemas.py"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) >= 4
+
+
+# ---- data and weights -----------------------------------------------------------------------------------------------
+@pytest.fixture
+def staged(tmp_path):
+    """A folder with a staged replay and a staged checkpoint."""
+    for i, split in enumerate(("train", "val", "test")):
+        write_replay(tmp_path / f"replay/{split}.jsonl", [math_quad(i)])
+    flags = ["--replay", str(tmp_path / "replay"), "--model", str(GOLDEN / "qwen3"), "--to", str(tmp_path / "there")]
+    done = stage(*flags)
+    assert done.returncode == 0 and done.stdout.count("digests checked") == 2, done.stderr
+    return tmp_path
+
+
+def stage(*flags):
+    command = [sys.executable, str(DEPLOY / "stage.py"), *flags]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def test_stage_and_fetch(staged):
+    """What arrives is what was there; a file that changed on the way, or here, is named."""
+    done = stage("--fetch", str(staged / "there"), "--to", str(staged / "here"))
+    assert done.returncode == 0, done.stderr
+    assert f"--replay {staged}/here/replay --model {staged}/here/model" in done.stdout
+    for part, source in (("replay", staged / "replay"), ("model", GOLDEN / "qwen3")):
+        content = lambda root: {p.relative_to(root): p.read_bytes() for p in root.rglob("*") if p.is_file()}
+        assert content(source) == content(staged / "here" / part)
+    (staged / "here/replay/val.jsonl").write_text("x")
+    done = stage("--fetch", str(staged / "there"), "--to", str(staged / "here"))
+    assert done.returncode == 2 and "here/replay/val.jsonl: is not what was staged; remove" in done.stderr
+    (staged / "there/model/config.json").write_text("{}")
+    done = stage("--fetch", str(staged / "there"), "--to", str(staged / "new"))
+    assert done.returncode == 2 and "model/config.json is missing, or not what was sent" in done.stderr
+    assert not (staged / "new/model").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--fetch", "/nowhere", "--to", "x"], "--fetch /nowhere: no replay was staged there"),
+        (["--fetch", "/nowhere", "--to", "gs://b/x"], "--to gs://b/x: what is fetched goes into a folder"),
+        (["--replay", "/nowhere", "--to", "x"], "--replay /nowhere: train.jsonl is missing"),
+        (["--task", "none", "--to", "x"], "--task none: unknown"),
+        (["--to", "nowhere://b"], "nowhere://b: cannot be opened"),
+    ],
+)
+def test_stage_refuses_in_one_line(flags, message, staged):
+    if "--replay" not in flags and "--fetch" not in flags:
+        flags = [*flags, "--replay", str(staged / "replay"), "--model", str(GOLDEN / "qwen3")]
+    done = stage(*flags)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 # ---- two nodes ------------------------------------------------------------------------------------------------------

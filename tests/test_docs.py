@@ -68,7 +68,7 @@ def test_every_rate_of_a_summary_is_explained_and_none_else():
 
 
 # ---- names and commands ---------------------------------------------------------------------------------------------
-PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+PAGES = ["README.md", "deploy/README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 COMMAND = re.compile(r"(?:^    (?:[A-Z_]+=\S+ )*(?:pip [^&\n]+&& )?|`)python ([\w/]+\.py)([^`\n]*)", re.MULTILINE)
 
 
@@ -123,7 +123,7 @@ def test_no_table_of_runs_that_are_not_comparable():
 # ---- the rooms and their map ----------------------------------------------------------------------------------------
 ROOMS = {path.stem: path for path in sorted(ROOT.glob("common/*.py")) if path.stem != "__init__"}
 MAP = re.findall(r"^# (?!ruff)(\w+): \S.*$", (ROOT / "cts_common.py").read_text(), re.MULTILINE)
-CROSS = ("devices", "docs", "methods", "scripts")  # tests of the scripts, of whole runs and of the pages
+CROSS = ("deploy", "devices", "docs", "methods", "scripts")  # tests of the scripts, whole runs, launchers and pages
 WITHOUT_JAX = (
     "basics", "prompts", "values", "answers", "verifier", "sandbox_server", "plans", "sandbox", "programs",
     "replay", "critique", "fixtures", "tasks", "tokenizer", "mistakes", "mutants", "batches", "locks", "tracking",
@@ -145,7 +145,7 @@ def rooms_imported(text: str) -> set[str]:
 
 
 def test_every_room_has_its_line_in_the_map_and_its_test_file():
-    """And every test file its room, apart from the four that look at scripts, whole runs and pages."""
+    """And every test file its room, apart from those that look at scripts, whole runs, launchers and pages."""
     assert sorted(MAP) == sorted(ROOMS)
     tests = {path.stem.removeprefix("test_") for path in ROOT.glob("tests/test_*.py")}
     assert tests - set(CROSS) == set(ROOMS) and set(CROSS) <= tests
@@ -189,7 +189,8 @@ def test_half_of_the_rooms_need_no_jax():
 
 def test_size_budgets_of_the_files():
     lines = lambda path: len(path.read_text().splitlines())
-    paths = [path for folder in ("", "common/", "docs/", "benchmarks/") for path in ROOT.glob(f"{folder}*.py")]
+    folders = ("", "common/", "docs/", "benchmarks/", "deploy/")
+    paths = [path for folder in folders for path in ROOT.glob(f"{folder}*.py")]
     sizes = {str(path.relative_to(ROOT)): lines(path) for path in paths}
     limits = {name: 430 if name.startswith("common/") else 750 for name in sizes}
     limits |= {"cts_common.py": 150, "common/sandbox_server.py": 750}
