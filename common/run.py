@@ -44,7 +44,7 @@ class RunArgs:
     replay: str | None = None
     """folder with {train,val,test}.jsonl quadruples; none = data/replay/<task>, made if it is not there"""
     out_dir: str = "runs"
-    """folder for the run's directory, the cached bases and compiled programs"""
+    """folder, or gs:// or s3:// bucket, for the run's directory, the cached bases and compiled programs"""
     resume: bool = False
     """continue this very command's run from its last checkpoint"""
     save_hf: str | None = None
@@ -54,7 +54,7 @@ class RunArgs:
     unsafe_sandbox: Literal["refuse", "allow"] = "refuse"
     """allow = run the programs of code tasks even where this machine can confine nothing; they are hostile"""
     hosts: str = "auto"
-    """hosts of this run: auto = what a TPU pod, srun, Kubernetes or Open MPI tells; else ADDRESS:PORT,COUNT,INDEX"""
+    """hosts of this run: auto = what a TPU slice, srun, Kubernetes or Open MPI 4 tells; else ADDRESS:PORT,COUNT,INDEX"""
     mesh: str = "auto"
     """device mesh DATA,MODEL, e.g. 4,2; auto = all devices on data"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
