@@ -54,7 +54,7 @@ class RunArgs:
     unsafe_sandbox: Literal["refuse", "allow"] = "refuse"
     """allow = run the programs of code tasks even where this machine can confine nothing; they are hostile"""
     hosts: str = "auto"
-    """hosts of this run: auto = what a TPU slice, srun, Kubernetes or Open MPI 4 tells; else ADDRESS:PORT,COUNT,INDEX"""
+    """hosts of this run: auto = what TPUs, srun, Kubernetes or Open MPI 4 tell; else ADDRESS:PORT,COUNT,INDEX"""
     mesh: str = "auto"
     """device mesh DATA,MODEL, e.g. 4,2; auto = all devices on data"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
