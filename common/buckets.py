@@ -166,9 +166,10 @@ class Sender:
         found = {}
         for path in (*self.folder.glob(f"{self.run}/checkpoints/*"), *self.folder.glob("base/*")):
             whole = path.parent.name == "base" or path.name.isdecimal()
-            if path.is_dir() and whole and not is_passing(path.parts[-3] + path.name):
+            group = path.relative_to(self.folder)
+            if path.is_dir() and whole and not any(map(is_passing, group.parts)):
                 inside = [(str(file), state(file)) for file in sorted(path.rglob("*")) if not is_passing(file.name)]
-                found[path.relative_to(self.folder).as_posix()] = inside
+                found[group.as_posix()] = inside
         return found
 
     def look(self, ended: bool = False) -> None:
