@@ -1,9 +1,12 @@
-"""What a run ends with: result.json, curves.png, the printed summary. Used by run and by the scripts."""
+"""What a run ends with: result.json, curves.png, the printed summary; when its process began. Used by run and by the
+scripts."""
 
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
+import time
 from typing import Any
 
 import jax
@@ -13,6 +16,18 @@ from common.credit import KINDS
 from common.fingerprint import run_fingerprint
 from common.replay import replay_report
 from common.results import SCHEMA_VERSION
+
+
+def seconds_since_start() -> float:
+    """Wall time since this process began, its imports included; 0 where the system does not tell (it is no Linux)."""
+    try:
+        ticks = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, AttributeError, ValueError, IndexError):
+        return 0.0
+
+
+PROCESS_START = time.time() - seconds_since_start()
 
 
 def make_result(args, method: str, identity, counted, replay, base, records, final, timings) -> dict[str, Any]:

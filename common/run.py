@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from common.answers import has_unread
 from common.base import model_source
 from common.basics import TRACES, InputError, writable, write_atomic
+from common.buckets import begin, is_url, mirrored
 from common.cells import EXPECTED, check_expected, run_name, run_settings
 from common.checkpoints import check_save_hf, save_hf
 from common.evaluation import summarize
@@ -28,7 +29,7 @@ from common.hosts import broadcast, leads, on_leader, progress, say, start_hosts
 from common.locks import lock, unlock
 from common.prompts import revise_prompt
 from common.replay import Quadruple
-from common.report import make_result, plot_curves, print_summary
+from common.report import PROCESS_START, make_result, plot_curves, print_summary
 from common.rewards import format_valid
 from common.tracking import STOP_WAIT, Tracker, wandb_mode
 
@@ -44,7 +45,7 @@ class RunArgs:
     replay: str | None = None
     """folder with {train,val,test}.jsonl quadruples; none = data/replay/<task>, made if it is not there"""
     out_dir: str = "runs"
-    """folder for the run's directory, the cached bases and compiled programs"""
+    """folder, or gs:// or s3:// bucket, for the run's directory, the cached bases and compiled programs"""
     resume: bool = False
     """continue this very command's run from its last checkpoint"""
     save_hf: str | None = None
@@ -54,7 +55,7 @@ class RunArgs:
     unsafe_sandbox: Literal["refuse", "allow"] = "refuse"
     """allow = run the programs of code tasks even where this machine can confine nothing; they are hostile"""
     hosts: str = "auto"
-    """hosts of this run: auto = what a TPU pod, srun, Kubernetes or Open MPI tells; else ADDRESS:PORT,COUNT,INDEX"""
+    """hosts of this run: auto = what TPUs, srun, Kubernetes or Open MPI 4 tell; else ADDRESS:PORT,COUNT,INDEX"""
     mesh: str = "auto"
     """device mesh DATA,MODEL, e.g. 4,2; auto = all devices on data"""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -69,25 +70,14 @@ NANO_RATE = 1e-4  # a peak learning rate above it has to do with small models
 ABOVE_ZERO = ("steps", "prompts", "group", "max_prompt_tokens", "temperature", "learning_rate")
 
 
-def seconds_since_start() -> float:
-    """Wall time since this process began, its imports included; 0 where the system does not tell (it is no Linux)."""
-    try:
-        ticks = int(pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
-    except (OSError, AttributeError, ValueError, IndexError):
-        return 0.0
-
-
-PROCESS_START = time.time() - seconds_since_start()
-
-
 def cli(main, args_type):
     """Parse the command line, join the hosts of `--hosts`, run `main`; bad input prints one line and exits with 2."""
     args = tyro.cli(args_type)
     try:
         if hasattr(args, "hosts"):
             start_hosts(args.hosts)
-        return main(args)
+        with mirrored(args, jax.process_count) as args:
+            return main(args)
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
@@ -100,6 +90,8 @@ def open_out_dir(args: RunArgs) -> None:
     def check():
         if args.save_hf and not args.resume:
             check_save_hf(pathlib.Path(args.save_hf))
+        if is_url(args.out_dir):
+            raise InputError(f"--out_dir {args.out_dir}: is for the command line; `main` takes a folder")
         writable(args.out_dir, "out_dir")
 
     on_leader(check)
@@ -152,7 +144,9 @@ class Run:
     def _open(self, settings: dict[str, Any]) -> None:
         """Make and lock the directory; InputError if another process holds it, if it holds another run, or none where
         --resume asks for one."""
-        if self.args.resume and not self.dir.exists() and not os.environ.get(EXPECTED):  # a sweep has others beside it
+        begin(self.dir)
+        launched = os.environ.get(EXPECTED) or "CTS_LAUNCHER" in os.environ  # others stand beside it, or it starts here
+        if self.args.resume and not self.dir.exists() and not launched:
             self._refuse_other_flags(settings)
         if self.args.save_hf and not self._exported():
             check_save_hf(pathlib.Path(self.args.save_hf))

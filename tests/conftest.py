@@ -53,7 +53,8 @@ def golden_copy(tmp_path):
 @pytest.fixture(scope="session")
 def command(tmp_path_factory):
     """A function that starts b2_grpo.py as a user does, `command(*flags, **variables)`, on a tiny checkpoint and a tiny
-    replay; `command.out` is its --out_dir. Runs differ in their --seed and share the report on the base."""
+    replay; `command.out` is its --out_dir, `command.given` its flags. Runs differ in their --seed and share the report
+    on the base."""
     import tiny
 
     import teacher
@@ -77,7 +78,7 @@ def command(tmp_path_factory):
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    start.out, start.settings = folder / "runs", settings
+    start.out, start.settings, start.given = folder / "runs", settings, given
     return start
 
 

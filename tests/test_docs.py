@@ -69,7 +69,7 @@ def test_every_rate_of_a_summary_is_explained_and_none_else():
 
 
 # ---- names and commands ---------------------------------------------------------------------------------------------
-PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+PAGES = ["README.md", "deploy/README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
 COMMAND = re.compile(r"(?:^    (?:[A-Z_]+=\S+ )*(?:pip [^&\n]+&& )?|`)python ([\w/]+\.py)([^`\n]*)", re.MULTILINE)
 
 
@@ -99,12 +99,12 @@ def test_every_command_is_understood(page):
 # ---- the rooms and their map ----------------------------------------------------------------------------------------
 ROOMS = {path.stem: path for path in sorted(ROOT.glob("common/*.py")) if path.stem != "__init__"}
 MAP = re.findall(r"^# (?!ruff)(\w+): \S.*$", (ROOT / "cts_common.py").read_text(), re.MULTILINE)
-CROSS = ("aggregate", "devices", "docs", "launch", "methods", "scripts")  # tests of scripts, whole runs, sweeps/, pages
+CROSS = ("aggregate", "deploy", "devices", "docs", "launch", "methods", "scripts")  # whole runs, launchers, pages
 WITHOUT_JAX = (
     "basics", "prompts", "values", "answers", "verifier", "sandbox_server", "plans", "sandbox", "programs",
     "replay", "critique", "fixtures", "tasks", "tokenizer", "mistakes", "mutants", "batches", "locks", "tracking",
     "interpreter", "credit", "cells", "sweep", "results", "page", "sheets", "human", "statistics", "claims", "tables",
-    "figures", "shelf", "ledger", "providers", "asking", "teaching", "records", "batch_jobs",
+    "figures", "shelf", "ledger", "providers", "asking", "teaching", "records", "batch_jobs", "buckets",
 )  # fmt: skip
 
 
@@ -122,7 +122,7 @@ def rooms_imported(text: str) -> set[str]:
 
 
 def test_every_room_has_its_line_in_the_map_and_its_test_file():
-    """And every test file its room, apart from those that look at scripts, whole runs, sweeps/ and pages."""
+    """And every test file its room, apart from those that look at scripts, whole runs, launchers and pages."""
     assert sorted(MAP) == sorted(ROOMS)
     tests = {path.stem.removeprefix("test_") for path in ROOT.glob("tests/test_*.py")}
     assert tests - set(CROSS) == set(ROOMS) and set(CROSS) <= tests
@@ -166,7 +166,7 @@ def test_half_of_the_rooms_need_no_jax():
 
 def test_size_budgets_of_the_files():
     lines = lambda path: len(path.read_text().splitlines())
-    folders = ("", "common/", "docs/", "benchmarks/", "sweeps/")
+    folders = ("", "common/", "docs/", "benchmarks/", "deploy/", "sweeps/")
     paths = [path for folder in folders for path in ROOT.glob(f"{folder}*.py")] + [*ROOT.glob("common/pages/*")]
     sizes = {str(path.relative_to(ROOT)): lines(path) for path in paths}
     limits = {name: 430 if name.startswith(("common/", "sweeps/")) else 750 for name in sizes}
