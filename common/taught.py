@@ -32,6 +32,7 @@ from common.sampled import check_sampling, wrong_attempts
 from common.tasks import get_task
 from common.teaching import judge_reply, make_prompt, read_answer, repair_prompt, wording_sha256
 
+BARREN = 3  # batches in a row; the last one may be of one request, and expire
 HOLDER = "an attempt of --model stands here"  # in a dry run: sampling one takes a minute
 
 
@@ -149,7 +150,7 @@ class Course:
     async def teach_in_batches(self, todo: list[Problem]) -> None:
         """Round after round: all that is open goes into batches, what comes back is recorded, the rest goes again."""
         batches = Batches(self.asker, self.records.files["batches"])
-        by_id, used = {p.task_id: p for p in todo}, lambda task_id: len(self.records.tries.get(task_id, ()))
+        by_id, barren, used = {p.task_id: p for p in todo}, 0, lambda task_id: len(self.records.tries.get(task_id, ()))
         while not self.asker.stopped:
             open_ones = [p for p in todo if not self.records.done(p.task_id)]
             jobs = [(p.task_id, used(p.task_id), self.prompt(p)[0]) for p in open_ones]
@@ -166,8 +167,9 @@ class Course:
                 self.show(self.records.done(task_id))
             if not batches.went_out:
                 return
-            if batches.barren:
-                raise self.asker.stop(Stop("a batch came back without one answer", fatal=True))
+            barren = barren + 1 if batches.barren else 0
+            if barren == BARREN:
+                raise self.asker.stop(Stop(f"{barren} batches in a row came back without an answer", fatal=True))
 
     def show(self, n: int) -> None:
         """Move the bar; what the rest will cost is reckoned from what was done in all starts."""
