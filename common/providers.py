@@ -120,8 +120,8 @@ class Provider:
             raise InputError(f"--teacher {self.teacher}: its package is not installed; {way_out}") from None
         for name in ("httpx2", "httpx", "httpcore2", "httpcore"):  # they log addresses
             logging.getLogger(name).setLevel(logging.WARNING)
-        # One connection a request. What a server or a proxy sends twice stays in the buffer of a connection that is kept,
-        # and is read as the answer to the next request on it: another problem's.
+        # One connection a request. What a server or a proxy sends twice stays in the buffer of a connection that is
+        # kept, and is read as the answer to the next request on it: another problem's.
         how = {"max_retries": 0, "timeout": timeout, "default_headers": {"Connection": "close"}}
         self.client = self.make_client(api_key=key, base_url=base_url, **how)
 
