@@ -21,8 +21,8 @@ from common.basics import InputError
 KEYS = {"anthropic": "ANTHROPIC_API_KEY", "openai": "OPENAI_API_KEY"}
 BASES = {"anthropic": "ANTHROPIC_BASE_URL", "openai": "OPENAI_BASE_URL"}
 FORMS = ("schema", "tool", "plain")  # how JSON is asked for, the strictest first
-SIGNS = {"schema": ("response_format", "output_config", "json_schema", "output_format", "structured", "grammar"),
-         "tool": ("tool",), "plain": ()}  # what a server names that does not know the form
+SIGNS = {"schema": ("response_format", "output_config", "json_schema", "output_format", "structured output", "grammar"),
+         "tool": ("tools", "tool_choice", "tool use", "tool call", "function call"), "plain": ()}  # what a server names that does not know the form
 TOOL = "write_down"  # the name of the tool whose input is the answer
 ENDS = {"end_turn": "end", "stop": "end", "stop_sequence": "end", "tool_use": "end", "tool_calls": "end",
         "max_tokens": "cut off", "length": "cut off", "model_context_window_exceeded": "cut off",
@@ -120,7 +120,10 @@ class Provider:
             raise InputError(f"--teacher {self.teacher}: its package is not installed; {way_out}") from None
         for name in ("httpx2", "httpx", "httpcore2", "httpcore"):  # they log addresses
             logging.getLogger(name).setLevel(logging.WARNING)
-        self.client = self.make_client(api_key=key, base_url=base_url, max_retries=0, timeout=timeout)
+        # One connection a request. What a server or a proxy sends twice stays in the buffer of a connection that is
+        # kept, and is read as the answer to the next request on it: another problem's.
+        how = {"max_retries": 0, "timeout": timeout, "default_headers": {"Connection": "close"}}
+        self.client = self.make_client(api_key=key, base_url=base_url, **how)
 
     def limit_names(self) -> tuple[str, ...]:
         return ("max_tokens",)
@@ -178,9 +181,12 @@ class Provider:
             return Failure("fatal", f"{what}: no such model, or nothing at this address")
         if status in (429, 529):
             return Failure("busy", what, retry_after(e.response.headers))
+        words = e.response.text.lower()
         if status in (408, 409) or status >= 500:
+            if any(name in words for name in SIGNS[self.form]) and self.fall_back(way, words):
+                return Failure("form", what)  # llama-cpp-python answers so to a field that it does not know
             return Failure("broken", what, retry_after(e.response.headers), billed=status >= 500)
-        return Failure("form" if self.fall_back(way, e.response.text.lower()) else "unfit", what)
+        return Failure("form" if self.fall_back(way, words) else "unfit", what)
 
     def told(self, prompt: Prompt) -> str:
         """The system's words; in plain form they hold the schema."""

@@ -123,6 +123,11 @@ def test_ways_fall_back_once_for_many_requests():
         way = provider.forms, provider.limits
         assert fail("response_format and tools are unknown", way) == "form" and provider.form == form
     assert fail("response_format", (provider.forms, provider.limits)) == "unfit"
+    other = make("openai")
+    way = other.forms, other.limits
+    for status, words, kind in ((500, "oops", "broken"), (500, "('body', 'response_format', 'type')", "form")):
+        assert other.failure(Refused(status, words), way).kind == kind
+    assert other.form == "tool"
     forced = make("openai", "schema")
     assert forced.failure(Refused(400, "response_format"), (forced.forms, forced.limits)).kind == "unfit"
 

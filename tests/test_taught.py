@@ -91,6 +91,7 @@ def test_a_run_writes_verified_quadruples_and_says_what_they_cost(tmp_path, prob
     assert json.loads((tmp_path / "report.json").read_text()) == json.loads(json.dumps(report))
     assert "40 requests" in capsys.readouterr().out
     assert {h["x-stainless-retry-count"] for h in server.headers} == {"0"}
+    assert {h["connection"] for h in server.headers} == {"close"}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -113,6 +114,15 @@ def test_every_fault_by_itself_is_overcome(tmp_path, problems, name, fault):
         assert report["failures"] and not report["answers_rejected"]
     else:
         assert set(report["failures"]) <= {"no connection, or a broken one"}
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_an_answer_sent_twice_is_never_taken_for_the_next_one(tmp_path, problems, name):
+    """On a connection that is kept it would be, and one in some hundred of those would pass for right."""
+    with Server(faults=1.0, only=("twice",)) as server:
+        report = run(server, name, tmp_path, concurrency=2)
+    assert report["kept"] == report["requests"] == server.fault_counts["twice"] == 40
+    assert not report["answers_rejected"]
 
 
 @pytest.mark.parametrize("name", TEACHERS)
