@@ -354,11 +354,11 @@ def write_disagreements(path: pathlib.Path, found: dict[str, Any]) -> None:
 
 # ---- audits of a replay ---------------------------------------------------------------------------------------------
 def read_splits(replay_dir: str | os.PathLike) -> dict[str, list[Quadruple]]:
-    """{split: quadruples} of the files that a replay's folder has."""
+    """{split: quadruples} of the files that a replay's folder has; an empty file is an empty split."""
     paths = [path for split in SPLITS if (path := pathlib.Path(replay_dir) / f"{split}.jsonl").is_file()]
-    if not paths:
+    if not any(path.stat().st_size for path in paths):
         raise InputError(f"{replay_dir}: holds no replay; make one with: python teacher.py")
-    return {path.stem: read_replay(path) for path in paths}
+    return {path.stem: read_replay(path) for path in paths if path.stat().st_size}
 
 
 def quad_digest(q: Quadruple) -> str:

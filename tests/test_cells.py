@@ -17,7 +17,7 @@ IDENTITY = {"base_weights": "b", "decode": {"temperature": 0.7, "T": 48}, "plann
 
 def test_the_name_says_what_changes_the_result():
     """Flags that do not are in no name; task and seed stand in it themselves."""
-    args = b2_grpo.Args()
+    args = b2_grpo.Args(task="fixtures_math")
     name = run_name(args, "b2_grpo")
     assert re.fullmatch(r"b2_grpo__fixtures_math__s0__[0-9a-f]{8}", name)
     other = {"task": "gsm8k", "seed": 3, "mesh": "2,1", "resume": True, "save_every": 7, "out_dir": "there"}

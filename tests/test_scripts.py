@@ -50,7 +50,7 @@ IN_TINY = (  # opens the other processes' programs
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def space(tmp_path_factory):
     """A folder with a tiny replay; compiled programs are shared by all runs of the session."""
     folder = tmp_path_factory.mktemp("space")
@@ -59,7 +59,7 @@ def space(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def tiny_session():
     """tiny.py in place for these tests, and out of it for others."""
     with pytest.MonkeyPatch.context() as patch:
@@ -100,7 +100,7 @@ def metrics(directory):
     return [{k: v for k, v in row.items() if not times.match(k)} for row in read_metrics(directory)]
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def runs(space, tiny_session):
     """Results by output folder, of one seed: b0 to b5, and a1 (b5 with every lam at 0). Run when first asked for."""
 
@@ -146,7 +146,11 @@ def test_size_budgets():
         assert len((ROOT / f"{script}.py").read_text().splitlines()) <= limit
 
 
-@pytest.mark.parametrize("room", sorted(ROOT.glob("common/*.py")), ids=lambda path: path.stem)
+# ... but for those of aggregate.py: the declared comparison is one of methods
+ROOMS = [room for room in sorted(ROOT.glob("common/*.py")) if room.stem not in ("claims", "human")]
+
+
+@pytest.mark.parametrize("room", ROOMS, ids=lambda path: path.stem)
 def test_no_room_knows_a_method(room):
     tree = ast.parse(room.read_text())
     strings = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
@@ -423,7 +427,7 @@ ABLATIONS = {
 }
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ablations(space, tiny_session):
     """One short b5 run per entry of ABLATIONS."""
     return {name: run(space, "b5_cts", name, **flags) for name, flags in ABLATIONS.items()}
