@@ -13,7 +13,7 @@ from common.claims import Comparison, Family, Row
 from common.results import Task
 from common.tables import Index, index
 
-COLORS = plt.get_cmap("tab10").colors
+COLORS = (*plt.get_cmap("tab10").colors, *plt.get_cmap("tab20").colors[1::2])  # the strong ones first
 DPI = 100
 
 
@@ -121,6 +121,8 @@ def by_horizon(tasks: Sequence[Task], rows: Index) -> bytes:
                 bottom.plot(range(1, len(curve) + 1), curve, marker="o", ms=3, lw=1.2, color=colors(tasks)[arm])
         top.set(title=task.name, xlabel="horizon (steps of the reference)", ylabel="revised, %", ylim=(-2, 102))
         bottom.set(xlabel="steps", ylabel="first attempts that hold, %", ylim=(-2, 102))
+        for ax in (top, bottom):
+            ax.xaxis.get_major_locator().set_params(integer=True)
         bottom.set_visible(bool(bottom.lines))
         top.legend(fontsize=7)
     return png(figure)

@@ -11,7 +11,7 @@ import sys
 FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip()
 os.environ["HF_HUB_OFFLINE"] = "1"
-collect_ignore_glob = ["golden/*", "faulty/*", "stand_ins/*"]  # run elsewhere: transformers, TRL, a W&B that fails, clusters
+collect_ignore_glob = ["golden/*", "faulty/*", "stand_ins/*"]  # for other environments, and programs
 
 import pytest
 from examples import GOLDEN, PROBLEM, TEXTS

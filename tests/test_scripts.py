@@ -27,12 +27,14 @@ import tiny
 import b5_cts
 import cts_common as cts
 import teacher
-from common.basics import InputError
+from common.basics import InputError, mean
 from common.cells import differing, run_name
 from common.credit import NOTHING
 from common.model import leaf_names
 from common.report import read_metrics
+from common.results import find_runs, read_runs
 from common.run import Run
+from common.tables import BASE_KEYS
 from common.tasks import TASKS
 from sweeps import identify
 
@@ -111,6 +113,17 @@ def runs(space, tiny_session):
             return self[out]
 
     return Runs()
+
+
+def test_what_runs_write_is_what_aggregate_reads(space, runs):
+    """Flags that all have alike make no arm, b5's shorter fit does."""
+    assert {runs[out]["method"] for out in ("b3", "b5")} == {SCRIPT["b3"], SCRIPT["b5"]}
+    (task,) = read_runs(find_runs([space / "b3", space / "b5"]))
+    assert list(task.arms) == ["b3_grpo_verifier", "b5_cts energy_fit=20"] and task.missing == {}
+    cell, summary = task.arms["b3_grpo_verifier"][0], runs["b3"]["summary"]
+    for measure, key in BASE_KEYS.items():
+        assert mean(cell.values[measure]) == pytest.approx(summary[key], abs=1e-12)
+    assert [row["step"] for row in cell.curves] == [0, 1, 2] and "charts/tokens" in cell.curves[0]
 
 
 # ---- the rules of the family ----------------------------------------------------------------------------------------

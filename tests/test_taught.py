@@ -196,7 +196,8 @@ def killed_again_and_again(tmp_path, n: int, kills: int, name: str) -> None:
         process = start(server, name, tmp_path / "bad", n)
         out, _ = process.communicate(timeout=600)
         assert process.returncode == 0 and "accepted.jsonl: half a line at the end, cut off" in out
-        assert before == {task_id: len(server.seen[texts[task_id]]) for task_id in before} and len(before) > n // 2
+        assert before == {task_id: len(server.seen[texts[task_id]]) for task_id in before}
+        assert len(before) >= goal > 0
     assert files(tmp_path / "bad") == files(tmp_path / "good")
     assert len(rows(tmp_path / "bad" / "accepted.jsonl")) == n
     report = json.loads((tmp_path / "bad" / "report.json").read_text())
