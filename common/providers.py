@@ -21,8 +21,11 @@ from common.basics import InputError
 KEYS = {"anthropic": "ANTHROPIC_API_KEY", "openai": "OPENAI_API_KEY"}
 BASES = {"anthropic": "ANTHROPIC_BASE_URL", "openai": "OPENAI_BASE_URL"}
 FORMS = ("schema", "tool", "plain")  # how JSON is asked for, the strictest first
-SIGNS = {"schema": ("response_format", "output_config", "json_schema", "output_format", "structured output", "grammar"),
-         "tool": ("tools", "tool_choice", "tool use", "tool call", "function call"), "plain": ()}  # what a server names that does not know the form
+SIGNS = {  # what a server names that does not know a form
+    "schema": ("response_format", "output_config", "json_schema", "output_format", "structured output", "grammar"),
+    "tool": ("tools", "tool_choice", "tool use", "tool call", "function call"),
+    "plain": (),
+}
 TOOL = "write_down"  # the name of the tool whose input is the answer
 ENDS = {"end_turn": "end", "stop": "end", "stop_sequence": "end", "tool_use": "end", "tool_calls": "end",
         "max_tokens": "cut off", "length": "cut off", "model_context_window_exceeded": "cut off",
