@@ -84,11 +84,11 @@ class Args(cts.RunArgs):
     process_credit: Literal["rolled_up", "per_step", "from_error"] = "rolled_up"
     """rolled_up = one scalar; per_step = DeepSeekMath 4.1.3; from_error = blame from the first wrong step on (VPPO)"""
     # CTS: what B5 adds.
-    lam_align: float = 1.0
+    lam_align: float = 3.0
     """length of the alignment's updates at the first step, relative to GRPO's; 0 = off"""
     lam_align_final: float = 1.0
     """what share of that is left at the last step, reached linearly"""
-    lam_decode: float = 0.5
+    lam_decode: float = 1.0
     """length of the updates by the next-token loss on the revision y1; 0 = off"""
     lam_energy: float = 0.0
     """length of the critic's updates during training; 0 = it stays as fitted"""

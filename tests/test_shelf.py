@@ -88,7 +88,7 @@ def fill(sheet, answers):
 
     with open(sheet, encoding="utf-8", newline="") as file:
         head, *rows = csv.reader(file)
-    at = [head.index(name) for name in ("right", "first", "leaks")]
+    at = [i for name in ("right", "first", "leaks") for i, text in enumerate(head) if text.split()[0] == name]
     for row, answer in zip(rows, answers):
         for place, word in zip(at, answer):
             row[place] = word
