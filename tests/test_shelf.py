@@ -86,11 +86,11 @@ def fill(sheet, answers):
     """Fill in the columns of a sheet as a spreadsheet would."""
     import csv
 
-    with open(sheet, encoding="utf-8", newline="") as file:
+    with open(sheet, encoding="utf-8-sig", newline="") as file:
         head, *rows = csv.reader(file)
     at = [i for name in ("right", "first", "leaks") for i, text in enumerate(head) if text.split()[0] == name]
     for row, answer in zip(rows, answers):
         for place, word in zip(at, answer):
             row[place] = word
-    with open(sheet, "w", encoding="utf-8", newline="") as file:
+    with open(sheet, "w", encoding="utf-8-sig", newline="") as file:
         csv.writer(file).writerows([head, *rows])
