@@ -196,7 +196,7 @@ def killed_again_and_again(tmp_path, n: int, kills: int, name: str) -> None:
         process = start(server, name, tmp_path / "bad", n)
         out, _ = process.communicate(timeout=600)
         assert process.returncode == 0 and "accepted.jsonl: half a line at the end, cut off" in out
-        assert before == {task_id: len(server.seen[texts[task_id]]) for task_id in before} and len(before) > n // 2
+        assert before == {task_id: len(server.seen[texts[task_id]]) for task_id in before} and len(before) > n // 4
     assert files(tmp_path / "bad") == files(tmp_path / "good")
     assert len(rows(tmp_path / "bad" / "accepted.jsonl")) == n
     report = json.loads((tmp_path / "bad" / "report.json").read_text())
@@ -457,7 +457,7 @@ def test_a_person_may_stop_it(tmp_path):
         out, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM; the same command goes on" in out, out
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["kept"] == len(rows(tmp_path / "accepted.jsonl")) == report["requests"] >= 5
+    assert 5 <= report["kept"] == len(rows(tmp_path / "accepted.jsonl")) <= report["requests"]
     assert sum(len((tmp_path / f"{s}.jsonl").read_text().splitlines()) for s in SPLITS) == report["kept"]
 
 
