@@ -2,6 +2,7 @@
 And no test asks the network. Then the fixtures that several test files share."""
 # ruff: noqa: E402 (JAX reads the flags when it is imported)
 
+import itertools
 import os
 import pathlib
 import shutil
@@ -53,8 +54,8 @@ def golden_copy(tmp_path):
 @pytest.fixture(scope="session")
 def command(tmp_path_factory):
     """A function that starts b2_grpo.py as a user does, `command(*flags, **variables)`, on a tiny checkpoint and a tiny
-    replay; `command.out` is its --out_dir, `command.given` its flags. Runs differ in their --seed and share the report
-    on the base."""
+    replay; `command.out` is its --out_dir, `command.sft` the flags for b0_sft.py, whose weights move
+    on this base, and no --out_dir. Runs differ in their --seed and share the report on the base."""
     import tiny
 
     import teacher
@@ -78,7 +79,9 @@ def command(tmp_path_factory):
             stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
 
-    start.out, start.settings, start.given = folder / "runs", settings, given
+    start.out, start.settings = folder / "runs", settings
+    pairs = [pair for pair in zip(given[::2], given[1::2]) if pair[0] not in ("--out_dir", "--truncated")]
+    start.sft = [*itertools.chain(*pairs), "--wandb", "disabled"]
     return start
 
 

@@ -242,12 +242,12 @@ def test_the_sender_catches_up_after_failures(server, tmp_path):
 
 
 def start(command, place, *flags):
-    """b2_grpo.py as a user starts it in a folder of their own, with its results in a bucket."""
+    """b0_sft.py as a user starts it in a folder of their own, with its results in a bucket."""
     place.mkdir(exist_ok=True)
-    flags = [*command.given, "--out_dir", "s3://cts/runs", "--save_every", "1", "--steps", "30", *flags]
+    flags = [*command.sft, "--out_dir", "s3://cts/runs", "--save_every", "1", "--steps", "30", *flags]
     env = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(command.out.parent / "xla_cache")}
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "b2_grpo.py"), *flags], cwd=place, env=env, stdout=subprocess.PIPE,
+        [sys.executable, str(ROOT / "b0_sft.py"), *flags], cwd=place, env=env, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -304,10 +304,11 @@ def test_nothing_is_lost_with_a_machine(server, command, tmp_path):
     assert "has finished already" in third.communicate(timeout=1200)[0] and third.returncode == 0
     alone = start(command, tmp_path / "alone", "--seed", "7", "--out_dir", str(tmp_path / "runs"))
     assert alone.wait(1200) == 0
-    (local,) = (tmp_path / "runs").glob("b2_grpo__*")
+    (local,) = (tmp_path / "runs").glob("b0_sft__*")
     names = [name for name in bucket.names() if name.endswith("metrics.jsonl")]
     rows = [json.loads(line) for line in bucket.read(names[0]).decode().splitlines()]
     assert no_times(rows) == no_times(read_metrics(local)) and len(rows) == 30
+    assert rows[-1]["losses/loss"] < 0.9 * rows[0]["losses/loss"]
 
 
 def test_sigterm_sends_before_it_exits(server, command, tmp_path):
