@@ -1,5 +1,6 @@
 """The files of deploy/ by their publishers' own descriptions: SkyPilot's parser, Kubernetes' schemas, the message types
-of Vertex and Cloud Build, XPK's parser. Run by environments of their own, whose packages tests/schemas.txt and tests/sky.txt name; a line for each part.
+of Vertex and Cloud Build, XPK's parser. Run by environments of their own, whose packages tests/schemas.txt and
+tests/sky.txt name; a line for each part.
 
     python tests/check_schemas.py schemas|sky
 """

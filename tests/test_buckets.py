@@ -307,7 +307,8 @@ def test_nothing_is_lost_with_a_machine(server, command, tmp_path):
     (local,) = (tmp_path / "runs").glob("b0_sft__*")
     names = [name for name in bucket.names() if name.endswith("metrics.jsonl")]
     rows = [json.loads(line) for line in bucket.read(names[0]).decode().splitlines()]
-    assert no_times(rows) == no_times(read_metrics(local)) and len(rows) == 30 and rows[-1]["losses/loss"] < 0.9 * rows[0]["losses/loss"]
+    assert no_times(rows) == no_times(read_metrics(local)) and len(rows) == 30
+    assert rows[-1]["losses/loss"] < 0.9 * rows[0]["losses/loss"]
 
 
 def test_sigterm_sends_before_it_exits(server, command, tmp_path):
