@@ -104,7 +104,7 @@ delete() {
     return 1
 }
 
-# shellcheck disable=SC2317 # the trap reaches it
+# shellcheck disable=SC2317,SC2329 # the trap reaches it
 cleanup() {
     local code=$?
     trap - EXIT

@@ -268,7 +268,8 @@ class Server:
 
     def create_batch(self, requests, metadata, writer):
         name = f"batch-{len(self.batches)}"
-        batch = {"id": name, "requests": requests, "metadata": metadata, "polls": self.polls, "expire": self.expire}
+        batch = {"id": name, "requests": requests, "metadata": metadata, "polls": self.polls}
+        batch["expire"] = self.expire if len(self.batches) < 3 else 0.0  # so that it ends
         self.batches[name] = batch
         for request in requests:
             self.note(request["params"])
