@@ -60,8 +60,8 @@ def test_scripts_run_on_programs(tmp_path, monkeypatch, script, flags):
     monkeypatch.setattr("common.evaluation.PRECHECK_GROUPS", 8)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "xla_cache"))
     teacher.main(teacher.Args(task="fixtures_code", out=str(tmp_path / "replay"), limit=12))
-    common = {**tiny.flags(script), "steps": 2, "max_new_tokens": 24, "out_dir": str(tmp_path), **flags}
-    result = script.main(script.Args(task="fixtures_code", replay=str(tmp_path / "replay"), **common))
+    own = {"task": "fixtures_code", "replay": str(tmp_path / "replay"), "out_dir": str(tmp_path)}
+    result = script.main(script.Args(**{**tiny.flags(script), "steps": 2, "max_new_tokens": 24, **own, **flags}))
     assert (result["summary"]["n"], result["summary"]["harness_errors"], result["summary"]["accuracy_y0"]) == (12, 0, 0)
     assert result["replay"]["train"]["leak_rate"] == 0
     rows = read_metrics(next(tmp_path.glob(f"{script.__name__}__fixtures_code__*")))
