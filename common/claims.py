@@ -13,6 +13,7 @@ import yaml
 
 from common.basics import InputError, sha256
 from common.results import CREDIT, Task
+from common.slips import KINDS
 from common.statistics import (
     ALPHA,
     MOST_SEEDS,
@@ -28,7 +29,8 @@ from common.statistics import (
 )
 
 METHOD = "b5_cts"  # whose claim it is, where no family says otherwise
-RATES = ("revised", "attempt", "delta_critique", "wrong_to_right", "right_to_wrong", "format")  # shown in percent
+SCORED = ("revised", "attempt", "delta_critique", "wrong_to_right", "right_to_wrong", "format")
+RATES = (*SCORED, *KINDS)  # shown in percent
 MEASURES = (*RATES, "tokens", *CREDIT)
 GROUPED = ("revised", "attempt")  # measured by horizon, edit distance and tag too
 FAMILY_MEASURES = ("revised", "attempt", "delta_critique", "wrong_to_right", "format")  # of which more is better

@@ -23,7 +23,7 @@ import scipy.stats
 
 from common.basics import mean
 from common.replay import Quadruple
-from common.slips import PLANTED, step_kinds
+from common.slips import KINDS, PLANTED, step_kinds
 from common.tokenizer import Tokenizer
 from common.verifier import first_wrong_step, split_steps
 
@@ -34,7 +34,6 @@ NOTHING = dict.fromkeys((
     "credit_matched", "credit_null", "credit_excess", "credit_temperature", "flip_gain", "value_correlation",
     "value_excess",
 ))  # fmt: skip  # what is known of an attempt in which nothing is flagged
-KINDS = ("slip", "arithmetic", "copying", "form")  # what a wrong step can be; slips at planted operations alone
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from common.base import BASE_SEED
-from common.basics import STREAM_EVAL, mean, round_up, sha256
+from common.basics import STREAM_EVAL, mean, pack_arrays, round_up, sha256, unpack_arrays
 from common.batches import bucket, decode_rows, pack_prompts, right_pad
 from common.credit import (
     NOTHING,
@@ -142,8 +142,9 @@ class Evaluator:
             AttemptRead(t[:k], **{key: part[:k] for key, part in row.items()}) for t, k, row in zip(ids, len_B, rows)
         ]
 
-    def read_base(self, params) -> None:
-        """From here on these are the base's parameters, and records say how training has moved the policy since."""
+    def read_base(self, params, path: pathlib.Path) -> None:
+        """From here on these are the base's parameters, and records say how training has moved the policy since. What
+        the base says of the attempts is kept at `path`."""
         others = []
         for q in self.quads:
             ids, y1 = self.tokenizer.encode(q.y0), self.tokenizer.encode(q.y1)
@@ -151,7 +152,17 @@ class Evaluator:
             t = parting(ids, y1)
             if t is not None:
                 others[-1][t] = y1[t]
-        self.base = self.read_attempts(params, others)
+        fields = ("logp", "other", "other_logp", "norm")
+
+        def make() -> str:
+            reads = self.read_attempts(params, others)
+            return pack_arrays([np.concatenate([getattr(read, name) for read in reads]) for name in fields], {})
+
+        arrays, _ = unpack_arrays(kept(path, make))
+        ids = [self.tokenizer.encode(q.y0)[: self.shapes["T_replay"]] for q in self.quads]
+        ends = np.cumsum([*map(len, ids)])[:-1]
+        logp, other, other_logp, norm = (np.split(array, ends) for array in arrays)
+        self.base = [AttemptRead(*row) for row in zip(ids, logp, [o.astype(int) for o in other], other_logp, norm)]
 
     def prefix_values(self, params, temperature: float) -> list[list[float] | None]:
         """How often y0's first 0, 1, ... steps, continued by samples, end right: the Monte-Carlo values of VinePPO
@@ -342,7 +353,7 @@ def base_report(
     key of all that the numbers depend on; from here on `evaluator` knows the base."""
     key = [prompts, group, temperature, evaluator.dtype, evaluator.shapes, evaluator.tokenizer.sha256(), evaluator.most]
     key += [replay_sha256(train), replay_sha256(evaluator.quads), sources_sha256("evaluation"), jax.default_backend()]
-    path = directory / f"report_{sha256(json.dumps(key, sort_keys=True))[:16]}.json"
+    name = f"{sha256(json.dumps(key, sort_keys=True))[:16]}.json"
 
     def make() -> str:
         summary = summarize(evaluator(params, lambda seconds: say_ahead(seconds, evaluator, group)))
@@ -350,9 +361,9 @@ def base_report(
         check = precheck(evaluator, params, train, prompts, group, temperature)
         return json.dumps({"summary": summary, "values": values, "precheck": check}, indent=1)
 
-    text = kept(path, make)
+    text = kept(directory / f"report_{name}", make)
     report = json.loads(text)  # as a later run will read it
     evaluator.values = report["values"]
-    evaluator.read_base(params)
+    evaluator.read_base(params, directory / f"reads_{name}")
     print_precheck(report["precheck"])
     return report

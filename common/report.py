@@ -12,10 +12,10 @@ from typing import Any
 import jax
 
 from common.basics import TRACES
-from common.credit import KINDS
 from common.fingerprint import run_fingerprint
 from common.replay import replay_report
 from common.results import SCHEMA_VERSION
+from common.slips import KINDS
 
 
 def seconds_since_start() -> float:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from common.basics import InputError, parse_python
+from common.slips import KINDS
 
 SCHEMA_VERSION = 1  # of result.json
 ROOT = pathlib.Path(__file__).parents[1]
@@ -227,6 +228,16 @@ def group_masks(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     }
 
 
+def kind_share(steps: list[tuple[str, bool]] | None, kind: str) -> float:
+    """Share of an attempt's steps ([kind, planted] each) with this error, of slips among the planted ones; NaN of none.
+
+    >>> kind_share([["slip", True], ["right", True], ["copying", False]], "slip")
+    0.5
+    """
+    among = [found for found, planted in steps or () if planted or kind != "slip"]
+    return sum(found == kind for found in among) / len(among) if among else math.nan
+
+
 def read_cell(directory: pathlib.Path, allow_partial: bool = False) -> Cell:
     """One finished run; with `allow_partial` it may lack scores."""
     result = read_result(directory)
@@ -241,6 +252,7 @@ def read_cell(directory: pathlib.Path, allow_partial: bool = False) -> Cell:
         "wrong_to_right": np.where(y0 == 0, revised, math.nan),
         "right_to_wrong": np.where(y0 > 0, 1 - revised, math.nan),
         "format": column("revised_format"), "tokens": column("revised_tokens"), **{key: column(key) for key in CREDIT},
+        **{kind: np.array([kind_share(r.get("attempt_kinds"), kind) for r in records]) for kind in KINDS},
     }  # fmt: skip
     return Cell(
         directory, result["method"], result["args"], result["fingerprint"], [r["task_id"] for r in records], values,

@@ -13,6 +13,9 @@ _OPERATION = re.compile(rf"\s*(-?{_NUMBER})\s*([-+*/])\s*({_NUMBER})\s*")
 _STEP = re.compile(rf"<<({_NUMBER})([-+*/])({_NUMBER})=({_NUMBER})>>\4")
 
 
+KINDS = ("slip", "arithmetic", "copying", "form")  # what a wrong step can be; slips at planted operations alone
+
+
 @dataclasses.dataclass(frozen=True)
 class Planted:
     """Slips of one task: with probability `p` the result is one too many where the second operand is among `operands`.

@@ -5,9 +5,10 @@ import csv
 import io
 import re
 
-from common.claims import RATES, Comparison, Family, Row
+from common.claims import RATES, SCORED, Comparison, Family, Row
 from common.page import Table
 from common.results import CREDIT, Task
+from common.slips import KINDS
 
 NOTHING = "n/a"
 TITLES = {
@@ -16,6 +17,7 @@ TITLES = {
     "credit_auc": "AUC as it is", "credit_matched": "AUC matched", "credit_null": "its null",
     "credit_excess": "excess", "flip_gain": "flip gain, nats", "value_correlation": "value correlation",
     "value_excess": "value excess", "credit_temperature": "T*",
+    "slip": "planted slips", "arithmetic": "other arithmetic", "copying": "copying", "form": "form",
 }  # fmt: skip
 BASE_KEYS = {"revised": "accuracy_revised", "attempt": "accuracy", "delta_critique": "delta_critique",
              "wrong_to_right": "wrong_to_right", "right_to_wrong": "right_to_wrong", "format": "format_frac",
@@ -72,12 +74,11 @@ def seeds_of(task: Task, arm: str) -> str:
 
 def main_table(task: Task, rows: Index) -> Table:
     """Every arm and the untrained base: the rates, and what a million trained tokens win."""
-    measures = ("revised", "attempt", "delta_critique", "wrong_to_right", "right_to_wrong", "format")
     base = task.first.base
-    first = ["untrained base", NOTHING, *(number(m, base.get(BASE_KEYS[m])) for m in measures), NOTHING, NOTHING]
+    first = ["untrained base", NOTHING, *(number(m, base.get(BASE_KEYS[m])) for m in SCORED), NOTHING, NOTHING]
     lines = []
     for arm in task.arms:
-        cells = [rows[task.name, arm, m, "all"] for m in measures]
+        cells = [rows[task.name, arm, m, "all"] for m in SCORED]
         rate, tokens = per_token(task, arm, cells[0].mean)
         sd = NOTHING if cells[0].sd is None else f"{100 * cells[0].sd:.1f}"
         lines.append([arm, seeds_of(task, arm), *map(with_interval, cells), sd, rate + tokens])
@@ -88,7 +89,7 @@ def main_table(task: Task, rows: Index) -> Table:
     )
     lost = sorted({f"{arm} seed {seed}: {why}" for (arm, seed), why in task.missing.items() if seed >= 0})
     note += f" **Incomplete**: {'; '.join(lost)}." if lost else ""
-    head = ["method", "seeds", *(TITLES[m] for m in measures), "SD", "points per M tokens"]
+    head = ["method", "seeds", *(TITLES[m] for m in SCORED), "SD", "points per M tokens"]
     return Table(f"{task.name}: accuracy", head, [first, *lines], note)
 
 
@@ -155,6 +156,17 @@ def group_table(task: Task, rows: Index, kind: str, measure: str, base: str | No
     return Table(f"{task.name}: {TITLES[measure]} by {what}", head, lines, f"Percent{beside}.")
 
 
+def errors_table(task: Task, rows: Index, base: str | None) -> Table | None:
+    """Errors of first attempts by kind of step; None where no slips are planted."""
+    known = [kind for kind in KINDS if any(rows[task.name, arm, kind, "all"].mean is not None for arm in task.arms)]
+    if not known:
+        return None
+    lines = [[arm, *(with_effect(rows[task.name, arm, kind, "all"]) for kind in known)] for arm in task.arms]
+    beside = f"; in brackets the difference from {base} ± half of its interval, not adjusted" if base else ""
+    note = f"Percent of an attempt's steps, slips of its planted ones, mean over attempts{beside}."
+    return Table(f"{task.name}: errors of first attempts", ["method", *(TITLES[kind] for kind in known)], lines, note)
+
+
 def credit_table(task: Task, rows: Index) -> Table | None:
     """The measures of credit beside their nulls; None where no run has any."""
     known = [m for m in CREDIT if any(rows[task.name, arm, m, "all"].mean is not None for arm in task.arms)]
@@ -177,7 +189,7 @@ def all_tables(
         found.append(main_table(task, at))
         found += [group_table(task, at, "horizon", measure, base) for measure in ("revised", "attempt")]
         found += [group_table(task, at, kind, "revised", base) for kind in ("edit", "tag")]
-        found += [table] if (table := credit_table(task, at)) else []
+        found += [table for table in (errors_table(task, at, base), credit_table(task, at)) if table]
     return [table for table in found if len(table.head) > 1]
 
 

@@ -71,8 +71,10 @@ class Planned:
 class Launcher:
     """Runs the cells of a sweep. `tries`: how often a cell is started, in all, if it crashes."""
 
-    def __init__(self, planned: list[Planned], at_once: int, tries: int):
+    def __init__(self, planned: list[Planned], at_once: int, tries: int, apart: bool):
+        """`apart`: each run keeps to its share of the cores; on CPUs they would else take them from each other."""
         self.planned, self.at_once, self.tries, self.stops, self.stopped_by = planned, at_once, tries, 0, 0
+        self.shares = shares_of_cores(at_once) if apart else []
         self.took, self.said_at = defaultdict(list), time.monotonic()  # {script: seconds of finished runs}
         self.cold = {p.cell.task for p in planned}  # tasks of which no cell has trained yet
 
@@ -136,16 +138,24 @@ class Launcher:
             return self.take_over(p)
         if self.settled(p):
             return held.close()
+        cores = self.free_cores()
         with open(p.log, "a", encoding="utf-8") as log:
             print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {p.line}", file=log, flush=True)
             p.process = subprocess.Popen(
                 [sys.executable, *p.words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 pass_fds=[held.fileno()], env={**os.environ, **p.variables, "PYTHONUNBUFFERED": "1"},
+                preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
             )  # fmt: skip
         p.held, p.tries = held, p.tries + 1
         self.follow(p, p.process.pid)
         done = f" again after {p.began_at} of {p.steps} steps" if p.began_at else ""
         self.say(p, f"started{done}{f', try {p.tries} of {self.tries}' if p.tries > 1 else ''}")
+
+    def free_cores(self) -> set[int]:
+        """The share of the cores that the fewest running cells have; empty: all."""
+        pids = [p.process.pid if p.process else p.orphan[0] for p in self.of("running")]
+        taken = [os.sched_getaffinity(pid) for pid in pids if process_start(pid) is not None]
+        return min(self.shares, key=lambda share: sum(share <= cores for cores in taken), default=set())
 
     def follow(self, p: Planned, pid: int) -> None:
         """From now on a run is ours, and its claim says so: ids with start times, for ids are used again."""
@@ -254,6 +264,12 @@ class Launcher:
         if failed or self.of("waiting", "stopped"):
             print("\nThe same command goes on with those that have not.")
         return 128 + self.stopped_by if self.stops else 1 if failed else 0
+
+
+def shares_of_cores(n: int) -> list[set[int]]:
+    """The cores of this process in `n` shares that differ by one core at most; none if there are not so many."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return [set(cores[i * len(cores) // n : (i + 1) * len(cores) // n]) for i in range(n)] if n <= len(cores) else []
 
 
 def last_lines(path: pathlib.Path, n: int = LAST_LINES) -> list[str]:

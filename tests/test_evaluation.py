@@ -109,11 +109,16 @@ def test_values_of_steps(byte_tokenizer, monkeypatch):
     assert {*seen} == {*prompts, *(prompt + "So <<2+3=6>>6.\n" for prompt in prompts)}
 
 
-def test_the_base_read_twice_has_moved_nowhere(byte_tokenizer):
-    """To the bit; and where y0 and y1 part, y1's token stands beside y0's."""
+@pytest.mark.parametrize("times", [1, 2])
+def test_the_base_read_twice_has_moved_nowhere(byte_tokenizer, tmp_path, monkeypatch, times):
+    """To the bit, also where it was kept the first time; and where y0 and y1 part, y1's token stands beside y0's."""
     small_evaluator.cache_clear()
     evaluator, params = small_evaluator(byte_tokenizer)
-    evaluator.read_base(params)
+    evaluator.read_base(params, tmp_path / "reads.json")
+    if times == 2:
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluator, "read_attempts", None)  # not asked again
+            evaluator.read_base(params, tmp_path / "reads.json")
     for q, read in zip(evaluator.quads, evaluator.base):
         t = parting(read.ids, byte_tokenizer.encode(q.y1))
         assert byte_tokenizer.decode([[read.ids[t]], [read.other[t]]]) == ["6", "5"]
