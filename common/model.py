@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+CHUNK = 64  # keys of a completion that decoding reads at once, on CPUs
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -143,6 +145,37 @@ def attend(q_MTNH, k_MKHS, v_MKSH, mask, prefix=None):
     return out.transpose(0, 3, 1, 2, 4).reshape(M, T, N, H)
 
 
+def attend_written(q_M1NH, k_CMKHS, v_CMKSH, t, prefix):
+    """Attention of one query a row, at time t, on the keys of its prompt and on its own up to t; those lie in C chunks
+    of S, of which the chunks after t are not read. `prefix` as in `attend`; what the parts give is put together by
+    maximum and sum, as there."""
+    (M, _, N, H), (C, _, K, _, S) = q_M1NH.shape, k_CMKHS.shape
+    matmul = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    q_MKRH = (q_M1NH * H**-0.5).reshape(M, K, N // K, H)
+
+    def add(parts, score, v, seen):
+        """(maximum, sum of exponentials, sum of values) so far, with those of some more keys."""
+        top, total, out = parts
+        score = jnp.where(seen, score, -1e30)
+        now = jnp.maximum(top, score.max(-1))
+        shrink, weight = jnp.exp(top - now), jnp.exp(score - now[..., None])
+        return now, total * shrink + weight.sum(-1), out * shrink[..., None] + matmul(weight.astype(v.dtype), v)
+
+    k_BKHP, v_BKPH, len_B = prefix
+    B, P = k_BKHP.shape[0], k_BKHP.shape[3]
+    by_prompt = lambda a: a.reshape(B, M // B, *a.shape[1:]).swapaxes(1, 2).reshape(B, K, -1, *a.shape[3:])
+    by_row = lambda a: a.reshape(B, K, M // B, -1, *a.shape[3:]).swapaxes(1, 2).reshape(M, K, -1, *a.shape[3:])
+    none = (jnp.full((B, K, M // B * N // K), -1e30), jnp.zeros(()), jnp.zeros(()))
+    seen = (jnp.arange(P) < len_B[:, None])[:, None, None]
+    parts = tuple(map(by_row, add(none, matmul(by_prompt(q_MKRH), k_BKHP), v_BKPH, seen)))
+
+    def chunk(c, parts):
+        return add(parts, matmul(q_MKRH, k_CMKHS[c]), v_CMKSH[c], c * S + jnp.arange(S) <= t)
+
+    _, total, out = chunk(0, parts) if C == 1 else jax.lax.fori_loop(0, t // S + 1, chunk, parts)
+    return (out / total[..., None]).astype(q_M1NH.dtype).reshape(M, 1, N, H)
+
+
 def attend_causal(q_MTNH, k_MKHT, v_MKTH, mask, prefix=None):
     """`attend` where key t is none of the queries before t: block by block of queries, each on the keys up to its end,
     which leaves out up to 3/8 of the work. mask: [T, T] or [M, 1, 1, T, T]."""
@@ -198,7 +231,7 @@ class Decoder(nnx.Module):
         return self.embed[...] if self.cfg.tie_embeddings else self.head[...]
 
     def _layer(self, w, x_MTD, rope, mask, prefix, cache, t):
-        """One block: (x, its own keys and values). cache: None, or (k_MKHT, v_MKTH), written at time t in place."""
+        """One block: (x, its own keys and values). cache: None, or (k_CMKHS, v_CMKSH), written at time t in place."""
         cfg = self.cfg
         h = rms_norm(x_MTD, w["attn_norm"], cfg.norm_eps)
         q, k, v = (dense(h, w[name]) for name in "qkv")
@@ -209,9 +242,10 @@ class Decoder(nnx.Module):
         q, k = rotate(q, *rope), rotate(k, *rope)
         k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # heads first; keys [M, K, H, S], values [M, K, S, H]
         if cache is not None:
-            k = jax.lax.dynamic_update_slice(cache[0], k.astype(cache[0].dtype), (0, 0, 0, t))
-            v = jax.lax.dynamic_update_slice(cache[1], v.astype(cache[1].dtype), (0, 0, t, 0))
-        attended = (attend_causal if cache is None else attend)(q, k, v, mask, prefix)
+            c, s = t // cache[0].shape[-1], t % cache[0].shape[-1]
+            k = jax.lax.dynamic_update_slice(cache[0], k[None].astype(cache[0].dtype), (c, 0, 0, 0, s))
+            v = jax.lax.dynamic_update_slice(cache[1], v[None].astype(cache[1].dtype), (c, 0, 0, s, 0))
+        attended = attend_causal(q, k, v, mask, prefix) if cache is None else attend_written(q, k, v, t, prefix)
         x_MTD = x_MTD + dense(attended, w["o"], n_in=2)
         h = rms_norm(x_MTD, w["mlp_norm"], cfg.norm_eps)
         h = jax.nn.silu(dense(h, w["gate"])) * dense(h, w["up"])
@@ -287,18 +321,20 @@ class Decoder(nnx.Module):
         return [take(i) for i in range(self.cfg.n_layers)]
 
     def new_cache(self, M: int, T: int, dtype=jnp.float32) -> list[tuple]:
-        """Empty keys [M, K, H, T] and values [M, K, T, H] of every layer."""
-        K, H = self.cfg.n_kv_heads, self.cfg.head_dim
-        return [(jnp.zeros((M, K, H, T), dtype), jnp.zeros((M, K, T, H), dtype)) for _ in range(self.cfg.n_layers)]
+        """Empty keys [C, M, K, H, S] and values [C, M, K, S, H] of every layer, C * S >= T: on CPUs in chunks, so that
+        a step reads what is written; elsewhere, where a loop inside the loop would wait for the host, in one."""
+        K, H, C = self.cfg.n_kv_heads, self.cfg.head_dim, -(-T // CHUNK) if jax.default_backend() == "cpu" else 1
+        keys, values = (C, M, K, H, -(-T // C)), (C, M, K, -(-T // C), H)
+        return [(jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for _ in range(self.cfg.n_layers)]
 
     def decode(self, input_M, t, cache, layers, len_B, dtype=jnp.float32):
         """One decoding step at time t: (hidden [M, D], cache). `layers` is `unstack(prefix)`, len_B is prefix.len_B."""
-        M, B, T = input_M.shape[0], len_B.shape[0], cache[0][0].shape[3]
+        M, B = input_M.shape[0], len_B.shape[0]
         rope = rope_table(self.cfg, (jnp.repeat(len_B, M // B) + t)[:, None])
         x = self.embed[...].astype(dtype)[input_M][:, None]
-        mask, written = jnp.arange(T) <= t, []
+        written = []
         for (w, k, v), own in zip(layers, cache):
-            x, own = self._layer(w, x, rope, mask, (k, v, len_B), own, t)
+            x, own = self._layer(w, x, rope, None, (k, v, len_B), own, t)
             written.append(own)
         return rms_norm(x[:, 0], self.final_norm[...], self.cfg.norm_eps), written
 
