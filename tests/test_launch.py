@@ -19,7 +19,7 @@ import yaml
 from examples import ROOT
 
 from common.locks import process_start
-from sweeps.local import last_lines, span
+from sweeps.local import last_lines, shares_of_cores, span
 
 # A script in miniature: takes its lock, goes on where it was, writes a line a step, at the end its result. What goes
 # wrong is said by --prompts, which real scripts have, too: 1: killed after a step, once; 2: fails always; 3: bad input.
@@ -135,6 +135,30 @@ def wait_for(condition, seconds=300):
 
 
 # ---- here -----------------------------------------------------------------------------------------------------------
+def test_cores_are_shared_evenly(monkeypatch):
+    """Each core in one share; no shares where there are too few cores."""
+    for cores in ({0, 1}, {1, 3, 4, 6, 7}, {5}):
+        monkeypatch.setattr("os.sched_getaffinity", lambda _, cores=cores: cores)
+        for n in (1, 2, 3):
+            shares = shares_of_cores(n)
+            if n > len(cores):
+                assert shares == []
+                continue
+            assert sorted(core for share in shares for core in share) == sorted(cores)
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_cells_side_by_side_have_cores_of_their_own(repository):
+    """Two at a time: what a script finds as its cores is one of two halves, and both halves are used."""
+    path = repository / "b0_one.py"
+    path.write_text(STAND_IN + "\n(folder / 'cores').write_text(str(sorted(os.sched_getaffinity(0))))\n")
+    sweep(repository, arm="b0_one", seed=[0, 1, 2, 3], steps=20)
+    code, out, err = launched(repository, "--at_once", "2")
+    assert code == 0, out + err
+    seen = {p.read_text() for p in repository.glob("runs/*/cores")}
+    assert seen == {str(sorted(share)) for share in shares_of_cores(2)}
+
+
 def test_cells_run_once_and_finished_ones_are_skipped(repository):
     sweep(repository)
     code, out, err = launched(repository, "--at_once", "2")

@@ -32,9 +32,12 @@ from common.model import Decoder, ModelConfig, Reading, attend, attend_causal, l
 from common.sampling import token_logp
 
 
+@pytest.mark.parametrize("chunk", [64, 3, 1])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_decoder_equals_naive(name):
-    """Prefill, rows of a group on their one prompt, and decoding step by step give the naive full sequence's logits."""
+def test_decoder_equals_naive(name, chunk, monkeypatch):
+    """Prefill, rows of a group on their one prompt, and decoding step by step, its keys in one chunk or more, give
+    the naive full sequence's logits."""
+    monkeypatch.setattr("common.model.CHUNK", chunk)
     cfg = CONFIGS[name]
     model = decoder(cfg)
     params, w = split(model)[1], naive_weights(model)
@@ -46,6 +49,7 @@ def test_decoder_equals_naive(name):
     np.testing.assert_array_equal(read.prompt, prompt_hidden_BPD)
     logits_MTV = np.asarray(read.completions[0]) @ w["out"].T
     layers, cache = model.unstack(prefix), model.new_cache(len(tokens_MT), T)
+    assert cache[0][0].shape[0] == (-(-T // chunk) if chunk < T else 1)
     inputs_M, stepped = np.repeat(last_B, GROUP), []
     for t in range(T):
         hidden_MD, cache = decode(params, inputs_M, t, cache, layers, prefix.len_B)
