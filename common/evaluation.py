@@ -92,15 +92,17 @@ class Evaluator:
 
         self._rollout, self._read = jax.jit(rollout, static_argnums=(4, 5, 6)), jax.jit(read)
 
-    def _batches(self, prompts: list[str], width: int, *arrays: np.ndarray):
+    def _batches(self, prompts: list[str], width: int, len_N: np.ndarray | None = None, *arrays: np.ndarray):
         """Batches of `self.rows` packed prompts, each as wide as its longest needs (few widths, up to `width`), and of
-        the rows of `arrays`; the last is filled up with copies of its first row. Yields (n real, arrays on devices)."""
+        the rows of `arrays` [N, T], of which len_N count; the last is filled up with copies of its first row. Yields
+        (n real, arrays on devices)."""
         for i in range(0, len(prompts), self.rows):
             index = np.r_[i : min(i + self.rows, len(prompts))]
             padded = np.r_[index, np.full(self.rows - len(index), i)]
             some = pack_prompts(self.tokenizer, [prompts[j] for j in padded], width)
             narrow = bucket(int(some["prompt_len"].max()), width)
-            batch = (some["prompt"][:, :narrow], some["prompt_len"], *(a[padded] for a in arrays))
+            short = bucket(int(len_N[padded].max()), arrays[0].shape[1]) if arrays else 0
+            batch = (some["prompt"][:, :narrow], some["prompt_len"], *(a[padded, :short] for a in arrays))
             yield len(index), put(batch, self.by_row)
 
     def complete(
@@ -134,7 +136,7 @@ class Evaluator:
         other_BT, _ = right_pad([list(other_T) for other_T in others], self.shapes["T_replay"], self.tokenizer.pad_id)
         prompts, rows = [attempt_prompt(q.x) for q in self.quads], []
         with bar_over(len(ids), "log-probs") as bar:
-            for n, batch in self._batches(prompts, self.shapes["P_attempt"], tokens_BT, other_BT):
+            for n, batch in self._batches(prompts, self.shapes["P_attempt"], len_B, tokens_BT, other_BT):
                 out = fetch(self._read(params, *batch))
                 rows += [{key: part[i] for key, part in out.items()} for i in range(n)]
                 bar.update(n)
