@@ -40,6 +40,8 @@ class Args:
     """test problems that are measured"""
     groups: int = 128
     """training problems of which 8 revisions each are sampled"""
+    known: str | None = None
+    """--out_dir of one default command of b5 on this task: its report on the base and its critic are shipped, too"""
 
 
 def error_rates(texts: list[str], quads, planted) -> dict[str, float | None]:
@@ -114,12 +116,35 @@ def page(task: str, found: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
+def ship_known(task: str, out_dir: str) -> dict[str, str]:
+    """Report and critic of a default run on the task's shipped base, put beside it."""
+    known = pathlib.Path(__file__).parent / task / "known"
+    if known.exists():
+        raise cts.InputError(f"--known: {known} is there already; remove it, then make the run whose files are to come")
+    replay, mesh = cts.load_replay(task, None, None), cts.make_mesh("auto")
+    *_, cache = cts.load_model(str(known.parent), task, replay, out_dir, mesh)
+    found = {kind: sorted(cache.glob(f"{kind}_*.json")) for kind in ("report", "critic")}
+    for kind, paths in found.items():
+        if len(paths) != 1:
+            raise cts.InputError(
+                f"--known {out_dir}: has {len(paths)} {cache.name}/{kind}_*.json, not one; give the --out_dir"
+                f" of one run alone: python b5_cts.py --task {task} --out_dir NEW"
+            )
+    known.mkdir()
+    for (path,) in found.values():
+        (known / path.name).write_bytes(path.read_bytes())
+        print(f"{known / path.name}: {path.stat().st_size // 1024} KiB")
+    return {kind: path.name for kind, (path,) in found.items()}
+
+
 def main(args: Args) -> dict[str, Any]:
     task = cts.TASKS.get(args.task)
     if task is None or task.planted is None:
         raise cts.InputError(f"--task {args.task}: has no base with planted slips; choose fixtures_long, fixtures_rare")
     if args.out and pathlib.Path(args.out).exists():
         raise cts.InputError(f"--out {args.out}: is there already; remove it or choose another")
+    if args.known:
+        return ship_known(args.task, args.known)
     replay = cts.load_replay(args.task, args.replay, None)
     folder = pathlib.Path(args.out) if args.out else pathlib.Path(__file__).parent / args.task
     if args.out:

@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 from tqdm import tqdm
 
-from common.basics import STREAM_BASE, InputError, from_hub, read_json, sha256
+from common.basics import STREAM_BASE, InputError, from_hub, read_json, sha256, write_atomic
 from common.chat import load_hf_tokenizer
 from common.checkpoints import load_hf_weights, save_hf
 from common.fingerprint import sources_sha256, weights_sha256
@@ -230,6 +230,15 @@ def nano_base(task_name: str, quads: list[Quadruple], out_dir: str) -> pathlib.P
     return directory
 
 
+def unpack_known(folder: pathlib.Path, cache: pathlib.Path) -> None:
+    """What comes with a shipped base, the report on it and the critic fitted on its states, each under a key of all
+    that it depends on, put where runs look for it."""
+    for path in sorted(folder.glob("known/*.json")):
+        if not (cache / path.name).is_file():
+            cache.mkdir(parents=True, exist_ok=True)
+            write_atomic(cache / path.name, path.read_text(encoding="utf-8"))
+
+
 def load_model(name: str, task_name: str, replay: dict[str, list[Quadruple]], out_dir: str, mesh):
     """(config, parameters, tokenizer, cache directory) of `--model`: nano, a checkpoint's directory or its hub name.
 
@@ -241,8 +250,11 @@ def load_model(name: str, task_name: str, replay: dict[str, list[Quadruple]], ou
     cfg = read_hf_config(directory)
     tokenizer = load_hf_tokenizer(directory, cfg.vocab_size)
     params = load_hf_weights(directory, cfg, mesh)
-    trained_here = not source and directory.parent != SHIPPED
+    shipped = directory.resolve().parent == SHIPPED.resolve()
+    trained_here = not source and not shipped
     cache = directory if trained_here else pathlib.Path(out_dir) / "base" / weights_sha256(params)[:16]
+    if shipped:
+        on_leader(lambda: unpack_known(directory, cache))
     return cfg, params, tokenizer, cache
 
 

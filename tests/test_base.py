@@ -21,6 +21,7 @@ from examples import GOLDEN, REFERENCE, ROW, WRONG, X, assert_equal_trees, code_
 from flax import nnx
 from huggingface_hub.errors import HFValidationError
 
+import b5_cts
 from bases import make
 from common import base
 from common.base import (
@@ -405,6 +406,42 @@ def test_the_shipped_bases_are_those_of_the_replay_that_is_made_here(task, tmp_p
     assert first["slip"] >= 0.5 and revised["right"] > first["right"]
     assert first["by_horizon"]["2-3"] > first["by_horizon"]["8-9"]
     assert (found["dead_groups"] >= 0.6) == (task == "fixtures_rare")
+
+
+def test_what_is_known_of_a_shipped_base_lies_where_runs_look(shipped, tmp_path):
+    """Its report and critic are in the cache before a run asks; what a run has made there itself stays."""
+    (shipped / "known").mkdir()
+    for name in ("report_1.json", "critic_2.json"):
+        (shipped / "known" / name).write_text(f"shipped {name}")
+    *_, cache = start_from("nano", tmp_path / "runs")
+    assert sorted(path.name for path in cache.iterdir()) == ["critic_2.json", "report_1.json"]
+    assert (cache / "report_1.json").read_text() == "shipped report_1.json"
+    (cache / "report_1.json").write_text("made here")
+    for model in ("nano", str(shipped)):
+        assert start_from(model, tmp_path / "runs")[-1] == cache
+        assert (cache / "report_1.json").read_text() == "made here"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", BASES)
+def test_the_default_commands_find_what_is_known(task, tmp_path, monkeypatch):
+    """The keys of known/ are those of today's sources: else every first run makes report and critic again (bases/
+    README.md says how to make them)."""
+    asked = []
+
+    def look(path, make):
+        asked.append(path.name.partition("_")[0])
+        assert path.is_file(), f"{path.name} is not in bases/{task}/known"
+        if asked[-1] == "critic":
+            raise StopIteration
+        return path.read_text(encoding="utf-8")
+
+    monkeypatch.setattr("common.evaluation.kept", look)
+    monkeypatch.setattr("cts_common.kept", look)
+    monkeypatch.setattr("common.evaluation.Evaluator.read_base", lambda *_: None)
+    with pytest.raises(StopIteration):
+        b5_cts.main(b5_cts.Args(task=task, out_dir=str(tmp_path), wandb="disabled"))
+    assert asked == ["report", "critic"]
 
 
 SAYS_ITS_IDENTITY = """
