@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from common.basics import InputError, parse_python
+from common.cells import flat
 from common.slips import KINDS
 
 SCHEMA_VERSION = 1  # of result.json
@@ -306,18 +307,6 @@ def name_arms(cells: list[Cell]) -> list[str]:
 
 
 # ---- what belongs together ------------------------------------------------------------------------------------------
-def flat(fields: dict[str, Any]) -> dict[str, Any]:
-    """A fingerprint without its digest, the fields inside of others by themselves.
-
-    >>> flat({"verifier": "ab", "decode": {"T": 48}, "digest": "cd"})
-    {'verifier': 'ab', 'decode.T': 48}
-    """
-    out = {}
-    for name, value in fields.items():
-        out |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {name: value}
-    return {name: value for name, value in out.items() if name != "digest"}
-
-
 def check_fingerprints(task: str, cells: list[Cell]) -> None:
     """InputError if they are not all the same, with the fields that differ side by side."""
     by_digest = defaultdict(list)
