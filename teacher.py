@@ -17,7 +17,7 @@ which the step checker finds the wrong step. f names that step, y1 is the refere
 Teachers `anthropic` and `openai` ask a model over an API for the critique and y1, and for y0 unless `--y0` says whose
 it is. All is verified; docs/teachers.md says how they are run, what they cost, what is kept and what is written where.
 
-    python teacher.py --task gsm8k          (about half a minute; fixtures_math about ten seconds)
+    python teacher.py --task gsm8k          (about half a minute; the default, fixtures_long, as well)
     python teacher.py --y0 model            (two to three minutes on 2 CPU cores, more where it makes the base)
     python teacher.py --task mbpp           (two to three minutes on 2 CPU cores: every program is run)
     python teacher.py --teacher anthropic --teacher_model MODEL --task gsm8k --max_usd 20
@@ -35,8 +35,8 @@ import cts_common as cts
 @dataclasses.dataclass(frozen=True)
 class Args:
     # ---- what is made ----
-    task: str = "fixtures_math"
-    """source of the problems: fixtures_math, fixtures_long, fixtures_rare, fixtures_code, gsm8k, mbpp or apps"""
+    task: str = "fixtures_long"
+    """source of the problems: fixtures_long, fixtures_rare, fixtures_math, fixtures_code, gsm8k, mbpp or apps"""
     teacher: Literal["perturb", "anthropic", "openai"] = "perturb"
     """who makes f, and y0 unless --y0 says else; perturb = rules, no key; openai = any server of its form"""
     y0: Literal["auto", "teacher", "perturb", "model"] = "auto"

@@ -29,7 +29,7 @@ class Args:
     """where to: a folder, gs://... or s3://...; with --fetch a folder"""
     fetch: str | None = None
     """bring what was staged at this folder or address, and nothing else; none = stage"""
-    task: str = "fixtures_math"
+    task: str = "fixtures_long"
     """task whose replay is staged, made if there is none yet"""
     replay: str | None = None
     """folder with {train,val,test}.jsonl; none = data/replay/<task>"""

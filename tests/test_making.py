@@ -24,7 +24,7 @@ from common.tasks import TASKS
 
 # ---- math -----------------------------------------------------------------------------------------------------------
 def run(out, **args) -> dict:
-    return teacher.main(teacher.Args(out=str(out), **args))
+    return teacher.main(teacher.Args(**{"task": "fixtures_math", "out": str(out), **args}))
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def small(tmp_path, monkeypatch):
 
 
 def run(**args) -> dict:
-    return teacher.main(teacher.Args(y0="model", samples=2, **args))
+    return teacher.main(teacher.Args(**{"task": "fixtures_math", "y0": "model", "samples": 2, **args}))
 
 
 def test_a_run_on_the_tiny_base(small, monkeypatch, capsys):
@@ -176,6 +176,6 @@ def test_what_a_base_cannot_end_is_cut_off(small):
 )
 def test_bad_input_is_one_line_and_writes_no_replay(small, args, message):
     with pytest.raises(InputError, match=message) as error:
-        teacher.main(teacher.Args(y0="model", **args))
+        teacher.main(teacher.Args(**{"task": "fixtures_math", "y0": "model", **args}))
     assert "\n" not in str(error.value)
     assert not list(small.rglob("*.jsonl"))

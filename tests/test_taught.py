@@ -56,7 +56,8 @@ def problems(monkeypatch):
 
 def args_of(server, name: str, **more) -> teacher.Args:
     url = server.url + ("/v1" if name == "openai" else "")
-    return teacher.Args(**{"teacher": name, "teacher_model": MODELS[name], "base_url": url, "timeout": 5.0, **more})
+    given = {"task": "fixtures_math", "teacher": name, "teacher_model": MODELS[name], "base_url": url, "timeout": 5.0}
+    return teacher.Args(**{**given, **more})
 
 
 def run(server, name: str, out, **more) -> dict:
@@ -152,8 +153,8 @@ from common.fixtures import fixtures_math
 from common.tasks import TASKS
 asking.LEAST_WAIT = 0.02
 TASKS["fixtures_math"] = dataclasses.replace(TASKS["fixtures_math"], load=lambda d: fixtures_math(size=900)[:{n}])
-teacher.main(teacher.Args(teacher={name!r}, teacher_model="m", base_url={url!r}, out={out!r}, concurrency=4,
-                          timeout=1.5, batch={batch!r}))
+teacher.main(teacher.Args(task="fixtures_math", teacher={name!r}, teacher_model="m", base_url={url!r}, out={out!r},
+                          concurrency=4, timeout=1.5, batch={batch!r}))
 """
 
 
@@ -347,8 +348,8 @@ def test_throughput_and_memory(tmp_path, problems):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(taught.Course, "show", show)
-        teacher.main(teacher.Args(teacher="openai", teacher_model="m", base_url=f"{url}/v1", out=str(tmp_path),
-                                  concurrency=16))  # fmt: skip
+        teacher.main(teacher.Args(task="fixtures_math", teacher="openai", teacher_model="m", base_url=f"{url}/v1",
+                                  out=str(tmp_path), concurrency=16))  # fmt: skip
     process.kill()
     (first, began, cpu_began), (last, ended, cpu_ended) = memory[1000], memory[10_000]
     wall, cpu = ended - began, cpu_ended - cpu_began
@@ -378,7 +379,7 @@ def test_servers_that_know_other_forms_or_none(tmp_path, problems, name, forms):
 def test_attempts_that_are_given_are_kept_as_they_are(tmp_path, problems):
     with Server() as server:
         report = run(server, "anthropic", tmp_path, y0="perturb")
-    made = teacher.main(teacher.Args(out=str(tmp_path / "rules")))
+    made = teacher.main(teacher.Args(task="fixtures_math", out=str(tmp_path / "rules")))
     assert report["kept"] == made["kept"] == 40 and report["y0"] == "perturb"
     for split in SPLITS:
         ours, rules = (read_replay(folder / f"{split}.jsonl") for folder in (tmp_path, tmp_path / "rules"))
@@ -420,8 +421,8 @@ def test_programs_are_run(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("y0", ["auto", "model", "perturb"])
 def test_a_dry_run_asks_and_writes_nothing(tmp_path, problems, capsys, y0):
-    found = teacher.main(teacher.Args(teacher="anthropic", teacher_model="claude-haiku-4-5", y0=y0, dry_run="yes",
-                                      out=str(tmp_path / "out")))  # fmt: skip
+    found = teacher.main(teacher.Args(task="fixtures_math", teacher="anthropic", teacher_model="claude-haiku-4-5",
+                                      y0=y0, dry_run="yes", out=str(tmp_path / "out")))  # fmt: skip
     out = capsys.readouterr().out
     assert found["problems"] == 40 and 0 < found["usd"] < 1 and "Reference solution:" in out and "about $" in out
     assert not (tmp_path / "out").exists() and ("an attempt of --model stands here" in out) == (y0 == "model")
@@ -433,7 +434,7 @@ def test_a_folder_belongs_to_one_job(tmp_path, problems):
         for change, named in (({"seed": 1}, "seed"), ({"teacher_model": "other"}, "teacher_model")):
             with pytest.raises(InputError, match=f"was begun with another {named}"):
                 run(server, "openai", tmp_path / "a", **change)
-        teacher.main(teacher.Args(out=str(tmp_path / "b"), limit=3))
+        teacher.main(teacher.Args(task="fixtures_math", out=str(tmp_path / "b"), limit=3))
         with pytest.raises(InputError, match="holds a replay that another command made"):
             run(server, "openai", tmp_path / "b")
 
