@@ -22,9 +22,8 @@ in blocks marked CTS; with all lam 0 and --critique=replay it is B3, update for 
 import dataclasses
 import functools
 
-# CTS: the critic's file, and measures.
+# CTS: the critic's key, and measures.
 import json
-import pathlib
 import typing
 from typing import Literal
 
@@ -600,7 +599,7 @@ def main(args: Args) -> dict:
     fit = lambda: fit_on_base(critic_def, params["critic"], read_rows, tokenizer, replay, shapes, B, args)
     edit, figures = None, {}
     if trains_energy or (aligns and (args.target in ("energy", "shuffled_locus") or args.critique == "online")):
-        key = [pathlib.Path(__file__).read_text(), identity["base_weights"], identity["train_replay"], shapes]
+        key = [cts.program_sha256(__file__), identity["base_weights"], identity["train_replay"], shapes]
         key += [args.energy, args.energy_fit, args.energy_quads, args.edit_eta, identity["decode"]]
         key += [jax.default_backend()]
         leaves, figures = cts.unpack_arrays(cts.kept(base_dir / f"critic_{cts.sha256(json.dumps(key))[:16]}.json", fit))

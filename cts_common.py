@@ -64,7 +64,7 @@ from common.hf_config import read_hf_config
 from common.checkpoints import load_hf_weights
 # chat: a checkpoint's tokenizer and the frame of its prompts
 # fingerprint: what makes two runs comparable
-from common.fingerprint import run_identity
+from common.fingerprint import program_sha256, run_identity
 # base: what a run starts from: the nano base, trained here or shipped, or a checkpoint
 from common.base import load_model
 # credit: where training moved the policy on a flawed attempt, and what that would be without credit

@@ -19,7 +19,14 @@ from common import programs as programs_room
 from common import prompts as prompts_room
 from common import sandbox as sandbox_room
 from common.batches import pack_answers
-from common.fingerprint import count_budgets, fingerprint, run_identity, verifier_sha256, weights_sha256
+from common.fingerprint import (
+    count_budgets,
+    fingerprint,
+    program_sha256,
+    run_identity,
+    verifier_sha256,
+    weights_sha256,
+)
 from common.plans import plan_tests
 from common.programs import CODE_LIMITS
 from common.prompts import templates_sha256
@@ -214,3 +221,19 @@ def test_fingerprint_fields():
     assert fingerprint(a=0, b="", c=False)["digest"]  # empty is not None
     with pytest.raises(ValueError, match="b, c"):
         fingerprint(a=1, b=None, c=None)
+
+
+def test_a_programs_digest_is_of_its_code(tmp_path):
+    """What is said about it may change, what it does may not."""
+    path, code = tmp_path / "a.py", ['"""About."""', "x = 1  # one", "def f():", '    """Of f."""', "    return 'a'"]
+    variants = {
+        "as it is": code, "another docstring": [code[0], *code[1:3], '    """Of f,', '    at length."""', code[4]],
+        "a comment and a gap": ["# first", *code[:2], "", "    # in between", *code[2:]], "no docstring": code[1:],
+    }  # fmt: skip
+    changes = {"another value": [c.replace("= 1", "= 2") for c in code], "another text": [*code[:4], "    return 'b'"]}
+    digests = {}
+    for name, lines in (variants | changes).items():
+        path.write_text("\n".join(lines))
+        digests[name] = program_sha256(path)
+    assert {digests[name] for name in variants} == {digests["as it is"]}
+    assert len({*digests.values()}) == 1 + len(changes)
