@@ -9,7 +9,7 @@ is the same for all methods, the revision.
 
 `--temperature` and `--group` set the sampling of the base's pre-check, which all methods share.
 
-    python b0_sft.py --task fixtures_long --seed 0      (8 minutes on 2 CPU cores at first, then about 4)
+    python b0_sft.py --task fixtures_long --seed 0      (up to 5 minutes on 2 CPU cores, later runs 3)
 """
 
 import dataclasses

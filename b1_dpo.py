@@ -12,7 +12,7 @@ prompt is computed once.
 
 Papers: DPO https://arxiv.org/abs/2305.18290.
 
-    python b1_dpo.py --task fixtures_long --seed 0      (8 minutes on 2 CPU cores at first, then about 4)
+    python b1_dpo.py --task fixtures_long --seed 0      (up to 5 minutes on 2 CPU cores, later runs 3)
 """
 
 import dataclasses

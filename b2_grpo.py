@@ -11,7 +11,7 @@ process reward to this file, b4 a critique-uptake reward, in marked blocks.
 Papers: GRPO https://arxiv.org/abs/2402.03300, Dr. GRPO https://arxiv.org/abs/2503.20783, DAPO
 https://arxiv.org/abs/2503.14476.
 
-    python b2_grpo.py --task fixtures_long --seed 0      (8 minutes on 2 CPU cores at first, then about 4)
+    python b2_grpo.py --task fixtures_long --seed 0      (up to 5 minutes on 2 CPU cores, later runs 3)
 """
 
 import dataclasses

@@ -12,7 +12,7 @@ Papers: GRPO https://arxiv.org/abs/2402.03300 (process credit: its section 4.1.3
 https://arxiv.org/abs/2503.20783, DAPO https://arxiv.org/abs/2503.14476, prefix-form process reward
 https://arxiv.org/abs/2504.15275, VPPO (error-localised advantages) https://arxiv.org/abs/2601.18984.
 
-    python b3_grpo_verifier.py --task fixtures_long --seed 0      (8 minutes on 2 CPU cores at first, then about 4)
+    python b3_grpo_verifier.py --task fixtures_long --seed 0      (up to 5 minutes on 2 CPU cores, later runs 3)
 """
 
 import dataclasses

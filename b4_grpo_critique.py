@@ -12,7 +12,7 @@ Papers: GRPO https://arxiv.org/abs/2402.03300, Dr. GRPO https://arxiv.org/abs/25
 https://arxiv.org/abs/2503.14476; critiques inside GRPO: https://arxiv.org/abs/2506.03106 (there as refinements in the
 group, here as a reward).
 
-    python b4_grpo_critique.py --task fixtures_long --seed 0      (8 minutes on 2 CPU cores at first, then about 4)
+    python b4_grpo_critique.py --task fixtures_long --seed 0      (up to 5 minutes on 2 CPU cores, later runs 3)
 """
 
 import dataclasses
