@@ -88,7 +88,7 @@ def main_table(task: Task, rows: Index) -> Table:
         " base for each million tokens that training computed, prompts included."
     )
     lost = sorted({f"{arm} seed {seed}: {why}" for (arm, seed), why in task.missing.items() if seed >= 0})
-    note += f" **Incomplete**: {'; '.join(lost)}." if lost else ""
+    note += f" Incomplete: {'; '.join(lost)}." if lost else ""
     head = ["method", "seeds", *(TITLES[m] for m in SCORED), "SD", "points per M tokens"]
     return Table(f"{task.name}: accuracy", head, [first, *lines], note)
 
