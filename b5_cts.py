@@ -87,7 +87,7 @@ class Args(cts.RunArgs):
     """length of the alignment's updates at the first step, relative to GRPO's; 0 = off"""
     lam_align_final: float = 1.0
     """what share of that is left at the last step, reached linearly"""
-    lam_decode: float = 3.0
+    lam_decode: float = 1.0
     """length of the updates by the next-token loss on the revision y1; 0 = off"""
     lam_energy: float = 0.0
     """length of the critic's updates during training; 0 = it stays as fitted"""
@@ -412,8 +412,6 @@ def fit_on_base(critic_def, critic, read_rows, tokenizer, replay, shapes, B: int
     """The critic fitted on quadruples of the train split (--energy frozen: as it is), with `check_edit` on CHECK_QUADS
     of the validation split (--eval_problems, if less), as they are, under other critiques and under redacted ones."""
     args = dataclasses.replace(args, critique="replay")  # one critic for all arms
-    if not replay["val"]:
-        raise cts.InputError("the replay has no val split, on which the critic is checked: more problems (teacher.py)")
     read = lambda quads: read_quads(read_rows, tokenizer, quads, shapes, B, args)
     cached = read(cts.first_problems(replay["train"], args.energy_quads))
     if args.energy == "fitted" and len(cached["f"]):
