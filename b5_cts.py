@@ -16,7 +16,7 @@ one length, it takes from GRPO what it adds (--aux joint: one loss and one Adam,
 in blocks marked CTS; with all lam 0 and --critique=replay it is B3, update for update. Ablations: A1 all lam 0, A1d
 --lam_align=0, A2 --align=l2, A3 --align=soft_dtw, A4 --lam_decode=0, A5 --energy=frozen, A6 --critique=online.
 
-    python b5_cts.py --task gsm8k --seed 3        (fixtures_long: 5 minutes on 2 CPU cores, later runs 3)
+    python b5_cts.py --task gsm8k --seed 3        (fixtures_long: 5 to 7 minutes on 2 CPU cores, later 3)
 """
 
 import dataclasses
