@@ -45,8 +45,11 @@ def outside(tmp_path):
 
 
 def attack(box, program, outcomes, tests=TESTS, **limits):
-    """Run it; its outcome is one of `outcomes`, it has no process left, and the next program runs as ever."""
-    verdict = run_program(program, tests, **{"timeout_s": 1.0, **limits})
+    """Run it; its outcome is one of `outcomes`, it has no process left, and the next program runs as ever.
+
+    A time limit of 1 s where running into it is an answer; else one that no slow machine reaches."""
+    patience = {"timeout_s": 1.0 if "timeout" in outcomes.split() else 20.0}
+    verdict = run_program(program, tests, **patience | limits)
     assert verdict.outcome in outcomes.split() and verdict.passed == 0, verdict
     assert not survivors(box)
     assert run_program("def f(x):\n    return x * x", VALUE(4)).outcome == "pass"
@@ -607,8 +610,9 @@ def test_memory_error_caught_by_the_program(box):
 def test_ten_gigabytes_of_output(box, write):
     program = f"import os, sys\nfor _ in range(10000): {write}\n"
     outcomes = "wrong timeout" if "stderr" in write else "crash"  # standard error is thrown away
-    attack(box, program, outcomes, {"inputs": ["1"], "outputs": ["1"]}, timeout_s=0.5)
-    attack(box, f"{program}def f(x): return 1", outcomes, timeout_s=0.5)
+    limits = {"timeout_s": 0.5} if "stderr" in write else {}
+    attack(box, program, outcomes, {"inputs": ["1"], "outputs": ["1"]}, **limits)
+    attack(box, f"{program}def f(x): return 1", outcomes, **limits)
 
 
 def test_a_value_too_long(box):
@@ -774,7 +778,7 @@ ODD = [
 @pytest.mark.parametrize("i", range(len(ODD)))
 def test_odd_programs(box, i):
     program, tests, outcomes = ODD[i]
-    verdict = run_program(program, tests, timeout_s=1)
+    verdict = run_program(program, tests, timeout_s=20)
     assert verdict.outcome in outcomes.split(), verdict
     assert len(verdict.detail) < 300 and "\n" not in verdict.detail and not survivors(box)
 
