@@ -105,6 +105,10 @@ class Args(cts.RunArgs):
     """f of replay; another problem's f and place; without numbers and place (controls); of the policy's attempt (A6)"""
     target: Literal["energy", "ref_only", "hindsight", "random", "shuffled_locus", "all_steps"] = "energy"
     """R* by the energy; y1's state; the base's behind f; controls: a random edit, at another step, all steps to y1's"""
+    align_reading: Literal["attempt", "revise"] = "attempt"
+    """where trajectories are read: as answers to the attempt prompt; y0 as given in the revise prompt, y1 behind it"""
+    align_layer: int = 0
+    """layer whose states they are, the first being 1; 0 = the last"""
     edit_eta: float = 1.0
     """length of the edit, relative to the way from R to ref; online: to its mean in the fit"""
     hold: float = 0.2
@@ -245,16 +249,30 @@ def edit_trajectory(critic: Critic, R_BJR, f_BD, alpha_BJ, length_BJ):
     return jax.lax.stop_gradient(R_BJR - length_BJ[..., None] * unit_BJR)
 
 
-def read_base(model, batch, dtype, hindsight: bool):
-    """What the frozen base makes of a batch: R and ref [B, J, R], the pooled state of f [B, D], and with `hindsight`
-    the points [B, J, R] of y0's steps once it has read x, y0 and f."""
+def read_base(model, batch, dtype, args: Args):
+    """What the frozen base makes of a batch: R and ref [B, J, R], the pooled state of f [B, D], and for the target
+    `hindsight` the points [B, J, R] of y0's steps once it has read x, y0 and f."""
+    given, hindsight = args.align_reading == "revise", args.target == "hindsight"
     attempt = cts.Reading(batch["attempt_prompt"], batch["attempt_prompt_len"], [batch["y0"], batch["y1"]])
-    revise = cts.Reading(batch["prompt"], batch["prompt_len"], [batch["y0"]] if hindsight else [])
-    revise, (_, (y0_BTD, y1_BTD)) = model([revise, attempt], dtype)
-    points = lambda hidden_BTD, y: project(cts.pool_steps(hidden_BTD, batch[f"{y}_steps"]))
+    behind_f = [*[batch["y1"]] * given, *[batch["y0"]] * hindsight]
+    revise = cts.Reading(batch["prompt"], batch["prompt_len"], behind_f)
+    revise, *attempt = model([revise, *[attempt] * (not given)], dtype, args.align_layer)
+    points = lambda hidden_BTD, steps: project(cts.pool_steps(hidden_BTD, batch[steps]))
+    R_BJR = points(revise.prompt, "y0_given") if given else points(attempt[0].completions[0], "y0_steps")
+    ref_BJR = points(revise.completions[0] if given else attempt[0].completions[1], "y1_steps")
     f_BD = cts.pool_steps(revise.prompt, batch["f_tokens"])[:, 0]
-    behind_f = [points(y0_BTD, "y0") for y0_BTD in revise.completions]
-    return jax.lax.stop_gradient((points(y0_BTD, "y0"), points(y1_BTD, "y1"), f_BD, *behind_f))
+    after_f = [points(hidden_BTD, "y0_steps") for hidden_BTD in revise.completions[-1:] * hindsight]
+    return jax.lax.stop_gradient((R_BJR, ref_BJR, f_BD, *after_f))
+
+
+def read_policy(model, batch, dtype, args: Args):
+    """R_theta [B, J, R]: y0 read as `read_base` reads it."""
+    if args.align_reading == "revise":
+        (states,) = model([cts.Reading(batch["prompt"], batch["prompt_len"])], dtype, args.align_layer)
+        return project(cts.pool_steps(states.prompt, batch["y0_given"]))
+    attempt = cts.Reading(batch["attempt_prompt"], batch["attempt_prompt_len"], [batch["y0"]])
+    (states,) = model([attempt], dtype, args.align_layer)
+    return project(cts.pool_steps(states.completions[0], batch["y0_steps"]))
 
 
 def pick_target(critic: Critic, R_BJR, ref_BJR, f_BD, hindsight, batch, args: Args) -> tuple[Measure, Measure]:
@@ -319,10 +337,9 @@ def energy_loss(critic: Critic, points_BKR, step_BK, way_BKR, f_BD, weight_BK):
 
 def align_term(model, base_model, critic: Critic, batch, args: Args, dtype):
     """(L_align, metrics) of a micro-batch: y0 through the policy, R* from what the base reads."""
-    R_BJR, ref_BJR, f_BD, *hindsight = read_base(base_model, batch, dtype, args.target == "hindsight")
+    R_BJR, ref_BJR, f_BD, *hindsight = read_base(base_model, batch, dtype, args)
     now, target = pick_target(critic, R_BJR, ref_BJR, f_BD, hindsight, batch, args)
-    (states,) = model([cts.Reading(batch["attempt_prompt"], batch["attempt_prompt_len"], [batch["y0"]])], dtype)
-    R_theta_BJR = project(cts.pool_steps(states.completions[0], batch["y0_steps"]))
+    R_theta_BJR = read_policy(model, batch, dtype, args)
     sinkhorn = lambda *a: cts.sinkhorn_distance(*a, SINKHORN_EPSILON, SINKHORN_ITERATIONS, args.sinkhorn_tau)
     soft_dtw = lambda *a: cts.soft_dtw_distance(*a, SOFT_DTW_GAMMA)
     distance = {"sinkhorn": sinkhorn, "soft_dtw": soft_dtw, "l2": cts.l2_distance}[args.align]
@@ -344,7 +361,7 @@ def decode_term(model, base_model, critic: Critic, batch, args: Args, dtype):
 
 def energy_term(model, base_model, critic: Critic, batch, args: Args, dtype):
     """(L_E, metrics) of a micro-batch, on what the base reads."""
-    R_BJR, ref_BJR, f_BD = read_base(base_model, batch, dtype, hindsight=False)
+    R_BJR, ref_BJR, f_BD = read_base(base_model, batch, dtype, dataclasses.replace(args, target="energy"))
     points_BKR, step_BK, way_BKR, weight_B3K = energy_points(R_BJR, ref_BJR, batch)
     weight_BK = weight_B3K.sum(1) * batch["align_weight"][:, None]
     loss = energy_loss(critic, points_BKR, step_BK, way_BKR, f_BD, weight_BK)
@@ -412,6 +429,8 @@ def fit_on_base(critic_def, critic, read_rows, tokenizer, replay, shapes, B: int
     """The critic fitted on quadruples of the train split (--energy frozen: as it is), with `check_edit` on CHECK_QUADS
     of the validation split (--eval_problems, if less), as they are, under other critiques and under redacted ones."""
     args = dataclasses.replace(args, critique="replay")  # one critic for all arms
+    if not replay["val"]:
+        raise cts.InputError("the replay's val split is empty: the energy critic is checked on it")
     read = lambda quads: read_quads(read_rows, tokenizer, quads, shapes, B, args)
     cached = read(cts.first_problems(replay["train"], args.energy_quads))
     if args.energy == "fitted" and len(cached["f"]):
@@ -473,6 +492,8 @@ def main(args: Args) -> dict:
     rollout_key = jax.random.fold_in(jax.random.key(args.seed), cts.STREAM_ROLLOUT)
     params = {"policy": jax.tree.map(jnp.copy, base_params)}  # a copy: the step donates its parameters
     # CTS: the critic is the same for all seeds; which terms are on, and what each moves.
+    if args.align_layer > cfg.n_layers:
+        raise cts.InputError(f"--align_layer {args.align_layer}: the model has {cfg.n_layers} layers")
     critic_def, params["critic"] = nnx.split(Critic(cfg.d_model, nnx.Rngs(cts.STREAM_INIT)), nnx.Param)
     aligns, trains_energy = args.lam_align > 0, args.lam_energy > 0 and args.energy == "fitted"
     terms = [*["align"] * aligns, *["decode"] * (args.lam_decode > 0), *["energy"] * trains_energy]
@@ -508,7 +529,7 @@ def main(args: Args) -> dict:
     # CTS: what the base makes of attempts, for the fit of the critic.
     @jax.jit
     def base_states(base_params, batch):
-        return read_base(nnx.merge(graphdef, base_params), batch, dtype, hindsight=False)
+        return read_base(nnx.merge(graphdef, base_params), batch, dtype, dataclasses.replace(args, target="energy"))
 
     def forward(policy, batch):
         """Log-probs [M, T] of the completions; a prompt is computed once a group."""
@@ -600,8 +621,8 @@ def main(args: Args) -> dict:
     edit, figures = None, {}
     if trains_energy or (aligns and (args.target in ("energy", "shuffled_locus") or args.critique == "online")):
         key = [cts.program_sha256(__file__), identity["base_weights"], identity["train_replay"], shapes]
-        key += [args.energy, args.energy_fit, args.energy_quads, args.edit_eta, identity["decode"]]
-        key += [jax.default_backend()]
+        key += [args.energy, args.energy_fit, args.energy_quads, args.edit_eta, args.align_reading, args.align_layer]
+        key += [identity["decode"], jax.default_backend()]
         leaves, figures = cts.unpack_arrays(cts.kept(base_dir / f"critic_{cts.sha256(json.dumps(key))[:16]}.json", fit))
         params["critic"] = jax.tree.unflatten(jax.tree.structure(params["critic"]), leaves)
         params = cts.put(params, state_sharding[0])
@@ -698,6 +719,8 @@ def main(args: Args) -> dict:
         read = {"align": shapes["P_revise"] + 2 * shapes["P_attempt"] + 3 * shapes["T_replay"]}
         read |= {"decode": shapes["P_revise"] + shapes["T_replay"]}
         read["energy"] = shapes["P_revise"] + shapes["P_attempt"] + 2 * shapes["T_replay"]
+        if args.align_reading == "revise":
+            read["align"], read["energy"] = read["decode"] + shapes["P_revise"], read["decode"]
         metrics["charts/tokens"] += (step + 1) * B * sum(read[name] for name in terms)
         fitted_on = cts.first_problems(replay["train"], args.energy_quads) if edit else []
         metrics["charts/tokens"] += len(fitted_on) * read["energy"]

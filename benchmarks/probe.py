@@ -34,6 +34,10 @@ ARMS = {  # flags of b5 and the term that is trained
     "energy unheld": ("align", dict(target="energy", hold=0.0)),
     "energy held 1": ("align", dict(target="energy", hold=1.0)),
     "energy eta 0.5": ("align", dict(target="energy", edit_eta=0.5)),
+    "energy middle layer": ("align", dict(target="energy", align_layer=2)),
+    "energy revise prompt": ("align", dict(target="energy", align_reading="revise")),
+    "ref_only middle layer": ("align", dict(target="ref_only", align_layer=2)),
+    "ref_only revise prompt": ("align", dict(target="ref_only", align_reading="revise")),
     "decode": ("decode", {}),
 }
 
@@ -73,7 +77,7 @@ class Probe:
         made = (self.graphdef, self.tokenizer, self.replay["test"], self.shapes, self.mesh, self.dtype, args.problems)
         self.evaluator = cts.Evaluator(*made)
         self.critic_def, self.critic = nnx.split(b5.Critic(self.cfg.d_model, nnx.Rngs(cts.STREAM_INIT)), nnx.Param)
-        self.fitted: dict[float, nnx.State] = {}
+        self.fitted: dict[tuple, nnx.State] = {}
 
         @functools.partial(jax.jit, static_argnames="prompt")
         def logp(params, batch, prompt):
@@ -91,13 +95,14 @@ class Probe:
 
     def fit(self, flags: b5.Args):
         """The critic fitted on this base; what it can do is printed."""
-        if flags.energy_fit not in self.fitted:
-            read = jax.jit(lambda batch: b5.read_base(nnx.merge(self.graphdef, self.base), batch, self.dtype, False))
+        made_by = flags.energy_fit, flags.align_reading, flags.align_layer
+        if made_by not in self.fitted:
+            read = jax.jit(lambda batch: b5.read_base(nnx.merge(self.graphdef, self.base), batch, self.dtype, flags))
             made = (self.critic_def, self.critic, lambda rows: cts.fetch(read(rows)), self.tokenizer, self.replay)
             leaves, about = cts.unpack_arrays(b5.fit_on_base(*made, self.shapes, self.args.rows, flags))
             print({name: {k: round(v, 3) for k, v in found.items()} for name, found in about.items()}, flush=True)
-            self.fitted[flags.energy_fit] = jax.tree.unflatten(jax.tree.structure(self.critic), leaves)
-        return self.fitted[flags.energy_fit]
+            self.fitted[made_by] = jax.tree.unflatten(jax.tree.structure(self.critic), leaves)
+        return self.fitted[made_by]
 
     def measure(self, params) -> dict[str, float]:
         """First attempts right and errors by kind (slips among planted steps, the others among all), with standard

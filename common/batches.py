@@ -14,9 +14,9 @@ from common.verifier import split_steps
 MAX_STEPS = 32  # J: reasoning steps kept of one attempt
 SHARES = (1 / 3, 2 / 3, 1)  # of the training problems, that the widths below a run's fixed shapes hold
 WIDTH = {  # array of a batch -> which of the padded lengths its last axis has
-    "prompt": "P_revise", "f_tokens": "P_revise", "attempt_prompt": "P_attempt", "tokens": "T", "old_logp": "T",
-    "adv": "T", "mask": "T", "y0": "T_replay", "y1": "T_replay", "y0_steps": "T_replay", "y1_steps": "T_replay",
-    "y1_tokens": "T_replay", "decode_weight": "T_replay",
+    "prompt": "P_revise", "f_tokens": "P_revise", "y0_given": "P_revise", "attempt_prompt": "P_attempt", "tokens": "T",
+    "old_logp": "T", "adv": "T", "mask": "T", "y0": "T_replay", "y1": "T_replay", "y0_steps": "T_replay",
+    "y1_steps": "T_replay", "y1_tokens": "T_replay", "decode_weight": "T_replay",
 }  # fmt: skip
 
 
@@ -99,7 +99,8 @@ def pack_trajectories(
 
     attempt_prompt [B, P], attempt_prompt_len [B]; y0, y1 [B, T]; y0_steps, y1_steps [B, J, T]: the tokens of each step;
     y0_mask, y1_mask [B, J]: the steps there are; flagged [B, J]: y0's steps under `error_span`; f_tokens [B, 1, P]: f
-    in the revise prompt; y1_tokens [B, T]: y1 and its end token; wrong [B]: y0 is wrong.
+    in the revise prompt; y0_given [B, J, P]: what precedes the tokens of y0's steps there, whose states emit them in an
+    attempt; y1_tokens [B, T]: y1 and its end token; wrong [B]: y0 is wrong.
 
     y0 "2+3=6\\n#### 6" with error_span [0, 5] has y0_mask [1, 1, 0, ...] and flagged [1, 0, 0, ...].
     """
@@ -111,14 +112,18 @@ def pack_trajectories(
     out |= {f"{y}_mask": (out[f"{y}_steps"].sum(-1) > 0).astype(np.float32) for y in ("y0", "y1")}
     out["flagged"] = np.zeros((B, MAX_STEPS), np.float32)
     out["f_tokens"] = np.zeros((B, 1, shapes["P_revise"]), np.float32)
+    out["y0_given"] = np.zeros((B, MAX_STEPS, shapes["P_revise"]), np.float32)
     for b, q in enumerate(quads):
         start, end = q.meta["error_span"] or (0, 0)
         steps = split_steps(q.y0)[:MAX_STEPS]
         out["flagged"][b, : len(steps)] = [s.start < end and s.end > start for s in steps]
         text = revise_prompt(q.x, q.y0, q.f)
-        at = revise_prompt(q.x, q.y0, "\0").index("\0")  # where f begins in the prompt
+        at, y0_at = (revise_prompt(q.x, *part).index("\0") for part in ((q.y0, "\0"), ("\0", q.f)))  # where each begins
+        spans = [(at, at + len(q.f)), *((y0_at + s.start, y0_at + s.end) for s in steps)]
         ids = revise["prompt"][b, : revise["prompt_len"][b]].tolist()
-        out["f_tokens"][b, :, : len(ids)] = tokenizer.prompt_overlap(ids, text, [(at, at + len(q.f))])
+        found = tokenizer.prompt_overlap(ids, text, spans)
+        out["f_tokens"][b, :, : len(ids)] = found[:1]
+        out["y0_given"][b, : len(steps), : len(ids) - 1] = found[1:, 1:]
     out["y1_tokens"] = length_mask(len_B, T)
     out["wrong"] = np.array([not q.meta["y0_correct"] for q in quads], np.float32)
     return out

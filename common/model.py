@@ -251,15 +251,16 @@ class Decoder(nnx.Module):
         h = jax.nn.silu(dense(h, w["gate"])) * dense(h, w["up"])
         return x_MTD + dense(h, w["down"]), (k, v)
 
-    def _run(self, rows: list[Rows], dtype, keep_kv=False):
-        """All layers without a cache: of every Rows its hidden states [M, T, D] after the final norm, and its stacked
-        (k, v) if asked for.
+    def _run(self, rows: list[Rows], dtype, keep_kv=False, depth: int = 0):
+        """All layers (or the first `depth`) without a cache: of every Rows its hidden states [M, T, D] after the final
+        norm, and its stacked (k, v) if asked for.
 
         All rows pass a layer before any enters the next: so the backward pass adds up what they give to the weights
         layer by layer and holds one gradient, whatever their number.
         """
         ropes = [rope_table(self.cfg, r.pos_MT) for r in rows]
-        weights = {name: w[...] for name, w in nnx.state(self.blocks).items()}
+        depth = depth or self.cfg.n_layers
+        weights = {name: w[:depth] for name, w in nnx.state(self.blocks).items()}
 
         def layer(xs, w):
             out, kv = [], []
@@ -277,7 +278,7 @@ class Decoder(nnx.Module):
         parts = jnp.split(x_BSD, np.cumsum([f.shape[1] for f in flat])[:-1], 1)
         xs = [part.reshape(*r.tokens_MT.shape, -1) for r, part in zip(rows, parts)]
         # unrolled, what the layers keep for the backward pass is not copied into one stacked array
-        unroll = 1 if self.cfg.remat else self.cfg.n_layers
+        unroll = 1 if self.cfg.remat else depth
         xs, kept = jax.lax.scan(jax.checkpoint(layer) if self.cfg.remat else layer, xs, weights, unroll=unroll)
         return [rms_norm(x, self.final_norm[...], self.cfg.norm_eps) for x in xs], kept
 
@@ -297,8 +298,9 @@ class Decoder(nnx.Module):
         (hidden_BPD,), ((k, v),) = self._run([self._prompts(prompt_BP)], dtype, keep_kv=True)
         return Prefix(k, v, len_B - 1), hidden_BPD
 
-    def __call__(self, readings: Sequence[Reading], dtype=jnp.float32) -> list[States]:
-        """The States of each Reading. All readings of a call have the same B."""
+    def __call__(self, readings: Sequence[Reading], dtype=jnp.float32, depth: int = 0) -> list[States]:
+        """The States of each Reading, of the last layer or of layer `depth`, the first being 1. All readings of a call
+        have the same B."""
         rows, firsts = [], []
         for prompt_BP, len_B, completions in readings:
             B, seen_B, last_B1 = len(prompt_BP), len_B - 1, last_tokens(prompt_BP, len_B)[:, None]
@@ -310,7 +312,7 @@ class Decoder(nnx.Module):
                 inputs_MT = jnp.concatenate([jnp.repeat(last_B1, M // B, 0), tokens_MT[:, :-1]], 1)
                 pos_MT = jnp.repeat(seen_B, M // B)[:, None] + jnp.arange(T)
                 rows.append(Rows(inputs_MT, pos_MT, jnp.tril(jnp.ones((T, T), bool)), firsts[-1], seen_B))
-        hidden, _ = self._run(rows, dtype)
+        hidden, _ = self._run(rows, dtype, depth=depth)
         return [States(hidden[i], hidden[i + 1 : j]) for i, j in zip(firsts, [*firsts[1:], None])]
 
     def unstack(self, prefix: Prefix) -> list[tuple]:

@@ -116,7 +116,7 @@ def test_pack_trajectories_worked_example(byte_tokenizer):
         "attempt_prompt": (2, 90), "attempt_prompt_len": (2,), "y0": (2, 24), "y1": (2, 24),
         "y0_steps": (2, MAX_STEPS, 24), "y1_steps": (2, MAX_STEPS, 24), "y0_mask": (2, MAX_STEPS),
         "y1_mask": (2, MAX_STEPS), "flagged": (2, MAX_STEPS), "f_tokens": (2, 1, 170), "y1_tokens": (2, 24),
-        "wrong": (2,),
+        "y0_given": (2, MAX_STEPS, 170), "wrong": (2,),
     }  # fmt: skip
     assert out["attempt_prompt_len"].tolist() == [len(attempt_prompt("x")), len(attempt_prompt("xy"))]
     assert out["y0_mask"][:, :4].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
@@ -126,6 +126,10 @@ def test_pack_trajectories_worked_example(byte_tokenizer):
     assert out["y1_tokens"].sum(1).tolist() == [len(quads[0].y1) + 1, len(quads[1].y1) + 1]  # with the end token
     for q, prompt, f_T in zip(quads, revise["prompt"], out["f_tokens"][:, 0]):
         assert byte_tokenizer.decode([prompt[f_T > 0].tolist()]) == [q.f]
+    for q, prompt, on_JT in zip(quads, revise["prompt"], out["y0_given"]):  # each state emits the token after its own
+        spelled = [byte_tokenizer.decode([prompt[1:][on_T[:-1] > 0].tolist()])[0] for on_T in on_JT[:4]]
+        steps = [*filter(None, q.y0.split("\n"))]
+        assert spelled == steps + [""] * (4 - len(steps))
 
 
 def test_a_prompts_frame_moves_the_critique(byte_tokenizer):
@@ -142,6 +146,8 @@ def test_a_prompts_frame_moves_the_critique(byte_tokenizer):
         assert framed.decode([revise["prompt"][0][on].tolist()]) == ["No."]
         at = revise_prompt(q.x, q.y0, "\0").index("\0") + len(frame.prefix) + len(frame.before)
         assert np.flatnonzero(on).tolist() == [at, at + 1, at + 2]
+        emitted = revise["prompt"][0][1:][out["y0_given"][0, 0, :-1] > 0].tolist()
+        assert framed.decode([emitted]) == ["2+3=6"]
 
 
 @pytest.mark.parametrize("normalizer", [None, tokenizers.normalizers.NFC()])

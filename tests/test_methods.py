@@ -715,6 +715,29 @@ def test_terms_reach_what_they_should():
     assert moved("decode", "energy") == {"policy"} and moved("energy", "energy") == {"critic"}
 
 
+def test_a_trajectory_in_the_revise_prompt_is_the_completion_of_what_precedes_it():
+    """--align_reading revise: what base and policy make of y0 inside the revise prompt is what they make of y0 as the
+    completion of that prompt's text before it; y1's points are those of a completion of the whole prompt."""
+    before, after = np.random.default_rng(14).integers(11, size=(2, B, 4)).astype(np.int32)
+    batch = cts_batch() | {"prompt": np.concatenate([before, cts_batch()["y0"], after], 1)}
+    batch["prompt_len"] = np.array([14, 13, 12], np.int32)
+    batch["f_tokens"] = np.zeros((B, 1, 14), np.float32)
+    batch["f_tokens"][:, :, 10:12] = 1
+    batch["y0_given"] = np.zeros((B, 3, 14), np.float32)
+    batch["y0_given"][:, :, 3 : 3 + T] = batch["y0_steps"]  # the state of the token before emits
+    args = b5.Args(align_reading="revise", target="hindsight")
+    R, ref, f, hindsight = b5.read_base(tiny(), batch, jnp.float32, args)
+    theta = b5.read_policy(tiny(), batch, jnp.float32, args)
+    plain = b5.Args(target="hindsight")
+    as_attempt = {"attempt_prompt": before, "attempt_prompt_len": np.full(B, 4, np.int32)}
+    expected = b5.read_base(tiny(), batch | as_attempt, jnp.float32, plain)
+    for got, by in ((R, expected[0]), (theta, expected[0]), (f, expected[2]), (hindsight, expected[3])):
+        np.testing.assert_allclose(got, by, atol=1e-5)
+    behind = {"attempt_prompt": batch["prompt"], "attempt_prompt_len": batch["prompt_len"]}
+    np.testing.assert_allclose(ref, b5.read_base(tiny(), batch | behind, jnp.float32, plain)[1], atol=1e-5)
+    assert np.abs(np.asarray(ref - expected[1])).max() > 0.01  # after another prompt it is another state
+
+
 def test_terms_by_parts():
     """L_align (ref_only, l2, held) and L_decode again, of one row at a time, with loops over steps and tokens."""
     model, base, batch, hold = tiny(), tiny(13), cts_batch(), 0.3

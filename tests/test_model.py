@@ -129,6 +129,29 @@ def test_readings_together_equal_each_alone():
         decoder(CONFIGS["all"])([first, second._replace(prompt_BP=other_BP[:1], len_B=np.array([2]))])
 
 
+@pytest.mark.parametrize("remat", [False, True])
+def test_states_of_a_layer_are_those_of_a_decoder_that_ends_there(remat):
+    """Layer 1 of 2 against the naive decoder of the first layer alone; the second layer gets no gradient from it."""
+    cfg = dataclasses.replace(CONFIGS["all"], remat=remat)
+    model, (prompt_BP, len_B, tokens_MT) = decoder(cfg), batch()
+    (graphdef, params), weights = split(model), naive_weights(model)
+    assert cfg.n_layers == 2
+
+    @jax.jit
+    def read(params):
+        (states,) = nnx.merge(graphdef, params)([Reading(prompt_BP, len_B, [tokens_MT])], depth=1)
+        return jnp.sin(states.completions[0]).sum(), states.completions[0]
+
+    grads, hidden_MTD = jax.grad(read, has_aux=True)(params)
+    for m, tokens_T in enumerate(np.asarray(tokens_MT)):
+        b = m // GROUP
+        row = [*np.asarray(prompt_BP)[b, : len_B[b]], *tokens_T[:-1]]
+        expected = naive_hidden(dataclasses.replace(cfg, n_layers=1), weights, row)
+        np.testing.assert_allclose(hidden_MTD[m], expected[len_B[b] - 1 :], atol=2e-5)
+    for leaf in jax.tree.leaves(grads["blocks"]):
+        assert np.abs(leaf[0]).max() > 0 and not leaf[1].any()
+
+
 def test_packed_documents_equal_each_alone():
     cfg = CONFIGS["llama3"]
     model = decoder(cfg)

@@ -433,7 +433,8 @@ def test_four_devices_equal_one(space, runs, script):
 ABLATIONS = {
     "redacted": dict(critique="redacted"),
     "online": dict(critique="online", align="soft_dtw", lam_energy=0.5),
-    "hindsight": dict(target="hindsight", hold=0.0),
+    "hindsight": dict(target="hindsight", hold=0.0, align_layer=1),
+    "given": dict(target="hindsight", align_reading="revise", lam_energy=0.5),
     "locus": dict(target="shuffled_locus", critique="shuffled"),
     "all_steps": dict(target="all_steps", process_credit="from_error"),
     "frozen": dict(align="l2", target="random", energy="frozen", lam_energy=0.5, kl_coef=0.01, truncated="keep"),
