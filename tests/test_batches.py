@@ -255,13 +255,13 @@ def test_micro_batches_keep_every_live_token(seed):
 
 
 def test_update_widths(byte_tokenizer):
-    """Thirds of 30 problems whose texts grow by a letter each: each width holds its share, the last what none needs."""
+    """Halves of 30 problems whose texts grow by a letter each: each width holds its share, the last what none needs."""
     quads = [Quadruple("x" * (i + 1), "a" * (3 * i), "f", "b" * (2 * i), {}) for i in range(30)]
     shapes = {"P_attempt": 400, "P_revise": 600, "T": 48, "T_replay": 96}
     widths = update_widths(byte_tokenizer, quads, shapes)
-    assert widths[-1] == shapes and [w["T"] for w in widths] == [32, 48, 48, 48]
-    assert [w["T_replay"] for w in widths] == [32, 64, 96, 96]
-    for width, share in zip(widths, (1 / 3, 2 / 3, 1)):
+    assert widths[-1] == shapes and [w["T"] for w in widths] == [32, 48, 48]
+    assert [w["T_replay"] for w in widths] == [48, 96, 96]
+    for width, share in zip(widths, (1 / 2, 1)):
         fits = [len(byte_tokenizer.encode_prompt(revise_prompt(q.x, q.y0, q.f))) <= width["P_revise"] for q in quads]
         assert share <= np.mean(fits) < share + 1 / 3
     assert update_widths(byte_tokenizer, quads[:1], shapes | {"T": 16})[0]["T"] == 16
