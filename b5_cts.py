@@ -256,7 +256,7 @@ def read_base(model, batch, dtype, args: Args):
     attempt = cts.Reading(batch["attempt_prompt"], batch["attempt_prompt_len"], [batch["y0"], batch["y1"]])
     behind_f = [*[batch["y1"]] * given, *[batch["y0"]] * hindsight]
     revise = cts.Reading(batch["prompt"], batch["prompt_len"], behind_f)
-    revise, *attempt = model([revise, *[attempt] * (not given)], dtype, args.align_layer)
+    revise, *attempt = model([revise, *[attempt] * (not given)], dtype, args.align_layer, learns=False)
     points = lambda hidden_BTD, steps: project(cts.pool_steps(hidden_BTD, batch[steps]))
     R_BJR = points(revise.prompt, "y0_given") if given else points(attempt[0].completions[0], "y0_steps")
     ref_BJR = points(revise.completions[0] if given else attempt[0].completions[1], "y1_steps")

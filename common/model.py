@@ -251,9 +251,9 @@ class Decoder(nnx.Module):
         h = jax.nn.silu(dense(h, w["gate"])) * dense(h, w["up"])
         return x_MTD + dense(h, w["down"]), (k, v)
 
-    def _run(self, rows: list[Rows], dtype, keep_kv=False, depth: int = 0):
+    def _run(self, rows: list[Rows], dtype, keep_kv=False, depth: int = 0, learns: bool = True):
         """All layers (or the first `depth`) without a cache: of every Rows its hidden states [M, T, D] after the final
-        norm, and its stacked (k, v) if asked for.
+        norm, and its stacked (k, v) if asked for. `learns`: as in `__call__`.
 
         All rows pass a layer before any enters the next: so the backward pass adds up what they give to the weights
         layer by layer and holds one gradient, whatever their number.
@@ -277,8 +277,9 @@ class Decoder(nnx.Module):
         x_BSD = self.embed[...][jnp.concatenate(flat, 1)].astype(dtype)
         parts = jnp.split(x_BSD, np.cumsum([f.shape[1] for f in flat])[:-1], 1)
         xs = [part.reshape(*r.tokens_MT.shape, -1) for r, part in zip(rows, parts)]
-        # unrolled, what the layers keep for the backward pass is not copied into one stacked array
-        unroll = 1 if self.cfg.remat else depth
+        # unrolled, what the layers keep for the backward pass is not copied into one stacked array; else a loop is as
+        # fast and compiles sooner
+        unroll = depth if learns and not self.cfg.remat else 1
         xs, kept = jax.lax.scan(jax.checkpoint(layer) if self.cfg.remat else layer, xs, weights, unroll=unroll)
         return [rms_norm(x, self.final_norm[...], self.cfg.norm_eps) for x in xs], kept
 
@@ -295,12 +296,14 @@ class Decoder(nnx.Module):
 
     def prefill(self, prompt_BP, len_B, dtype=jnp.float32):
         """Prompts -> (Prefix of all but each prompt's last token, hidden states [B, P, D])."""
-        (hidden_BPD,), ((k, v),) = self._run([self._prompts(prompt_BP)], dtype, keep_kv=True)
+        (hidden_BPD,), ((k, v),) = self._run([self._prompts(prompt_BP)], dtype, keep_kv=True, learns=False)
         return Prefix(k, v, len_B - 1), hidden_BPD
 
-    def __call__(self, readings: Sequence[Reading], dtype=jnp.float32, depth: int = 0) -> list[States]:
+    def __call__(
+        self, readings: Sequence[Reading], dtype=jnp.float32, depth: int = 0, learns: bool = True
+    ) -> list[States]:
         """The States of each Reading, of the last layer or of layer `depth`, the first being 1. All readings of a call
-        have the same B."""
+        have the same B. `learns`: a gradient will be taken; without, the program is the smaller one."""
         rows, firsts = [], []
         for prompt_BP, len_B, completions in readings:
             B, seen_B, last_B1 = len(prompt_BP), len_B - 1, last_tokens(prompt_BP, len_B)[:, None]
@@ -312,7 +315,7 @@ class Decoder(nnx.Module):
                 inputs_MT = jnp.concatenate([jnp.repeat(last_B1, M // B, 0), tokens_MT[:, :-1]], 1)
                 pos_MT = jnp.repeat(seen_B, M // B)[:, None] + jnp.arange(T)
                 rows.append(Rows(inputs_MT, pos_MT, jnp.tril(jnp.ones((T, T), bool)), firsts[-1], seen_B))
-        hidden, _ = self._run(rows, dtype, depth=depth)
+        hidden, _ = self._run(rows, dtype, depth=depth, learns=learns)
         return [States(hidden[i], hidden[i + 1 : j]) for i, j in zip(firsts, [*firsts[1:], None])]
 
     def unstack(self, prefix: Prefix) -> list[tuple]:
