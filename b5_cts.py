@@ -429,8 +429,6 @@ def fit_on_base(critic_def, critic, read_rows, tokenizer, replay, shapes, B: int
     """The critic fitted on quadruples of the train split (--energy frozen: as it is), with `check_edit` on CHECK_QUADS
     of the validation split (--eval_problems, if less), as they are, under other critiques and under redacted ones."""
     args = dataclasses.replace(args, critique="replay")  # one critic for all arms
-    if not replay["val"]:
-        raise cts.InputError("the replay's val split is empty: the energy critic is checked on it")
     read = lambda quads: read_quads(read_rows, tokenizer, quads, shapes, B, args)
     cached = read(cts.first_problems(replay["train"], args.energy_quads))
     if args.energy == "fitted" and len(cached["f"]):
@@ -479,6 +477,11 @@ def main(args: Args) -> dict:
     n_micro = cts.count_micro_batches(mesh, args.prompts, args.micro_batch)
     replay = cts.load_replay(args.task, args.replay, args.data_dir, args.unsafe_sandbox)
     cfg, base_params, tokenizer, base_dir = cts.load_model(args.model, args.task, replay, args.out_dir, mesh)
+    # CTS: the layer must exist, and there must be attempts that the critic is checked on.
+    if args.align_layer > cfg.n_layers:
+        raise cts.InputError(f"--align_layer {args.align_layer}: the model has {cfg.n_layers} layers")
+    if not replay["val"]:
+        raise cts.InputError("the replay's val split is empty: the energy critic is checked on it")
     max_new_tokens = args.max_new_tokens or cts.TASKS[args.task].max_new_tokens
     shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new_tokens)
     widths = cts.update_widths(tokenizer, replay["train"], shapes)
@@ -492,8 +495,6 @@ def main(args: Args) -> dict:
     rollout_key = jax.random.fold_in(jax.random.key(args.seed), cts.STREAM_ROLLOUT)
     params = {"policy": jax.tree.map(jnp.copy, base_params)}  # a copy: the step donates its parameters
     # CTS: the critic is the same for all seeds; which terms are on, and what each moves.
-    if args.align_layer > cfg.n_layers:
-        raise cts.InputError(f"--align_layer {args.align_layer}: the model has {cfg.n_layers} layers")
     critic_def, params["critic"] = nnx.split(Critic(cfg.d_model, nnx.Rngs(cts.STREAM_INIT)), nnx.Param)
     aligns, trains_energy = args.lam_align > 0, args.lam_energy > 0 and args.energy == "fitted"
     terms = [*["align"] * aligns, *["decode"] * (args.lam_decode > 0), *["energy"] * trains_energy]

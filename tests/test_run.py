@@ -99,6 +99,13 @@ def test_a_rate_for_nano_is_named_where_a_checkpoint_is_trained(capsys):
         assert ("suits the nano model" in capsys.readouterr().out) == said
 
 
+def test_a_layer_that_the_model_has_not_is_refused_before_a_run_is_begun(tmp_path):
+    args = b5_cts.Args(task="fixtures_rare", align_layer=5, out_dir=str(tmp_path), wandb="disabled")
+    with pytest.raises(InputError, match=r"^--align_layer 5: the model has 4 layers$"):
+        b5_cts.main(args)
+    assert not [*tmp_path.glob("b5_cts__*")]
+
+
 def test_every_number_of_every_script_is_checked():
     """None is forgotten: each, set below 0, is refused by its script before anything else happens."""
     for script in (b0_sft, b1_dpo, b2_grpo, b3_grpo_verifier, b4_grpo_critique, b5_cts):
