@@ -155,7 +155,7 @@ def test_every_flag_is_read_and_explained(script):
 
 def test_size_budgets():
     for script in SCRIPTS:
-        limit = 720 if script == "b5_cts" else 480  # a critic, its fit and six targets are its own
+        limit = 750 if script == "b5_cts" else 480  # a critic, its fit, six targets and two readings are its own
         assert len((ROOT / f"{script}.py").read_text().splitlines()) <= limit
 
 
