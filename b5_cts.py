@@ -249,10 +249,10 @@ def edit_trajectory(critic: Critic, R_BJR, f_BD, alpha_BJ, length_BJ):
     return jax.lax.stop_gradient(R_BJR - length_BJ[..., None] * unit_BJR)
 
 
-def read_base(model, batch, dtype, args: Args):
-    """What the frozen base makes of a batch: R and ref [B, J, R], the pooled state of f [B, D], and for the target
-    `hindsight` the points [B, J, R] of y0's steps once it has read x, y0 and f."""
-    given, hindsight = args.align_reading == "revise", args.target == "hindsight"
+def read_base(model, batch, dtype, args: Args, hindsight: bool = False):
+    """What the frozen base makes of a batch: R and ref [B, J, R], the pooled state of f [B, D], and with `hindsight`
+    the points [B, J, R] of y0's steps once it has read x, y0 and f."""
+    given = args.align_reading == "revise"
     attempt = cts.Reading(batch["attempt_prompt"], batch["attempt_prompt_len"], [batch["y0"], batch["y1"]])
     behind_f = [*[batch["y1"]] * given, *[batch["y0"]] * hindsight]
     revise = cts.Reading(batch["prompt"], batch["prompt_len"], behind_f)
@@ -337,7 +337,7 @@ def energy_loss(critic: Critic, points_BKR, step_BK, way_BKR, f_BD, weight_BK):
 
 def align_term(model, base_model, critic: Critic, batch, args: Args, dtype):
     """(L_align, metrics) of a micro-batch: y0 through the policy, R* from what the base reads."""
-    R_BJR, ref_BJR, f_BD, *hindsight = read_base(base_model, batch, dtype, args)
+    R_BJR, ref_BJR, f_BD, *hindsight = read_base(base_model, batch, dtype, args, args.target == "hindsight")
     now, target = pick_target(critic, R_BJR, ref_BJR, f_BD, hindsight, batch, args)
     R_theta_BJR = read_policy(model, batch, dtype, args)
     sinkhorn = lambda *a: cts.sinkhorn_distance(*a, SINKHORN_EPSILON, SINKHORN_ITERATIONS, args.sinkhorn_tau)
@@ -361,7 +361,7 @@ def decode_term(model, base_model, critic: Critic, batch, args: Args, dtype):
 
 def energy_term(model, base_model, critic: Critic, batch, args: Args, dtype):
     """(L_E, metrics) of a micro-batch, on what the base reads."""
-    R_BJR, ref_BJR, f_BD = read_base(base_model, batch, dtype, dataclasses.replace(args, target="energy"))
+    R_BJR, ref_BJR, f_BD = read_base(base_model, batch, dtype, args)
     points_BKR, step_BK, way_BKR, weight_B3K = energy_points(R_BJR, ref_BJR, batch)
     weight_BK = weight_B3K.sum(1) * batch["align_weight"][:, None]
     loss = energy_loss(critic, points_BKR, step_BK, way_BKR, f_BD, weight_BK)
@@ -477,11 +477,9 @@ def main(args: Args) -> dict:
     n_micro = cts.count_micro_batches(mesh, args.prompts, args.micro_batch)
     replay = cts.load_replay(args.task, args.replay, args.data_dir, args.unsafe_sandbox)
     cfg, base_params, tokenizer, base_dir = cts.load_model(args.model, args.task, replay, args.out_dir, mesh)
-    # CTS: the layer must exist, and there must be attempts that the critic is checked on.
+    # CTS: the layer must exist.
     if args.align_layer > cfg.n_layers:
         raise cts.InputError(f"--align_layer {args.align_layer}: the model has {cfg.n_layers} layers")
-    if not replay["val"]:
-        raise cts.InputError("the replay's val split is empty: the energy critic is checked on it")
     max_new_tokens = args.max_new_tokens or cts.TASKS[args.task].max_new_tokens
     shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new_tokens)
     widths = cts.update_widths(tokenizer, replay["train"], shapes)
@@ -530,7 +528,7 @@ def main(args: Args) -> dict:
     # CTS: what the base makes of attempts, for the fit of the critic.
     @jax.jit
     def base_states(base_params, batch):
-        return read_base(nnx.merge(graphdef, base_params), batch, dtype, dataclasses.replace(args, target="energy"))
+        return read_base(nnx.merge(graphdef, base_params), batch, dtype, args)
 
     def forward(policy, batch):
         """Log-probs [M, T] of the completions; a prompt is computed once a group."""

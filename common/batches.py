@@ -160,8 +160,7 @@ def data_indices(n: int, batch: int, seed: int, step: int) -> np.ndarray:
 
 def update_widths(tokenizer: Tokenizer, quads: list[Quadruple], shapes: dict[str, int]) -> list[dict[str, int]]:
     """The few sets of padded lengths that an update is computed in, the run's `shapes` the last of them: such that half
-    and all of the training problems fit the first two, if completions are as long as y1. A third would save 3 % of an
-    update on the nano model and cost half a minute of compilation."""
+    and all of the training problems fit the first two, if completions are as long as y1."""
     lengths = lambda ids: np.array([*map(len, ids)])
     prompts = {"P_attempt": [attempt_prompt(q.x) for q in quads]}
     prompts["P_revise"] = [revise_prompt(q.x, q.y0, q.f) for q in quads]

@@ -40,7 +40,7 @@ from common.sampling import generate, read_tokens
 from common.tokenizer import Tokenizer
 from common.verifier import split_steps
 
-EVAL_ROWS, CPU_ROWS = 128, 32  # rows decoded at once; on CPUs, whose caches the keys of 32 fit: a quarter sooner
+EVAL_ROWS, CPU_ROWS = 128, 32  # rows decoded at once; on CPUs, where 32 rows take less time each than 128
 VALUES_N, VALUES_GROUP = 64, 8  # problems whose steps get values, if so many are evaluated; samples a prefix
 WITH_ERROR = ("credit_excess", "flip_gain", "value_excess")  # figures of a summary with a standard error
 EDIT_BUCKETS = (2, 5, 10)  # edit distance: 1-2, 3-5, 6-10, 11+

@@ -725,12 +725,11 @@ def test_a_trajectory_in_the_revise_prompt_is_the_completion_of_what_precedes_it
     batch["f_tokens"][:, :, 10:12] = 1
     batch["y0_given"] = np.zeros((B, 3, 14), np.float32)
     batch["y0_given"][:, :, 3 : 3 + T] = batch["y0_steps"]  # the state of the token before emits
-    args = b5.Args(align_reading="revise", target="hindsight")
-    R, ref, f, hindsight = b5.read_base(tiny(), batch, jnp.float32, args)
+    args, plain = b5.Args(align_reading="revise"), b5.Args()
+    R, ref, f, hindsight = b5.read_base(tiny(), batch, jnp.float32, args, hindsight=True)
     theta = b5.read_policy(tiny(), batch, jnp.float32, args)
-    plain = b5.Args(target="hindsight")
     as_attempt = {"attempt_prompt": before, "attempt_prompt_len": np.full(B, 4, np.int32)}
-    expected = b5.read_base(tiny(), batch | as_attempt, jnp.float32, plain)
+    expected = b5.read_base(tiny(), batch | as_attempt, jnp.float32, plain, hindsight=True)
     for got, by in ((R, expected[0]), (theta, expected[0]), (f, expected[2]), (hindsight, expected[3])):
         np.testing.assert_allclose(got, by, atol=1e-5)
     behind = {"attempt_prompt": batch["prompt"], "attempt_prompt_len": batch["prompt_len"]}
