@@ -53,7 +53,7 @@ from common.model import (
     Decoder, ModelConfig, Reading, attend, attend_causal, dense, rms_norm, rope_table, rotate,
 )  # fmt: skip
 # sampling: token log-probs and samples from hidden states
-from common.sampling import first_argmax, generate, token_logp
+from common.sampling import generate, token_logp
 # distances: distances of padded trajectories
 from common.distances import l2_distance, pool_steps, sinkhorn_distance, soft_dtw_distance
 # rewards: outcome, process, uptake and step rewards

@@ -142,6 +142,7 @@ def stand_ins(args: Args, folder: str, B: int, P: int, T: int) -> dict:
     meta = {"task_id": "random", "domain": "math", "answer": "0", "horizon": 1, "edit_distance": 0, "error_tags": [],
             "error_span": None}  # fmt: skip
     quads = [cts.Quadruple("x", "y0", "f", "y1", meta)] * B
+    shapes = {"P_attempt": P, "P_revise": P, "T": T, "T_replay": T}
     decode = lambda ids_MT: [wl.to_text(ids) for ids in ids_MT]
     tokenizer = SimpleNamespace(pad_id=0, eos_id=V, eos_ids=(V,), vocab_size=V, decode=decode, sha256=lambda: "words")
 
@@ -152,7 +153,9 @@ def stand_ins(args: Args, folder: str, B: int, P: int, T: int) -> dict:
     return {
         "load_replay": lambda *_: dict.fromkeys(("train", "val", "test"), quads),
         "load_model": lambda *_: (cfg, first_params(args.size), tokenizer, pathlib.Path(folder)),
-        "fixed_shapes": lambda *_: {"P_attempt": P, "P_revise": P, "T": T, "T_replay": T},
+        "fixed_shapes": lambda *_: shapes,
+        "update_widths": lambda *_: [shapes],
+        "Evaluator": lambda *_: None,
         "base_report": lambda *_: {"precheck": {}, "summary": {}},
         "pack_trajectories": lambda *_: trajectories(V, B, P, T),
         "outcome_scores": rewards,

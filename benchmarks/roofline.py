@@ -18,6 +18,7 @@ import optax
 import paired
 
 import cts_common as cts
+from common.sampling import draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +84,12 @@ def parts(cfg: cts.ModelConfig, work: paired.Work, dtype):
     flops = 4.0 * L * N * H * R * (P + T / 2)
     yield "rollout/attention", T, flops, attention, rand(R, 1, N, H), caches, *prompt
 
-    def draw(hidden, head_VD, key):
+    def head_and_draw(hidden, head_VD, key):
         logits = hidden @ head_VD.T.astype(hidden.dtype)
-        return cts.first_argmax(logits + jax.random.gumbel(key, logits.shape)), jax.nn.logsumexp(logits, -1)
+        weight = jnp.exp(logits - logits.max(-1, keepdims=True))
+        return draw(weight, jax.random.uniform(key, (R, 2))), weight.sum(-1), (weight * logits).sum(-1)
 
-    yield "rollout/head and draw", T, 2.0 * R * V * D, draw, x_R1D[:, 0], head_VD, next(keys)
+    yield "rollout/head and draw", T, 2.0 * R * V * D, head_and_draw, x_R1D[:, 0], head_VD, next(keys)
 
 
 def main(args: Args) -> None:

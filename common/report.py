@@ -5,7 +5,10 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
+import resource
 import subprocess
+import sys
 import time
 from typing import Any
 
@@ -30,6 +33,20 @@ def seconds_since_start() -> float:
 PROCESS_START = time.time() - seconds_since_start()
 
 
+def peak_memory() -> dict[str, float]:
+    """MiB that this process has held at most, "host", and, where devices count theirs, its fullest one, "device"."""
+    try:  # not of the process that started this one, whose peak ru_maxrss takes over
+        peak = re.search(r"VmHWM:\s*(\d+)", pathlib.Path("/proc/self/status").read_text())
+    except OSError:
+        peak = None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform == "darwin" else 1)
+    kinds = {"host": (int(peak[1]) if peak else most) / 1024}
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    if all("peak_bytes_in_use" in counted for counted in stats):
+        kinds["device"] = max(counted["peak_bytes_in_use"] for counted in stats) / 2**20
+    return {kind: round(mib, 1) for kind, mib in kinds.items()}
+
+
 def make_result(args, method: str, identity, counted, replay, base, records, final, timings) -> dict[str, Any]:
     """The content of result.json; `counted` are the budgets as they were spent, which complete the fingerprint."""
     return {
@@ -37,7 +54,7 @@ def make_result(args, method: str, identity, counted, replay, base, records, fin
         "fingerprint": run_fingerprint(identity, counted),
         "replay": {split: replay_report(quads) for split, quads in replay.items()}, "precheck": base["precheck"],
         "base": base["summary"], "summary": final, "records": records, "traces": dict(TRACES), "timings": timings,
-        "versions": versions(),
+        "peak_memory_mib": peak_memory(), "versions": versions(),
     }  # fmt: skip
 
 
@@ -141,6 +158,8 @@ def print_summary(
     t = result["timings"]
     parts = ", ".join(f"{k} {v:.2f}" for k, v in t.items() if k not in ("step", "first_step", "total"))
     print(f"  time: {t['total']:.0f} s in all; a step {t['step']:.2f} s ({parts})")
+    memory = (f"{mib:,.0f} MiB ({kind})" for kind, mib in result["peak_memory_mib"].items())
+    print(f"  memory at its peak: {', '.join(memory)}")
     print(
         f"  fingerprint {result['fingerprint']['digest'][:16]}; result.json, metrics.jsonl, curves.png in {directory}"
     )

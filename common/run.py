@@ -29,7 +29,7 @@ from common.hosts import broadcast, leads, on_leader, progress, say, start_hosts
 from common.locks import lock, unlock
 from common.prompts import revise_prompt
 from common.replay import Quadruple
-from common.report import PROCESS_START, make_result, plot_curves, print_summary
+from common.report import PROCESS_START, make_result, peak_memory, plot_curves, print_summary
 from common.rewards import format_valid
 from common.tracking import STOP_WAIT, Tracker, wandb_mode
 
@@ -112,7 +112,7 @@ def check_args(args, *above_zero: str, **at_most: float) -> None:
             raise InputError(f"--{flag} {value}: must be {least}")
         if value > at_most.get(flag, math.inf):
             raise InputError(f"--{flag} {value}: must be at most {at_most[flag]:g}")
-    if args.model != "nano" and args.learning_rate > NANO_RATE:
+    if isinstance(args, RunArgs) and args.model != "nano" and args.learning_rate > NANO_RATE:
         say(f"--learning_rate {args.learning_rate:g} suits the nano model; checkpoints usually take 1e-6 to 1e-5 here.")
 
 
@@ -387,11 +387,12 @@ class StepClock:
             self.times["step"].append(now - self.began)
 
     def metrics(self, completions: int) -> dict[str, float]:
-        """time/* and charts/SPS (completions a second) of the last step; the first gives time/compile, not a rate."""
+        """time/*, memory/*, and charts/SPS (completions a second) of the last step; time/compile in place of it in the
+        first."""
         parts = {f"time/{name}": t[-1] for name, t in self.times.items()}
         first = {"time/compile": self.times["step"][0]} if self.steps == 1 else {}
         rate = {"charts/SPS": completions / self.times["step"][-1]} if self.steps > 1 else {}
-        return {**parts, **first, **rate}
+        return {**parts, **first, **rate, **{f"memory/{kind}": mib for kind, mib in peak_memory().items()}}
 
     def summary(self) -> dict[str, float]:
         """Medians over the steps after the first, the first, and the whole process, imports included, in seconds."""

@@ -1,5 +1,7 @@
 """Token log-probs without a [B, T, V] array, and the sampler. Used by all trainers and the evaluation."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -72,6 +74,27 @@ def first_argmax(z_MV):
     return jnp.where(at_top_MV, jnp.arange(last + 1), last).min(-1)
 
 
+def draw(weight_MV, uniform_M2):
+    """A column of each row [M], drawn in proportion to its weight (>= 0) by the row's two numbers from [0, 1): one of
+    about sqrt(V) blocks, then a column inside it, each where the cumulative sum passes the number's share of the sum.
+
+    Two numbers a row, where Gumbel noise takes V of them and two logarithms of each: with 49,152 words on a CPU a
+    tenth of the time. What weighs nothing is never drawn, however sums round.
+    """
+    M, V = weight_MV.shape
+    C = math.isqrt(V - 1) + 1
+    weight_MNC = jnp.pad(weight_MV, [(0, 0), (0, -V % C)]).reshape(M, -1, C)
+
+    def choose(weight_MK, uniform_M):
+        sum_MK, at, some = weight_MK.cumsum(-1), jnp.arange(weight_MK.shape[1]), weight_MK > 0
+        passed = sum_MK > uniform_M[:, None] * sum_MK[:, -1:]
+        return jnp.minimum(jnp.where(passed & some, at, len(at)).min(-1), jnp.where(some, at, 0).max(-1))
+
+    block_M = choose(weight_MNC.sum(-1), uniform_M2[:, 0])
+    inside_M = choose(jnp.take_along_axis(weight_MNC, block_M[:, None, None], 1)[:, 0], uniform_M2[:, 1])
+    return block_M * C + inside_M
+
+
 def generate(
     model: Decoder,
     prompt_BP,
@@ -102,13 +125,17 @@ def generate(
         t, input_M, done_M, tokens_MT, logp_MT, entropy_M, cache = state
         hidden_MD, cache = model.decode(input_M, t, cache, layers, prefix.len_B, dtype)
         logits_MV = jnp.einsum("MD,VD->MV", hidden_MD, head_VD, preferred_element_type=jnp.float32) / temperature
-        noise_MV = 0.0 if greedy else jax.random.gumbel(jax.random.fold_in(key, t), logits_MV.shape)
-        token_M = first_argmax(logits_MV + noise_MV)
-        norm_M = jax.nn.logsumexp(logits_MV, -1)
-        logp_M = jnp.take_along_axis(logits_MV, token_M[:, None], 1)[:, 0] - norm_M
-        if not greedy:
-            now_M = norm_M - (jnp.exp(logits_MV - norm_M[:, None]) * logits_MV).sum(-1)
+        top_M = logits_MV.max(-1)
+        weight_MV = jnp.exp(logits_MV - top_M[:, None])
+        total_M = weight_MV.sum(-1)
+        norm_M = top_M + jnp.log(total_M)
+        if greedy:
+            token_M = first_argmax(logits_MV)
+        else:
+            token_M = draw(weight_MV, jax.random.uniform(jax.random.fold_in(key, t), (M, 2)))
+            now_M = norm_M - (weight_MV * logits_MV).sum(-1) / total_M
             entropy_M = entropy_M + jnp.where(done_M, 0.0, now_M)
+        logp_M = jnp.take_along_axis(logits_MV, token_M[:, None], 1)[:, 0] - norm_M
         token_M = jnp.where(done_M, pad_id, token_M).astype(jnp.int32)
         tokens_MT = tokens_MT.at[:, t].set(token_M)
         logp_MT = logp_MT.at[:, t].set(jnp.where(done_M, 0.0, logp_M))

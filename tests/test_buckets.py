@@ -275,7 +275,7 @@ def wait_for(what, process) -> None:
 
 
 def no_times(rows):
-    return [{k: v for k, v in row.items() if not k.startswith(("time/", "charts/SPS"))} for row in rows]
+    return [{k: v for k, v in row.items() if not k.startswith(("time/", "memory/", "charts/SPS"))} for row in rows]
 
 
 def test_nothing_is_lost_with_a_machine(server, command, tmp_path):

@@ -78,7 +78,7 @@ def metrics(space, out):
 
 def assert_same(space, a, b):
     """Equal metrics, times aside, to 1e-4."""
-    no_times = lambda row: {k: v for k, v in row.items() if not k.startswith(("time/", "charts/SPS"))}
+    no_times = lambda row: {k: v for k, v in row.items() if not k.startswith(("time/", "memory/", "charts/SPS"))}
     rows, others = ([no_times(row) for row in metrics(space, out)[0]] for out in (a, b))
     assert len(rows) == len(others) == 3
     for row, other in zip(rows, others):

@@ -3,12 +3,21 @@
 pytest tests/test_report.py
 """
 
+import ast
 import json
+import pathlib
+import subprocess
+import sys
+from types import SimpleNamespace
 
+import jax
+import numpy as np
 from examples import RECORDS
 
 from common.evaluation import summarize
-from common.report import credit_lines, plot_curves, print_summary, read_metrics
+from common.report import credit_lines, peak_memory, plot_curves, print_summary, read_metrics
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 
 def test_plot_curves_writes_a_picture(tmp_path):
@@ -24,11 +33,28 @@ def test_plot_curves_writes_a_picture(tmp_path):
     assert flat != (tmp_path / "curves.png").read_bytes()
 
 
+def test_peak_memory(monkeypatch):
+    """Of a process that has let go of 300 MiB: those, and not what the process holds that started it. On devices, the
+    fullest one's."""
+    ours = np.ones(2**27, np.float64)  # 1 GiB, written to
+    code = ("from common.report import peak_memory as peak; import numpy as np; before = peak()['host'];"
+            "a = np.ones(300 * 2**17); del a; print(before, peak())")  # fmt: skip
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    before, after = out.split(" ", 1)
+    assert ast.literal_eval(after).keys() == {"host"}  # CPUs count nothing
+    assert 200 < ast.literal_eval(after)["host"] - float(before) < 400 and float(before) < 1000 < peak_memory()["host"]
+    device = lambda peak: SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": peak, "bytes_in_use": 1})
+    monkeypatch.setattr(jax, "local_devices", lambda: [device(5 << 20), device(7 << 20)])
+    assert peak_memory()["device"] == 7.0
+    del ours
+
+
 def test_print_summary(capsys, tmp_path):
     """Every line's numbers, base and trained in their columns, the change in points, `-` where there is no rate."""
     base = summarize(RECORDS[:2])
     final = summarize([{**r, "revised": 1.0} for r in RECORDS[:2]])
-    result = {"timings": {"total": 61.4, "step": 2.0, "rollout": 1.25, "score": 0.25, "update": 0.5},
+    result = {"peak_memory_mib": {"host": 1234.6, "device": 70.4},
+              "timings": {"total": 61.4, "step": 2.0, "rollout": 1.25, "score": 0.25, "update": 0.5},
               "fingerprint": {"digest": "0123456789abcdef" * 4}, "replay": {"test": {"quadruples": 2}}}  # fmt: skip
     print_summary("b9__own__s1", tmp_path, result, base, final)
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.strip().splitlines()]
@@ -45,6 +71,7 @@ def test_print_summary(capsys, tmp_path):
         "credit, beyond the base at T 0.80: AUC of the flagged step over its null +0.250; flip gain +1.500 nats",
         "% of first attempts that hold for 1, 2, ... steps: base 100 50, trained 100 50",
         "time: 61 s in all; a step 2.00 s (rollout 1.25, score 0.25, update 0.50)",
+        "memory at its peak: 1,235 MiB (host), 70 MiB (device)",
         f"fingerprint 0123456789abcdef; result.json, metrics.jsonl, curves.png in {tmp_path}",
     ]
     result["replay"]["test"]["quadruples"] = 605  # and --eval_problems 2

@@ -4,6 +4,7 @@ pytest tests/test_sampling.py
 """
 
 import functools
+import math
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ from naive_decoder import (
 )
 
 from common.model import ModelConfig, Reading
-from common.sampling import generate, read_tokens, token_logp
+from common.sampling import draw, generate, read_tokens, token_logp
 
 
 # ---- log-probs ------------------------------------------------------------------------------------------------------
@@ -130,6 +131,50 @@ def test_stops_at_the_end_token(row, at):
         np.testing.assert_allclose(out["logp_MT"][m, :n], logp_MT[m, :n], atol=1e-5)
         np.testing.assert_array_equal(out["logp_MT"][m, n:], 0)
     assert out["len_M"][row] <= at + 1
+
+
+NEARLY_1 = float(np.nextafter(np.float32(1), np.float32(0)))
+
+
+@pytest.mark.parametrize("V", [2, 9, 50, 1000])
+@pytest.mark.parametrize("skew", [1.0, 10.0])
+def test_draw_in_proportion_to_weight(V, skew):
+    """On an even grid of both numbers every column comes as often as its share of the row's weight says, exactly but
+    for the grid's width: a block's columns have its share, and inside it their own."""
+    weight_V = np.exp(skew * np.random.default_rng(V).normal(size=V)).astype(np.float32)
+    weight_V[V // 2] = 0.0
+    n = 64  # of the grid, a side
+    grid = (np.arange(n, dtype=np.float32) + 0.5) / n
+    uniform_M2 = np.stack(np.meshgrid(grid, grid, indexing="ij"), -1).reshape(-1, 2)
+    drawn = np.asarray(jax.jit(draw)(np.broadcast_to(weight_V, (n * n, V)), uniform_M2))
+    C = math.isqrt(V - 1) + 1  # columns of a block
+    share = weight_V.astype(np.float64) / weight_V.astype(np.float64).sum()
+    blocks = np.array([share[i : i + C].sum() for i in range(0, V, C)])
+    np.testing.assert_allclose(np.bincount(drawn // C, minlength=len(blocks)) / n**2, blocks, atol=1.01 / n)
+    seen = np.bincount(drawn, minlength=V) / n**2
+    np.testing.assert_allclose(seen, share, atol=2.02 / n)
+    assert seen[V // 2] == 0 and len(seen) == V
+
+
+@pytest.mark.parametrize("first", [0.0, 0.3, NEARLY_1])
+@pytest.mark.parametrize("second", [0.0, 0.7, NEARLY_1])
+def test_what_weighs_nothing_is_never_drawn(first, second):
+    """At both ends of [0, 1), weights of any size at the first, a middle and the last column."""
+    for at in ([0], [57], [99], [3, 98], [0, 99]):
+        for size in (1e-30, 1e-6, 1.0, 3e4):
+            weight_V = np.zeros(100, np.float32)
+            weight_V[at] = size
+            assert int(draw(weight_V[None], np.float32([[first, second]]))[0]) in at
+
+
+def test_draw_is_exact_in_long_tails():
+    """A block of 1e-6 of the weight is as evenly drawn inside as any other: its columns have a number of their own."""
+    weight_V = np.full(100, 1e-7, np.float32)
+    weight_V[0] = 1.0
+    inside = (np.arange(1000, dtype=np.float32) + 0.5) / 1000
+    drawn = draw(np.broadcast_to(weight_V, (1000, 100)), np.stack([np.full(1000, NEARLY_1, np.float32), inside], -1))
+    counts = np.bincount(np.asarray(drawn), minlength=100)
+    assert counts.sum() == counts[90:].sum() == 1000 and counts[90:].tolist() == [100] * 10
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
