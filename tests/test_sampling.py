@@ -136,7 +136,7 @@ def test_stops_at_the_end_token(row, at):
 NEARLY_1 = float(np.nextafter(np.float32(1), np.float32(0)))
 
 
-@pytest.mark.parametrize("V", [2, 9, 50, 1000])
+@pytest.mark.parametrize("V", [2, 9, 50, 1000, 1024])
 @pytest.mark.parametrize("skew", [1.0, 10.0])
 def test_draw_in_proportion_to_weight(V, skew):
     """On an even grid of both numbers every column comes as often as its share of the row's weight says, exactly but
@@ -147,7 +147,7 @@ def test_draw_in_proportion_to_weight(V, skew):
     grid = (np.arange(n, dtype=np.float32) + 0.5) / n
     uniform_M2 = np.stack(np.meshgrid(grid, grid, indexing="ij"), -1).reshape(-1, 2)
     drawn = np.asarray(jax.jit(draw)(np.broadcast_to(weight_V, (n * n, V)), uniform_M2))
-    C = math.isqrt(V - 1) + 1  # columns of a block
+    C = V // math.gcd(V, 2 ** round(math.log2(V) / 2))  # columns of a block
     share = weight_V.astype(np.float64) / weight_V.astype(np.float64).sum()
     blocks = np.array([share[i : i + C].sum() for i in range(0, V, C)])
     np.testing.assert_allclose(np.bincount(drawn // C, minlength=len(blocks)) / n**2, blocks, atol=1.01 / n)
@@ -174,7 +174,7 @@ def test_draw_is_exact_in_long_tails():
     inside = (np.arange(1000, dtype=np.float32) + 0.5) / 1000
     drawn = draw(np.broadcast_to(weight_V, (1000, 100)), np.stack([np.full(1000, NEARLY_1, np.float32), inside], -1))
     counts = np.bincount(np.asarray(drawn), minlength=100)
-    assert counts.sum() == counts[90:].sum() == 1000 and counts[90:].tolist() == [100] * 10
+    assert counts.sum() == counts[75:].sum() == 1000 and counts[75:].tolist() == [40] * 25
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
