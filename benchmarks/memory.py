@@ -82,7 +82,7 @@ def predict(cfg, data: int, model: int, work, width: int) -> dict[str, float]:
     tokens = b * P + b * G * T
     one_layer = tokens * (4 * D + 3 * N * cfg.head_dim + 4 * K * cfg.head_dim + 4 * F) * width
     scores = 3 * 4 * N * (b * G * T * (T + P) + b * P * P)  # float32: scores, their exponentials, a gradient
-    keeps = L * tokens * D * width + 2 * one_layer + scores if cfg.remat else L * (1.5 * one_layer + scores)
+    keeps = L * tokens * D * width + one_layer + scores if cfg.remat else L * (1.5 * one_layer + scores)
     logits = 3 * 4 * b * G * min(32, T) * cut(V)
     cache = 2 * L * K * cfg.head_dim * (b * P + b * G * T) * width
     apart = gathered if data > 1 else 0  # weights of all data devices, as far as XLA has them at a time
@@ -104,24 +104,23 @@ class Compiled(Exception):
     """All programs of a step have been seen."""
 
 
-def analyse(size: str, mesh: str, prompts: int, group: int, P: int, T: int) -> dict[str, tuple[int, int]]:
-    """{program: (bytes of arguments, of temporaries) on a device} of b3's own `rollout` and `train_step`."""
+def programs(size: str, mesh: str, prompts: int, group: int, P: int, T: int, **flags) -> dict[str, jax.stages.Compiled]:
+    """b3's own `rollout`, `add_grads` and `train_step`, compiled by its own `main`; `flags`: others of b3's."""
     found, real = {}, jax.jit
 
     def recording(f=None, **options):
         if f is None:
             return functools.partial(recording, **options)
         jitted = real(f, **options)
-        if f.__name__ not in ("rollout", "train_step"):
+        if f.__name__ not in ("rollout", "add_grads", "train_step"):
             return jitted
 
         def call(*inputs):
-            compiled = jitted.lower(*inputs).compile()
-            memory = compiled.memory_analysis()
-            found[f.__name__] = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+            if f.__name__ not in found:
+                found[f.__name__] = jitted.lower(*inputs).compile()
             if f.__name__ == "train_step":
                 raise Compiled
-            return compiled(*inputs)
+            return found[f.__name__](*inputs)
 
         return call
 
@@ -129,32 +128,34 @@ def analyse(size: str, mesh: str, prompts: int, group: int, P: int, T: int) -> d
     work = paired.Args(size=size, prompts=prompts, group=group, prompt_tokens=P, new_tokens=T)
     every = paired.batches("grpo", paired.config_of(size).vocab_size, prompts, P, T)
     with tempfile.TemporaryDirectory() as folder:
-        flags = dict(prompts=prompts, group=group, mesh=mesh, out_dir=folder, wandb="disabled", steps=2)
+        flags = dict(prompts=prompts, group=group, mesh=mesh, out_dir=folder, wandb="disabled", steps=2, **flags)
         with (
             mock.patch.multiple(cts, **paired.stand_ins(work, folder, prompts, P, T)),
             mock.patch.object(cts, "pack_revise", lambda *_: next(every)),
-            mock.patch.object(cts, "Evaluator", lambda *_: None),  # nothing is evaluated
             mock.patch.object(jax, "jit", recording),
         ):
             try:
                 script.main(script.Args(**flags))
             except Compiled:
                 return found
-    raise AssertionError("a step compiles both")
+    raise AssertionError("a step compiles all three")
 
 
 def check(size: str, mesh: str, prompts: int, group: int, P: int, T: int) -> dict[str, float]:
     """Predicted bytes over XLA's, by program: arguments that stay (weights, moments), and temporaries."""
     data, model = map(int, mesh.split(","))
-    cfg, found = paired.config_of(size), analyse(size, mesh, prompts, group, P, T)
+    cfg = paired.config_of(size)
+    found = {name: c.memory_analysis() for name, c in programs(size, mesh, prompts, group, P, T).items()}
     # on CPUs a micro-batch is one prompt a device; the sampler takes all prompts at once
     parts = predict(cfg, data, model, Args(prompts=1, group=group, prompt_tokens=P, new_tokens=T), 4)
     alike = Args(prompts=prompts // data, group=group, prompt_tokens=P, new_tokens=T)
     sampler = predict(cfg, data, model, alike, 4)["sampler"]
     temporary = sum(parts[name] for name in ("gradients", "gathered", "activations", "logits"))
+    kept = found["train_step"].argument_size_in_bytes  # with the gradient, which is a temporary of the update
     return {
-        "state": (parts["weights"] + parts["moments"]) / found["train_step"][0],
-        "update": temporary / found["train_step"][1], "sampling": sampler / found["rollout"][1],
+        "state": (2 * parts["weights"] + parts["moments"]) / kept,
+        "update": temporary / (found["add_grads"].temp_size_in_bytes + parts["weights"]),
+        "sampling": sampler / found["rollout"].temp_size_in_bytes,
     }  # fmt: skip
 
 
