@@ -110,7 +110,7 @@ def main(args: Args) -> dict:
     # ---- jitted functions -----------------------------------------------------------------------------------------
     def forward(policy, batch):
         """(log-probs, entropies) [M, T] of the targets."""
-        model = nnx.merge(graphdef, policy)
+        model = nnx.merge(graphdef, cts.gather(mesh, policy))
         (states,) = model([cts.Reading(batch["prompt"], batch["prompt_len"], [batch["tokens"]])], dtype)
         return cts.token_logp(states.completions[0], batch["tokens"], model.head_VD())
 

@@ -115,7 +115,8 @@ def main(args: Args) -> dict:
     # ---- jitted functions -----------------------------------------------------------------------------------------
     def forward(policy, batch):
         """(log-probs, entropies) [B, 2, T] of both completions of every pair; their prompt is computed once."""
-        model, tokens_MT = nnx.merge(graphdef, policy), batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
+        model = nnx.merge(graphdef, cts.gather(mesh, policy))
+        tokens_MT = batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
         (states,) = model([cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])], dtype)
         out = cts.token_logp(states.completions[0], tokens_MT, model.head_VD())
         return [a.reshape(batch["tokens"].shape) for a in out]

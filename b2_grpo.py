@@ -140,14 +140,14 @@ def main(args: Args) -> dict:
     @jax.jit
     def rollout(policy, prompt_BP, prompt_len_B, key):
         cts.TRACES["rollout"] += 1
-        policy = jax.lax.with_sharding_constraint(policy, cts.shard_rule(mesh, policy, at_rest=False))
-        model = nnx.merge(graphdef, policy)
+        model = nnx.merge(graphdef, cts.gather(mesh, policy))
         how = (G, T, args.temperature, tokenizer.eos_ids, tokenizer.pad_id)
         return cts.generate(model, prompt_BP, prompt_len_B, key, *how, dtype=dtype)
 
     def forward(policy, batch):
         """Log-probs [M, T] of the completions; a prompt is computed once a group."""
-        model, tokens_MT = nnx.merge(graphdef, policy), batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
+        model = nnx.merge(graphdef, cts.gather(mesh, policy))
+        tokens_MT = batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
         (states,) = model([cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])], dtype)
         logp_MT, _ = cts.token_logp(states.completions[0], tokens_MT, model.head_VD(), args.temperature)
         return logp_MT

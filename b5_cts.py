@@ -520,19 +520,19 @@ def main(args: Args) -> dict:
     @jax.jit
     def rollout(policy, prompt_BP, prompt_len_B, key):
         cts.TRACES["rollout"] += 1
-        policy = jax.lax.with_sharding_constraint(policy, cts.shard_rule(mesh, policy, at_rest=False))
-        model = nnx.merge(graphdef, policy)
+        model = nnx.merge(graphdef, cts.gather(mesh, policy))
         how = (G, T, args.temperature, tokenizer.eos_ids, tokenizer.pad_id)
         return cts.generate(model, prompt_BP, prompt_len_B, key, *how, dtype=dtype)
 
     # CTS: what the base makes of attempts, for the fit of the critic.
     @jax.jit
     def base_states(base_params, batch):
-        return read_base(nnx.merge(graphdef, base_params), batch, dtype, args)
+        return read_base(nnx.merge(graphdef, cts.gather(mesh, base_params)), batch, dtype, args)
 
     def forward(policy, batch):
         """Log-probs [M, T] of the completions; a prompt is computed once a group."""
-        model, tokens_MT = nnx.merge(graphdef, policy), batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
+        model = nnx.merge(graphdef, cts.gather(mesh, policy))
+        tokens_MT = batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
         (states,) = model([cts.Reading(batch["prompt"], batch["prompt_len"], [tokens_MT])], dtype)
         logp_MT, _ = cts.token_logp(states.completions[0], tokens_MT, model.head_VD(), args.temperature)
         return logp_MT
@@ -561,8 +561,9 @@ def main(args: Args) -> dict:
     # CTS: its terms, each with a pass of its own over what it needs to read.
     def term_loss(part, name, params, batch, base_params):
         params = params | {moved[name]: part}
-        model, critic = nnx.merge(graphdef, params["policy"]), nnx.merge(critic_def, params["critic"])
-        base_model = nnx.merge(graphdef, base_params) if keeps_base else None
+        model = nnx.merge(graphdef, cts.gather(mesh, params["policy"]))
+        base_model = nnx.merge(graphdef, cts.gather(mesh, base_params)) if keeps_base else None
+        critic = nnx.merge(critic_def, params["critic"])
         return {"align": align_term, "decode": decode_term, "energy": energy_term}[name](
             model, base_model, critic, batch, args, dtype
         )

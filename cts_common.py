@@ -45,7 +45,9 @@ from common.batches import (
 # mistakes: a right solution made wrong
 # mutants: a right program made wrong
 # hosts: several hosts, the mesh, the one sharding table
-from common.hosts import batch_shardings, count_micro_batches, fetch, kept, make_mesh, progress, put, say, shard_rule
+from common.hosts import (
+    batch_shardings, count_micro_batches, fetch, gather, kept, make_mesh, progress, put, say, shard_rule,
+)  # fmt: skip
 # making: from problems to replay files, with a report
 from common.making import load_replay, make_replay
 # model: the decoder: prompts and completions to hidden states

@@ -82,7 +82,7 @@ def predict(cfg, data: int, model: int, work, width: int) -> dict[str, float]:
     tokens = b * P + b * G * T
     one_layer = tokens * (4 * D + 3 * N * cfg.head_dim + 4 * K * cfg.head_dim + 4 * F) * width
     scores = 3 * 4 * N * (b * G * T * (T + P) + b * P * P)  # float32: scores, their exponentials, a gradient
-    keeps = L * tokens * D * width + one_layer + scores if cfg.remat else L * (1.5 * one_layer + scores)
+    keeps = L * tokens * D * width + 2 * one_layer + scores if cfg.remat else L * (1.5 * one_layer + scores)
     logits = 3 * 4 * b * G * min(32, T) * cut(V)
     cache = 2 * L * K * cfg.head_dim * (b * P + b * G * T) * width
     apart = gathered if data > 1 else 0  # weights of all data devices, as far as XLA has them at a time
@@ -128,7 +128,7 @@ def programs(size: str, mesh: str, prompts: int, group: int, P: int, T: int, **f
     work = paired.Args(size=size, prompts=prompts, group=group, prompt_tokens=P, new_tokens=T)
     every = paired.batches("grpo", paired.config_of(size).vocab_size, prompts, P, T)
     with tempfile.TemporaryDirectory() as folder:
-        flags = dict(prompts=prompts, group=group, mesh=mesh, out_dir=folder, wandb="disabled", steps=2, **flags)
+        flags |= dict(prompts=prompts, group=group, mesh=mesh, out_dir=folder, wandb="disabled", steps=2, **paired.GRPO)
         with (
             mock.patch.multiple(cts, **paired.stand_ins(work, folder, prompts, P, T)),
             mock.patch.object(cts, "pack_revise", lambda *_: next(every)),

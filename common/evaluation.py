@@ -31,7 +31,7 @@ from common.credit import (
     survival,
 )
 from common.fingerprint import sources_sha256
-from common.hosts import batch_shardings, fetch, kept, leads, progress, put, say, shard_rule
+from common.hosts import batch_shardings, fetch, gather, kept, leads, progress, put, say
 from common.model import Reading
 from common.prompts import attempt_prompt, revise_prompt
 from common.replay import Quadruple, replay_report, replay_sha256
@@ -80,14 +80,13 @@ class Evaluator:
         ids = (tokenizer.eos_ids, tokenizer.pad_id)
 
         def rollout(params, prompt_BP, len_B, key, group, temperature, greedy):
-            params = jax.lax.with_sharding_constraint(params, shard_rule(mesh, params, at_rest=False))
-            model, T = nnx.merge(graphdef, params), shapes["T"]
+            model, T = nnx.merge(graphdef, gather(mesh, params)), shapes["T"]
             return generate(model, prompt_BP, len_B, key, group, T, temperature, *ids, greedy=greedy, dtype=dtype)
 
         kind_V = digit_tokens(tokenizer)
 
         def read(params, prompt_BP, len_B, tokens_BT, other_BT):
-            model = nnx.merge(graphdef, params)
+            model = nnx.merge(graphdef, gather(mesh, params))
             (states,) = model([Reading(prompt_BP, len_B, [tokens_BT])], dtype, learns=False)
             return read_tokens(states.completions[0], tokens_BT, other_BT, model.head_VD(), jnp.asarray(kind_V), POWERS)
 

@@ -175,10 +175,24 @@ def count_micro_batches(mesh: jax.sharding.Mesh, prompts: int, micro_batch: int)
     return prompts // size
 
 
+def gather(mesh: jax.sharding.Mesh, weights):
+    """Weights as a program computes with them, for use under jit: gathered over the data axis once, so that each of its
+    devices computes its own rows, and no weight is gathered for every token. Their gradient comes back as they lie at
+    rest (fully sharded data parallelism, ZeRO 3: https://arxiv.org/abs/1910.02054)."""
+
+    @jax.custom_vjp
+    def gathered(weights):
+        return jax.lax.with_sharding_constraint(weights, shard_rule(mesh, weights, at_rest=False))
+
+    at_rest = lambda _, grads: (jax.lax.with_sharding_constraint(grads, shard_rule(mesh, grads)),)
+    gathered.defvjp(lambda weights: (gathered(weights), None), at_rest)
+    return gathered(weights) if mesh.size > 1 else weights
+
+
 def shard_rule(mesh: jax.sharding.Mesh, tree, at_rest: bool = True):
     """NamedShardings for a tree of weights or optimizer state by leaf name; axes that do not divide stay whole.
 
-    at_rest=False leaves the data axis out: the layout of rollouts, in which no weight is gathered per token.
+    at_rest=False leaves the data axis out: the layout that programs compute with.
     """
 
     def one(path, leaf):

@@ -16,7 +16,7 @@ from common.basics import STREAM_ROLLOUT, InputError, round_up
 from common.batches import decode_rows, pack_prompts
 from common.critique import check_critique
 from common.fingerprint import weights_sha256
-from common.hosts import batch_shardings, fetch, make_mesh, put, say, shard_rule
+from common.hosts import batch_shardings, fetch, gather, make_mesh, put, say
 from common.making import load_replay, make_replay, quadruple
 from common.mistakes import count_steps
 from common.model import Decoder
@@ -40,9 +40,8 @@ def make_sampler(graphdef, params, tokenizer, P: int, T: int, rows: int, tempera
 
     @jax.jit
     def rollout(params, prompt_BP, len_B, key):
-        params = jax.lax.with_sharding_constraint(params, shard_rule(mesh, params, at_rest=False))
         how = (1, T, temperature, tokenizer.eos_ids, tokenizer.pad_id)
-        return generate(nnx.merge(graphdef, params), prompt_BP, len_B, key, *how, dtype=dtype)
+        return generate(nnx.merge(graphdef, gather(mesh, params)), prompt_BP, len_B, key, *how, dtype=dtype)
 
     def sample(prompts: list[str]) -> list[tuple[str, bool]]:
         nonlocal calls
