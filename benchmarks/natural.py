@@ -130,7 +130,7 @@ def run_b2(args: Args, folder: str) -> dict:
     return {
         **{f"{part}_s": round(float(np.median(t)), 2) for part, t in wall.items()},
         "all_steps": [round(float(t), 2) for t in np.array(watch.rows["step"])[:, 0]],
-        "steps_used": len(counted), "completion_tokens": round(mean("tokens")), "reward": round(mean("right"), 3),
+        "steps_used": len(counted), "completion_tokens": round(mean("tokens")), "accuracy": round(mean("right"), 3),
         "cut": round(mean("cut"), 3), "alive": round(mean("alive"), 3), "peak_memory_mib": peak_memory(),
         "others_cores": round(float(others.mean()), 2),
     }  # fmt: skip
