@@ -171,9 +171,12 @@ def run_main(args: Args) -> dict:
     if args.task in PACK:
         B = max(1, B // 2)
     rows = {"sft": B * G, "dpo": B * G // 2}.get(args.task, B)
-    every = itertools.islice(batches(args.task, config_of(args.size).vocab_size, rows, P, T), steps)
+    shape = (args.task, config_of(args.size).vocab_size, rows, P, T)
+    every, before = itertools.islice(batches(*shape), steps), batches(*shape)  # b5 reads some before its first step
     if args.task == "sft":
         P, T = 1, P + T - 1
+
+    pack = lambda *_: next(before if watch.began is None else every)
 
     class Clock(cts.StepClock):
         def start(self):
@@ -187,7 +190,7 @@ def run_main(args: Args) -> dict:
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.multiple(cts, StepClock=Clock, **stand_ins(args, folder, B, P, T)),
-        mock.patch(PACK.get(args.task, "cts_common.pack_revise"), lambda *_: next(every)),
+        mock.patch(PACK.get(args.task, "cts_common.pack_revise"), pack),
         mock.patch.object(optax, "adamw", lambda *_, **__: adamw(**wl.ADAMW)),
         mock.patch.dict(os.environ, JAX_COMPILATION_CACHE_DIR=folder),  # no compiled program from before
         contextlib.redirect_stdout(sys.stderr),  # what the script prints is no part of the answer

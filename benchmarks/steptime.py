@@ -183,8 +183,8 @@ def collectives(hlo: str) -> list[tuple[str, int, int, str, bool]]:
 
 def check(size: str, mesh: str, prompts: int, group: int, P: int, T: int) -> dict[str, float]:
     """Predicted over XLA's: FLOPs of a device (of a loop's body once, as XLA counts) and bytes exchanged. An all-reduce
-    does what a reduce-scatter and an all-gather do: it counts twice. Then the largest array of all over one of all
-    logits."""
+    does what a reduce-scatter and an all-gather do: it counts twice. And, where the vocabulary is whole, of how many of
+    an update's tokens the logits are there at a time, as a share of all."""
     data, model = map(int, mesh.split(","))
     cfg = paired.config_of(size)
     work = Args(prompts=prompts, group=group, prompt_tokens=P, new_tokens=T)
@@ -208,9 +208,11 @@ def check(size: str, mesh: str, prompts: int, group: int, P: int, T: int) -> dic
         "gathered in an update": ring["weights"] / over(data) / sent["add_grads"]["gather"],
         "summed in an update": sums / sent["add_grads"]["sum"],
     }
-    shapes = {shape for c in found.values() for _, shape in SHAPE.findall(c.as_text())}
-    largest = max(math.prod(map(int, filter(None, shape.split(",")))) for shape in shapes)
-    ratios["largest array over all logits"] = largest / (prompts * group * T * cfg.vocab_size)
+    if model == 1:  # a vocabulary that is cut may be as wide as the model
+        shapes = {tuple(map(int, s.split(","))) for _, s in SHAPE.findall(found["add_grads"].as_text()) if s}
+        head = (cfg.d_model, cfg.vocab_size)
+        rows = max(math.prod(shape[:-1]) for shape in shapes if shape[-1] == cfg.vocab_size and shape != head)
+        ratios["logits at a time"] = rows / (group * T)
     token = exchanged(cfg, data, model, work, 4)["token"] / over(model) if model > 1 else 0
     return ratios | ({"exchanged for a token": token / sent["rollout"]["token"]} if model > 1 else {})
 
