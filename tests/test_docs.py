@@ -59,6 +59,7 @@ def test_every_logged_metric_is_explained_and_none_else():
     logged |= {f"time/{part}" for part in re.findall(r'clock\.mark\("(\w+)"\)', text)} | {"time/step"}
     logged |= {f"losses/{term}_grad_norm" for term in ("align", "decode", "energy")}
     logged |= {f"losses/{term}_grad_cosine" for term in ("align", "decode")}
+    logged |= {"memory/host", "memory/device"}
     logged |= {f"eval/{name}" for name in ("accuracy", "accuracy_revised", "delta_critique")}
     assert sorted(rows(METRICS, r"\w+/\w+", 3)) == sorted(logged)
 
@@ -99,7 +100,7 @@ def test_every_command_is_understood(page):
 # ---- the rooms and their map ----------------------------------------------------------------------------------------
 ROOMS = {path.stem: path for path in sorted(ROOT.glob("common/*.py")) if path.stem != "__init__"}
 MAP = re.findall(r"^# (?!ruff)(\w+): \S.*$", (ROOT / "cts_common.py").read_text(), re.MULTILINE)
-CROSS = ("aggregate", "deploy", "devices", "docs", "launch", "methods", "scripts")  # whole runs, launchers, pages
+CROSS = ("aggregate", "benchmarks", "deploy", "devices", "docs", "launch", "methods", "scripts")
 WITHOUT_JAX = (
     "basics", "prompts", "values", "answers", "verifier", "sandbox_server", "plans", "sandbox", "programs",
     "replay", "critique", "fixtures", "tasks", "tokenizer", "mistakes", "mutants", "batches", "locks", "tracking",
