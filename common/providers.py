@@ -79,9 +79,30 @@ def word(value: Any) -> str:
     return value if isinstance(value, str) and re.fullmatch(r"[A-Za-z][\w.-]{0,48}", value) else ""
 
 
-def number(value: Any) -> int:
-    """A count of a server: 0 where it gives none."""
-    return value if isinstance(value, int) and value >= 0 else 0
+def usage_of(fresh: Any, cached: Any, written: Any, output: Any) -> Usage | None:
+    """A server's counts, 5000.0 as 5000; None where one of them is no count: then nobody knows what it costs."""
+    counts = [fresh, cached or 0, written or 0, output]
+    if not all(type(n) in (int, float) and 0 <= n < 1e12 and n == int(n) for n in counts):
+        return None
+    return Usage(*map(int, counts))
+
+
+def text_of(said: Any) -> str:
+    """What is said in a message: a text, the texts in a list of parts, or nothing. TypeError at anything else,
+    ValueError at half a surrogate pair."""
+    if isinstance(said, list):
+        said = "".join(part["text"] for part in said if part.get("type") in ("text", "output_text"))
+    if not isinstance(said, str | None):
+        raise TypeError
+    (said or "").encode()
+    return said or ""
+
+
+def input_of(arguments: Any) -> str:
+    """What a tool is called with, as JSON; TypeError where it is none."""
+    if not isinstance(arguments, dict | str):
+        raise TypeError
+    return text_of(arguments if isinstance(arguments, str) else json.dumps(arguments))
 
 
 def retry_after(headers: Any) -> float | None:
@@ -93,7 +114,7 @@ def retry_after(headers: Any) -> float | None:
         except ValueError:
             try:
                 wait = parsedate_to_datetime(text).timestamp() - time.time()
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, OverflowError):  # a year of twenty digits
                 wait = None
         if wait is not None and wait == wait:
             return max(0.0, wait)
@@ -161,7 +182,7 @@ class Provider:
             raise Failure("broken", "no connection, or a broken one", billed=not never_sent(e)) from None
         try:
             message = json.loads(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise Failure("broken", "an answer that is no JSON", billed=True) from None
         return self.read_checked(message)
 
@@ -169,7 +190,7 @@ class Provider:
         """`read`, where the shape is a message's."""
         try:
             return self.read(message)
-        except (KeyError, IndexError, TypeError, AttributeError):
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError, RecursionError):
             raise Failure("broken", "an answer that is no message", billed=True) from None
 
     def failure(self, e: Any, way: tuple) -> Failure:
@@ -226,13 +247,12 @@ class Anthropic(Provider):
 
     def read(self, message: dict[str, Any]) -> Reply:
         blocks, used = message["content"], message.get("usage") or {}
-        said = [json.dumps(b["input"]) for b in blocks if b.get("type") == "tool_use" and b.get("name") == TOOL]
-        said = said or [b["text"] for b in blocks if b.get("type") == "text"]
-        usage = Usage(number(used.get("input_tokens")), number(used.get("cache_read_input_tokens")),
-                      number(used.get("cache_creation_input_tokens")), number(used.get("output_tokens")))  # fmt: skip
+        calls = [input_of(b["input"]) for b in blocks if b.get("type") == "tool_use" and b.get("name") == TOOL]
+        usage = usage_of(used.get("input_tokens"), used.get("cache_read_input_tokens"),
+                         used.get("cache_creation_input_tokens"), used.get("output_tokens"))  # fmt: skip
         stop = message.get("stop_reason") or "end_turn"
         category = word((message.get("stop_details") or {}).get("category"))
-        return Reply("".join(said), usage if used else None, ENDS.get(stop, word(stop) or "other"), category)
+        return Reply(calls[0] if calls else text_of(blocks), usage, ENDS.get(stop, word(stop) or "other"), category)
 
 
 class OpenAI(Provider):
@@ -266,13 +286,15 @@ class OpenAI(Provider):
     def read(self, message: dict[str, Any]) -> Reply:
         choice, used = message["choices"][0], message.get("usage") or {}
         said, stop = choice["message"], choice.get("finish_reason") or "stop"
-        calls = [call["function"]["arguments"] for call in said.get("tool_calls") or []]
-        cached = number((used.get("prompt_tokens_details") or {}).get("cached_tokens"))
-        fresh = max(0, number(used.get("prompt_tokens")) - cached)
-        usage = Usage(fresh, cached, 0, number(used.get("completion_tokens"))) if used else None
+        called = [call["function"] for call in said.get("tool_calls") or []]
+        calls = [input_of(one["arguments"]) for one in called if one.get("name") == TOOL]
+        cached = (used.get("prompt_tokens_details") or {}).get("cached_tokens")
+        usage = usage_of(used.get("prompt_tokens"), cached, 0, used.get("completion_tokens"))
+        if usage:
+            usage = usage._replace(fresh=max(0, usage.fresh - usage.cached))
         if said.get("refusal"):
             return Reply("", usage, "refused", "refusal")
-        return Reply(calls[0] if calls else said.get("content") or "", usage, ENDS.get(stop, word(stop) or "other"),
+        return Reply(calls[0] if calls else text_of(said.get("content")), usage, ENDS.get(stop, word(stop) or "other"),
                      "content_filter" if stop == "content_filter" else "")  # fmt: skip
 
 

@@ -87,15 +87,61 @@ def test_completions_are_read():
     assert read({"choices": [{"message": {"content": None}}]}) == Reply("", None, "end", "")
 
 
-ODD = ("<html>", [], [1], {}, {"choices": []}, {"content": 3}, None, {"choices": [{"message": 1}]})
+def completion(**said):
+    return {"choices": [{"message": {"content": None, **said}, "finish_reason": "stop"}]}
+
+
+def calls(*named):
+    return [{"function": {"name": name, "arguments": arguments}} for name, arguments in named]
+
+
+def test_parts_and_tool_calls_in_other_shapes_are_read():
+    """A list of parts, arguments that are an object, the call of our tool behind another one."""
+    read = make("openai").read_checked
+    parts = [{"type": "text", "text": '{"a"'}, {"type": "image", "url": "u"}, {"type": "text", "text": ": 1}"}]
+    assert read(completion(content=parts)).text == '{"a": 1}'
+    assert read(completion(tool_calls=calls((providers.TOOL, {"a": 1})))).text == '{"a": 1}'
+    assert read(completion(tool_calls=calls(("look_up", "{}"), (providers.TOOL, '{"a": 1}')))).text == '{"a": 1}'
+    assert read(completion(content="{}", tool_calls=calls(("look_up", None)))).text == "{}"
+
+
+DEEP = []
+for _ in range(100_000):
+    DEEP = [DEEP]
+ODD = (
+    "<html>", [], [1], {}, {"choices": []}, {"content": 3}, None, {"choices": [{"message": 1}]}, completion(content=3),
+    completion(content=[1]), completion(content={"a": 1}), completion(content="half \ud800"),
+    completion(tool_calls=calls((providers.TOOL, None))), completion(tool_calls=calls((providers.TOOL, {"a": DEEP}))),
+    {"content": [{"type": "text", "text": "half \ud800"}]}, {"content": [{"type": "text", "text": 3}]},
+    {"content": [{"type": "tool_use", "name": providers.TOOL, "input": None}]},
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("teacher", PROVIDERS)
-@pytest.mark.parametrize("body", ODD)
+@pytest.mark.parametrize("body", ODD, ids=range(len(ODD)))
 def test_what_is_no_message_is_tried_again(teacher, body):
     with pytest.raises(Failure) as error:
         make(teacher).read_checked(body)
     assert error.value.kind == "broken" and error.value.billed
+
+
+@pytest.mark.parametrize(
+    ("used", "usage"),
+    [
+        ({"prompt_tokens": 5000.0, "completion_tokens": 7.0}, Usage(5000, 0, 0, 7)), ({"total_tokens": 5000}, None),
+        ({"prompt_tokens": -5, "completion_tokens": 7}, None), ({"prompt_tokens": 5, "completion_tokens": None}, None),
+        ({"prompt_tokens": 10**400, "completion_tokens": 7}, None), ({}, None), (None, None),
+        ({"prompt_tokens": float("nan"), "completion_tokens": 7}, None),
+        ({"prompt_tokens": 5, "completion_tokens": True}, None),
+        ({"prompt_tokens": 5, "completion_tokens": 2.5}, None), ({"prompt_tokens": 5, "completion_tokens": "7"}, None),
+    ],
+)  # fmt: skip
+def test_counts_that_are_none_make_no_usage(used, usage):
+    """Then a request counts at its worst case; as nothing, it would pass every cap."""
+    assert make("openai").read_checked({**completion(content="{}"), "usage": used}).usage == usage
+    names = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens"}
+    used = used and {names.get(name, name): n for name, n in used.items()}
+    assert make("anthropic").read_checked({"content": [], "usage": used}).usage == usage
 
 
 # ---- what a status means --------------------------------------------------------------------------------------------
@@ -141,6 +187,7 @@ def test_retry_after_in_all_its_forms():
         assert least <= retry_after(headers) <= most
     assert [retry_after({"retry-after": text}) for text in ("soon", "", "nan")] == [None] * 3
     assert retry_after({}) is None
+    assert retry_after({"retry-after": "1 Jan 99999999999999999999 00:00:00 GMT"}) is None
 
 
 def test_words_of_a_server_are_identifiers_or_nothing():
