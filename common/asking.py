@@ -22,7 +22,7 @@ LEAST_WAIT, MOST_WAIT = 0.5, 60.0  # seconds before a request is sent again: dou
 MOST_PAUSE = 900.0  # a provider that asks to wait longer is asked tomorrow
 FAILURES = 8  # in a row of one request, while others are answered
 PATIENCE, FIRST_PATIENCE = 1800.0, 60.0  # seconds without any answer; before the first one
-UNFIT = 5  # requests in a row that a server refuses as bad before it has taken any
+UNFIT = 5  # requests in a row, none like another, that a server refuses as bad
 BATCH_DISCOUNT = 0.5
 PRICES_AS_OF = "June 2026"
 PRICES = {  # US dollars per million tokens: of the prompt, read from the cache, of the answer. From public lists
@@ -43,8 +43,8 @@ class Stop(Exception):
 
 
 class GaveUp(Exception):
-    """This request is given up for now: another start may ask again. `final`: another start would not help; `billed`:
-    it has cost something."""
+    """This request is given up for now: another start may ask again. `final`: another start would not help, unless all
+    are refused by now; `billed`: it has cost something."""
 
     def __init__(self, why: str, final: bool = False, billed: bool = False):
         super().__init__(why)
@@ -192,11 +192,11 @@ class Pace:
         self.refused, self.width = 0, min(self.most, self.width + 1 / max(1.0, self.width))
 
     def slow_down(self, wait: float | None) -> None:
-        """The provider wants less: it says how long, or the pause doubles with each refusal in a row."""
+        """The provider wants less: the pause doubles with each refusal in a row, and is as long as it says at least."""
         now = time.monotonic()
         if now >= self.halved:  # all that were under way together are one refusal
             self.width, self.halved, self.refused = max(1.0, self.width / 2), now + 1.0, self.refused + 1
-        pause = wait if wait is not None else backoff(self.refused)
+        pause = max(wait or 0, backoff(self.refused))
         self.until = max(self.until, now + pause + random.uniform(0, min(1.0, 0.1 * pause)))
 
 
@@ -214,8 +214,10 @@ class Asker:
     pace: Pace
     failures: Counter = dataclasses.field(default_factory=Counter)  # requests that brought no answer, by what it was
     answers: int = 0
-    last: float = dataclasses.field(default_factory=time.monotonic)  # when something was answered, or a pause ended
-    unfit: int = 0
+    last: float = dataclasses.field(default_factory=time.monotonic)  # when something was answered
+    asked_to_wait: float = 0.0  # seconds since then, by the provider
+    proven: float = 0.0  # when the last request was sent of those that were answered
+    unfit: list[float] = dataclasses.field(default_factory=list)  # when requests were refused as bad, since then
     stopped: Stop | None = None
     stopping: asyncio.Event = dataclasses.field(default_factory=asyncio.Event)
 
@@ -229,7 +231,7 @@ class Asker:
     async def ask(self, prompt: Prompt) -> Reply:
         """The reply to a prompt, sent again as often as it takes. GaveUp where this one gets none, Stop where none
         will."""
-        failed, answers = 0, self.answers
+        failed, unfit, answers = 0, 0, self.answers
         while True:
             try:
                 return await self.once(prompt)
@@ -238,11 +240,10 @@ class Asker:
                 if e.kind == "fatal":
                     raise self.stop(Stop(e.what, fatal=True)) from None
                 if e.kind == "unfit":
-                    self.unfit += 1
-                    if self.unfit >= UNFIT and not self.answers:
-                        raise self.stop(Stop(f"the first {self.unfit} requests are refused: {e.what}", True)) from None
-                    # before any answer it may be the way of asking that is bad
-                    raise GaveUp(f"refused by the server: {e.what}", final=self.answers > 0) from None
+                    unfit += 1
+                    self.refused(e, again=unfit > 1)
+                    if unfit > 1:
+                        raise GaveUp(f"refused by the server: {e.what}", final=True) from None
                 if e.kind == "form":  # the next one looks different
                     continue
                 failed += 1
@@ -250,19 +251,29 @@ class Asker:
                 if failed >= FAILURES and self.answers > answers:  # the others are answered
                     raise GaveUp(f"no answer after {failed} tries: {e.what}") from None
                 patience = PATIENCE if self.answers or e.kind == "busy" else FIRST_PATIENCE
+                patience += min(self.asked_to_wait, MOST_PAUSE)
                 if (silent := time.monotonic() - self.last) > patience:
                     raise self.stop(Stop(f"no answer for {silent:.0f} seconds, at last: {e.what}", True)) from None
 
+    def refused(self, e: Failure, again: bool) -> None:
+        """Note that a request was refused as bad; Stop where so many others were that it is not the request."""
+        self.unfit = [at for at in self.unfit if at >= self.proven] + ([] if again else [time.monotonic()])
+        if len(self.unfit) >= UNFIT:
+            which = f"{UNFIT} requests in a row" if self.answers else f"the first {UNFIT} requests"
+            raise self.stop(Stop(f"{which} are refused: {e.what}", True)) from None
+
     async def wait(self, e: Failure, failed: int) -> None:
-        """After a failure: the provider's own pause for all, else this request's own."""
+        """After a failure: the provider's own pause for all, else this request's own. However short a pause a server
+        asks for, it is no shorter than the backoff."""
         if (e.wait or 0) > MOST_PAUSE:
             raise self.stop(Stop(f"{e.what}: the provider asks to wait {e.wait:.0f} seconds; start again then"))
         if e.kind == "busy":
+            asked_until = time.monotonic() + (e.wait or 0)
+            self.asked_to_wait += max(0.0, asked_until - max(self.pace.until, time.monotonic()))
             self.pace.slow_down(e.wait)
-            self.last = max(self.last, min(self.pace.until, time.monotonic() + (e.wait or 0)))
         else:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(e.wait if e.wait is not None else backoff(failed)):
+                async with asyncio.timeout(max(e.wait or 0, backoff(failed))):
                     await self.stopping.wait()
 
     async def once(self, prompt: Prompt) -> Reply:
@@ -277,7 +288,7 @@ class Asker:
             if self.stopped:  # while it waited for room
                 self.budget.settle(ticket, None, billed=False)
                 raise self.stopped
-            usage, billed = None, True  # also where this task is cancelled
+            usage, billed, sent = None, True, time.monotonic()  # also where this task is cancelled
             try:
                 async with asyncio.timeout(self.provider.timeout):
                     reply = await self.provider.ask(prompt)
@@ -289,7 +300,8 @@ class Asker:
                 raise
             finally:
                 self.budget.settle(ticket, usage, billed)
-        self.answers, self.last, self.unfit = self.answers + 1, time.monotonic(), 0
+        self.answers, self.last, self.asked_to_wait = self.answers + 1, time.monotonic(), 0.0
+        self.proven = max(self.proven, sent)
         self.pace.answered()
         return reply
 

@@ -26,6 +26,8 @@ SIGNS = {  # what a server names that does not know a form
     "tool": ("tools", "tool_choice", "tool use", "tool call", "function call"),
     "plain": (),
 }
+NO_CREDIT = ("insufficient_quota", "billing_error", "billing_hard_limit_reached", "billing_not_active")
+NO_CREDIT_WORDS = "your credit balance is too low"  # of a 400 without a code of its own
 TOOL = "write_down"  # the name of the tool whose input is the answer
 ENDS = {"end_turn": "end", "stop": "end", "stop_sequence": "end", "tool_use": "end", "tool_calls": "end",
         "max_tokens": "cut off", "length": "cut off", "model_context_window_exceeded": "cut off",
@@ -196,8 +198,8 @@ class Provider:
     def failure(self, e: Any, way: tuple) -> Failure:
         """What a status means."""
         status, code = e.status_code, word(getattr(e, "code", None)) or word(getattr(e, "type", None))
-        what = f"status {status}" + (f" ({code})" if code else "")
-        if status == 402 or code in ("insufficient_quota", "billing_error"):
+        what, error = f"status {status}" + (f" ({code})" if code else ""), error_in(e.response.text)
+        if status == 402 or code in NO_CREDIT or str(error.get("message")).lower().startswith(NO_CREDIT_WORDS):
             return Failure("fatal", f"{what}: no credit is left")
         if status in (401, 403):
             return Failure("fatal", f"{what}: the key is not accepted")
@@ -206,11 +208,11 @@ class Provider:
         if status in (429, 529):
             return Failure("busy", what, retry_after(e.response.headers))
         words = e.response.text.lower()
-        if status in (408, 409) or status >= 500:
-            if any(name in words for name in SIGNS[self.form]) and self.fall_back(way, words):
-                return Failure("form", what)  # llama-cpp-python answers so to a field that it does not know
-            return Failure("broken", what, retry_after(e.response.headers), billed=status >= 500)
-        return Failure("form" if self.fall_back(way, words) else "unfit", what)
+        if status in (400, 413, 422) and error:
+            return Failure("form" if self.fall_back(way, words) else "unfit", what)
+        if status >= 500 and any(name in words for name in SIGNS[self.form]) and self.fall_back(way, words):
+            return Failure("form", what)  # llama-cpp-python answers so to a field that it does not know
+        return Failure("broken", what, retry_after(e.response.headers), billed=status >= 500)
 
     def told(self, prompt: Prompt) -> str:
         """The system's words; in plain form they hold the schema."""
@@ -218,6 +220,16 @@ class Provider:
             return prompt.system
         asked = "Answer with one JSON object and nothing else. It fits this JSON schema:"
         return f"{prompt.system}\n\n{asked}\n{json.dumps(prompt.schema)}"
+
+
+def error_in(text: str) -> dict[str, Any]:
+    """The error object in the body of a status; empty where the body is none, a proxy's page in HTML, say."""
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    error = body.get("error", body) if isinstance(body, dict) else {}
+    return error if isinstance(error, dict) else {"message": error} if error else {}
 
 
 def never_sent(e: Exception) -> bool:

@@ -14,6 +14,7 @@ import pathlib
 import signal
 import sys
 import threading
+import time
 from collections import Counter
 from typing import Any
 
@@ -93,6 +94,7 @@ class Course:
         self.terms, self.domain, self.keep_unverified = terms, domain, keep_unverified
         self.records, self.asker, self.bar, self.y0s = records, asker, bar, y0s
         self.put_off: dict[str, str] = {}  # no answer in this start, and why
+        self.refused: dict[str, float] = {}  # put off for now: refused as bad, and when
         self.verifying = asyncio.Semaphore(1)  # programs run one batch at a time
 
     def prompt(self, problem: Problem):
@@ -124,12 +126,19 @@ class Course:
                 if reply.stop == "end" and read_answer(reply.text, list(prompt.schema["properties"])) is None:
                     reply = await self.asker.ask(repair_prompt(prompt, reply.text or "-"))
             except GaveUp as e:
-                if not e.final:
-                    self.put_off[problem.task_id] = e.why
-                    return
-                await self.records.reject(problem.task_id, e.why, self.terms.tries, final=True)
-                continue
+                self.put_off[problem.task_id] = e.why
+                if e.final:
+                    self.refused[problem.task_id] = time.monotonic()
+                return
+            await self.reject_refused()
             await self.record(problem, y0, reply)
+
+    async def reject_refused(self) -> None:
+        """What was refused as bad is rejected for good once a request that was sent later is answered: then it was
+        neither the way of asking nor a provider that takes nothing any more."""
+        for task_id in [name for name, at in self.refused.items() if at < self.asker.proven]:
+            del self.refused[task_id]
+            await self.records.reject(task_id, self.put_off[task_id], self.terms.tries, final=True)
 
     async def teach(self, todo: list[Problem]) -> None:
         """All lessons, so many at once. Problems are taken one by one: of ten thousand, few are in memory twice."""

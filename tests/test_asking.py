@@ -201,16 +201,31 @@ def test_one_that_never_works_is_given_up_while_others_are_answered(make):
     asyncio.run(main())
 
 
-def test_one_bad_request_is_final_and_five_without_an_answer_end_it(make):
+def test_a_bad_request_is_final_when_refused_twice(make):
     bad = Failure("unfit", "status 400")
-    (outcome,) = all_of(make(bad), 1)
-    assert isinstance(outcome, GaveUp) and not outcome.final  # it may be the way of asking
-    outcomes = all_of(make(GOOD, bad, concurrency=1), 2)
-    assert isinstance(outcomes[1], GaveUp) and outcomes[1].final
-    asker = make(*[bad] * 9, concurrency=1)
-    done = all_of(asker, 9)
-    assert asker.stopped.fatal and "the first 5 requests are refused" in asker.stopped.why
-    assert sum(isinstance(r, Stop) for r in done) == 5 and len(asker.provider.sent) == 5
+    assert all_of(make(bad), 1) == [GOOD]
+    (outcome,) = all_of(make(bad, bad), 1)
+    assert isinstance(outcome, GaveUp) and outcome.final and "refused by the server: status 400" in outcome.why
+
+
+@pytest.mark.parametrize(("before", "why"), [(0, "the first 5 requests are refused"), (3, "5 requests in a row")])
+def test_five_bad_requests_in_a_row_end_it(make, before, why):
+    """Whether anything was answered before or not; those sent before the first refusal prove nothing."""
+    bad = Failure("unfit", "status 400")
+    asker = make(*[GOOD] * before, *[bad] * 20, concurrency=1)
+    done = all_of(asker, before + 9)
+    assert asker.stopped.fatal and why in asker.stopped.why and len(asker.provider.sent) < before + 11
+    assert sum(isinstance(r, Reply) for r in done) == before
+    slow = make(0.15, *[bad] * 20, concurrency=8)
+    all_of(slow, 8)
+    assert slow.stopped and "are refused" in slow.stopped.why
+
+
+def test_bad_requests_among_good_ones_end_nothing(make):
+    bad = Failure("unfit", "status 400")
+    asker = make(*[bad, bad, GOOD, GOOD] * 10, concurrency=1)
+    all_of(asker, 30)
+    assert asker.stopped is None and asker.answers >= 20
 
 
 def test_a_fatal_status_ends_all(make):
@@ -229,6 +244,23 @@ def test_silence_ends_it(make, monkeypatch):
     monkeypatch.setattr(asking, "FIRST_PATIENCE", 0.1)
     (outcome,) = all_of(make(*[Failure("broken", "no connection")] * 500), 1)
     assert isinstance(outcome, Stop) and outcome.fatal and "no connection" in outcome.why
+
+
+@pytest.mark.parametrize("wait", [None, 0.0, 0.001, 0.05])
+def test_a_provider_that_is_always_busy_ends_it(make, monkeypatch, wait):
+    """It is not asked without a pause meanwhile; what it asks to wait counts, up to a bound."""
+    monkeypatch.setattr(asking, "PATIENCE", 0.4)
+    monkeypatch.setattr(asking, "MOST_PAUSE", 0.2)
+    began, asker = time.monotonic(), make(*[Failure("busy", "status 429", wait)] * 500)
+    (outcome,) = all_of(asker, 1)
+    assert isinstance(outcome, Stop) and outcome.fatal and "status 429" in outcome.why
+    assert 0.3 < time.monotonic() - began < 3 and len(asker.provider.sent) < 70
+
+
+def test_a_pause_of_nothing_is_no_pause(make):
+    asker = make(*[Failure("broken", "status 503", 0.0)] * 7)
+    began = time.monotonic()
+    assert all_of(asker, 1) == [GOOD] and time.monotonic() - began > 0.3
 
 
 def test_those_who_wait_leave_at_once_when_it_stops(make):

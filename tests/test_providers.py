@@ -4,6 +4,7 @@ pytest tests/test_providers.py
 """
 
 import email.utils
+import json
 import time
 
 import pytest
@@ -150,19 +151,36 @@ def test_counts_that_are_none_make_no_usage(used, usage):
     [
         (400, None, "unfit"), (413, None, "unfit"), (422, None, "unfit"), (401, None, "fatal"), (403, None, "fatal"),
         (404, None, "fatal"), (402, None, "fatal"), (429, None, "busy"), (529, None, "busy"),
-        (429, "insufficient_quota", "fatal"), (500, None, "broken"), (503, None, "broken"), (408, None, "broken"),
+        (429, "insufficient_quota", "fatal"), (400, "billing_hard_limit_reached", "fatal"),
+        (400, "billing_not_active", "fatal"), (500, None, "broken"), (503, None, "broken"), (408, None, "broken"),
+        *((status, None, "broken") for status in (301, 304, 405, 409, 418, 421, 423, 424, 425, 451)),
     ],
 )  # fmt: skip
 def test_statuses(status, code, kind):
     provider = make("openai")
-    failure = provider.failure(Refused(status, "secret words", code=code), (provider.forms, provider.limits))
+    refused = Refused(status, json.dumps({"error": {"message": "secret words"}}), code=code)
+    failure = provider.failure(refused, (provider.forms, provider.limits))
     assert failure.kind == kind and failure.what.startswith(f"status {status}") and "secret" not in failure.what
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_of_bad_requests_only_an_error_object_speaks(status):
+    """A page in HTML is a proxy's; a 400 may say that there is no credit; an error may be a text."""
+    provider = make("anthropic")
+    kind = lambda text: provider.failure(Refused(status, text), (provider.forms, provider.limits)).kind
+    for page in ("<html>Too large</html>", "", "[1]", "{}", "[" * 100_000):
+        assert kind(page) == "broken"
+    for error in ({"error": "too long"}, {"detail": [{"msg": "too long"}]}, {"message": "too long"}):
+        assert kind(json.dumps(error)) == "unfit"
+    low = "Your credit balance is too low to access the API."
+    assert kind(json.dumps({"error": {"type": "invalid_request_error", "message": low}})) == "fatal"
+    assert kind(json.dumps({"error": {"message": f"messages: {low}"}})) == "unfit"  # it quotes a prompt
 
 
 def test_ways_fall_back_once_for_many_requests():
     provider = make("openai")
     way = provider.forms, provider.limits
-    fail = lambda words, way: provider.failure(Refused(400, words), way).kind
+    fail = lambda words, way: provider.failure(Refused(400, json.dumps({"error": {"message": words}})), way).kind
     assert fail("Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens'.", way) == "form"
     assert provider.limits == ("max_completion_tokens",) and fail("whatever", way) == "form"
     for form in ("tool", "plain"):
@@ -175,7 +193,8 @@ def test_ways_fall_back_once_for_many_requests():
         assert other.failure(Refused(status, words), way).kind == kind
     assert other.form == "tool"
     forced = make("openai", "schema")
-    assert forced.failure(Refused(400, "response_format"), (forced.forms, forced.limits)).kind == "unfit"
+    error = Refused(400, '{"message": "response_format"}')
+    assert forced.failure(error, (forced.forms, forced.limits)).kind == "unfit"
 
 
 def test_retry_after_in_all_its_forms():

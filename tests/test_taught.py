@@ -315,9 +315,44 @@ def test_what_no_further_request_would_change_stops_at_once(tmp_path, problems, 
         server.status = (status, {"error": {"message": "no", **error}})
         with pytest.raises(InputError, match=re.escape(why)) as raised:
             run(server, "openai", tmp_path, concurrency=4)
-        assert "start again to go on" in str(raised.value) and server.requests <= 8
+        assert "start again to go on" in str(raised.value) and server.requests <= 13
         server.status = None
         assert run(server, "openai", tmp_path)["kept"] == 40
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_provider_that_takes_nothing_any_more_rejects_nobody(tmp_path, problems, monkeypatch, name):
+    """After the tenth answer all requests are refused as bad: the run stops, the next one ends it."""
+    send = Server.send
+
+    async def ten(self, fault, path, request, user, writer):
+        if len(self.seen) <= 10:
+            return await send(self, fault, path, request, user, writer)
+        writer.write(self.response(400, {"error": {"type": "invalid_request_error", "message": "no"}}))
+
+    with Server() as server, monkeypatch.context() as patch:
+        patch.setattr(Server, "send", ten)
+        with pytest.raises(InputError, match="5 requests in a row are refused: status 400"):
+            run(server, name, tmp_path, concurrency=2)
+        assert server.requests <= 10 + 12 and not rows(tmp_path / "rejected.jsonl")
+        patch.undo()
+        assert run(server, name, tmp_path)["kept"] == 40
+
+
+def test_one_request_that_is_refused_is_rejected_once_others_are_answered(tmp_path, problems, monkeypatch):
+    send, bad = Server.send, []
+
+    async def but_one(self, fault, path, request, user, writer):
+        bad[:] = bad or [user]
+        if user != bad[0]:
+            return await send(self, fault, path, request, user, writer)
+        writer.write(self.response(400, {"error": {"message": "prompt is too long"}}))
+
+    monkeypatch.setattr(Server, "send", but_one)
+    with Server() as server:
+        report = run(server, "openai", tmp_path)
+        assert report["kept"] == 39 and report["rejected"] == {"refused by the server: status 400": 1}
+        assert server.requests == 41 and run(server, "openai", tmp_path)["kept"] == 39 and server.requests == 41
 
 
 def test_nobody_there_is_said_soon(tmp_path, problems, monkeypatch):
