@@ -9,7 +9,7 @@ brought is paid for, and kept; what failed goes into the next one alone.
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from common.asking import Asker, GaveUp, Stop, backoff
@@ -20,6 +20,7 @@ from common.providers import Failure, Prompt, Provider, Reply
 MOST_REQUESTS, MOST_BYTES = 10_000, 90_000_000  # of one batch; the providers allow 50,000 and more, 200 MB and more
 POLL = 30.0  # seconds between two looks
 TRIES = 8  # of a call that fails in passing
+UNREADABLE = "a result that cannot be read"
 LISTED = 100  # batches of the provider that are looked through for a lost one
 
 
@@ -53,13 +54,15 @@ class AnthropicBatches:
         return None
 
     async def results(self, batch_id: str) -> AsyncIterator[tuple[str, Reply | GaveUp]]:
-        async for row in await self.calls.results(batch_id):
-            result = row.result.to_dict(mode="json")
-            if result.get("type") == "succeeded":
-                yield row.custom_id, read_reply(self.provider, result.get("message"))
-            else:
-                error = ((result.get("error") or {}).get("error") or {}).get("type")
-                yield row.custom_id, gave_up(result.get("type"), final=error == "invalid_request_error")
+        async for line in lines_of((await self.calls.results(batch_id)).http_response.aiter_bytes()):
+            yield read_line(line, self.read_row)
+
+    def read_row(self, row: dict[str, Any]) -> Reply | GaveUp:
+        result = row["result"]
+        if result["type"] == "succeeded":
+            return read_reply(self.provider, result.get("message"))
+        error = ((result.get("error") or {}).get("error") or {}).get("type")
+        return gave_up(result["type"], final=error == "invalid_request_error")
 
 
 class OpenAIBatches:
@@ -94,18 +97,43 @@ class OpenAIBatches:
         batch = await self.calls.retrieve(batch_id)
         for file_id in (batch.output_file_id, batch.error_file_id):
             content = (await self.files.content(file_id)).content if file_id else b""
-            for line in content.decode(errors="replace").splitlines():
-                row = json.loads(line)
-                response = row.get("response") or {}
-                status = response.get("status_code")
-                if status == 200:
-                    yield row["custom_id"], read_reply(self.provider, response.get("body"))
-                else:
-                    code = (row.get("error") or {}).get("code")
-                    yield row["custom_id"], gave_up(code or f"status {status}", final=status in (400, 413, 422))
+            for line in content.split(b"\n"):
+                if line.strip():
+                    yield read_line(line, self.read_row)
+
+    def read_row(self, row: dict[str, Any]) -> Reply | GaveUp:
+        response = row.get("response") or {}
+        status = response.get("status_code")
+        if status == 200:
+            return read_reply(self.provider, response.get("body"))
+        code = (row.get("error") or {}).get("code")
+        return gave_up(code or f"status {status}", final=status in (400, 413, 422))
 
 
 BATCHES = {"anthropic": AnthropicBatches, "openai": OpenAIBatches}
+
+
+async def lines_of(chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Lines of what comes in pieces, ended by a line feed alone: JSON may hold every other sign that ends a line."""
+    rest = b""
+    async for chunk in chunks:
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            if line.strip():
+                yield line
+    if rest.strip():
+        yield rest
+
+
+def read_line(line: bytes, read_row: Callable[[dict[str, Any]], Reply | GaveUp]) -> tuple[str, Reply | GaveUp]:
+    """(custom id, result) of a line of results; no id where it cannot be read."""
+    try:
+        row = json.loads(line)
+        if isinstance(name := row["custom_id"], str):
+            return name, read_row(row)
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
+        pass
+    return "", gave_up(UNREADABLE, final=False)
 
 
 def read_reply(provider: Provider, message: Any) -> Reply | GaveUp:
@@ -231,16 +259,16 @@ class Batches:
                 missing = GaveUp("in a batch that was never made")
             else:
                 self.know(key, found)
-        left = dict(enumerate(jobs))
+        left, unread = {f"{key}-{i}": job for i, job in enumerate(jobs)}, 0
         if missing is None:
             while not await self.steady(self.wire.ended, self.ids[key]):
                 if self.asker.stopped:
                     raise self.asker.stopped
                 await self.pause()
             for name, result in await self.steady(self.all_results, key):
-                number = name.removeprefix(f"{key}-")
-                job = left.pop(int(number), None) if number.isdigit() else None
-                if job is None:  # twice, or not ours
+                job = left.pop(name, None)
+                if job is None:  # twice, not ours, or not to be read
+                    unread += not name
                     continue
                 task_id, tried, ticket = job
                 answered = isinstance(result, Reply)
@@ -250,8 +278,9 @@ class Batches:
                 if not answered and not self.asker.answers:  # it may be the way of asking that is bad
                     result.final = False
                 yield task_id, tried, result
+        self.asker.failures[f"in a batch: {UNREADABLE}"] += unread
         for task_id, tried, ticket in left.values():
-            self.asker.budget.settle(ticket, None, billed=False)
+            self.asker.budget.settle(ticket, None, billed=unread > 0)
             yield task_id, tried, missing or GaveUp("in a batch: no result")
 
     async def all_results(self, key: str) -> list[tuple[str, Reply | GaveUp]]:

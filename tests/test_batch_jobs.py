@@ -129,6 +129,58 @@ def test_a_way_of_asking_that_the_batches_refuse_rejects_nobody(tmp_path, proble
     assert report["kept"] == 40 and not report["answers_rejected"]
 
 
+def cut(data: bytes) -> bytes:
+    return data[:-30]
+
+
+def without_id(data: bytes) -> bytes:
+    return re.sub(rb'"custom_id"', b'"other_id"', data, count=1)
+
+
+def with_number(data: bytes) -> bytes:
+    return re.sub(rb'"custom_id": "[^"]+"', b'"custom_id": 7', data, count=1)
+
+
+def with_blanks(data: bytes) -> bytes:
+    return data.replace(b"\n", b"\n \n")
+
+
+def with_other_ends(data: bytes) -> bytes:
+    """Signs that end lines elsewhere, as they are."""
+    return data.replace(b"does not follow", "does\u2028not\x85follow".encode())
+
+
+@pytest.mark.parametrize("spoil", [cut, without_id, with_number, with_blanks, with_other_ends])
+@pytest.mark.parametrize("name", TEACHERS)
+def test_one_bad_line_of_results_costs_itself_alone(tmp_path, problems, monkeypatch, name, spoil):  # noqa: F811
+    """It goes into the next batch; it may have been paid, and counts."""
+    results, lost = Server.results, spoil in (cut, without_id, with_number)
+
+    def spoiled(self, batch, wire):
+        data = results(self, batch, wire)
+        return spoil(data) if len(batch["requests"]) == 40 else data
+
+    monkeypatch.setattr(Server, "results", spoiled)
+    monkeypatch.setattr(Server, "view", viewed(Server.view))
+    with Server() as server:
+        report = run(server, name, tmp_path, batch="yes")
+    assert report["kept"] == 40 and [len(b["requests"]) for b in server.batches.values()] == [40, 1][: 1 + lost]
+    assert report["failures"] == ({"in a batch: a result that cannot be read": 1} if lost else {})
+
+
+def viewed(view):
+    """Results of OpenAI's form whole in one file, whatever is in their lines."""
+
+    def both(self, batch):
+        shown = view(self, batch)
+        if batch.get("output") and not batch.get("whole"):
+            batch["whole"] = self.files[batch["output"]] = self.results(batch, "openai")
+            self.files[batch["errors"]] = b""
+        return shown
+
+    return both
+
+
 def test_large_jobs_go_in_several_batches(tmp_path, problems, monkeypatch):  # noqa: F811
     monkeypatch.setattr(batch_jobs, "MOST_REQUESTS", 15)
     with Server() as server:
