@@ -3,6 +3,7 @@ room."""
 
 import ast
 import base64
+import contextlib
 import gc
 import hashlib
 import json
@@ -18,6 +19,13 @@ import numpy as np
 
 class InputError(Exception):
     """Bad input: one line that says what, where and what to do. `cli` prints it and exits with code 2."""
+
+
+class DiskError(InputError):
+    """The disk took no more: one line, too, but exit code 1, for started again it may go well."""
+
+    def __init__(self, path: str | os.PathLike, e: OSError):
+        super().__init__(f"{path}: cannot be written ({e.strerror}); make room and start again")
 
 
 def parse_line(line: str, where: str) -> Any:
@@ -68,12 +76,18 @@ def from_hub(client: str, *args: Any, what: str, way_out: str, **kwargs: Any) ->
 
 
 def write_atomic(path: str | os.PathLike, text: str) -> None:
-    """Write to a temporary name beside `path`, then rename: a reader sees the old file or the whole new one."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write to a temporary name beside `path`, then rename: a reader sees the old file or the whole new one. DiskError
+    where that cannot be; the temporary file is gone then."""
+    path, data = pathlib.Path(path), text.encode()
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    tmp.write_bytes(text.encode())  # encoded before the file is opened
-    os.replace(tmp, path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp.write_bytes(data)
+        os.replace(tmp, path)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            tmp.unlink()
+        raise DiskError(path, e) from None
 
 
 def pack_arrays(arrays: list[np.ndarray], about: dict[str, Any]) -> str:

@@ -2,13 +2,14 @@
 Used by taught and batch_jobs; knows nothing of what the lines say."""
 
 import asyncio
+import contextlib
 import json
 import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-from common.basics import InputError, parse_line
+from common.basics import DiskError, InputError, parse_line
 
 
 def repair(path: pathlib.Path) -> str | None:
@@ -56,12 +57,13 @@ class Ledger:
     """One append-only file of JSON lines; `repaired` says what opening it has repaired."""
 
     def __init__(self, path: pathlib.Path):
-        self.path, self.repaired = path, repair(path)
+        self.path = path
         try:
+            self.repaired = repair(path)
             self.file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            sync_folder(path.parent)
         except OSError as e:
             raise InputError(f"{path}: cannot be written ({e.strerror}); choose another --out") from None
-        sync_folder(path.parent)
         self.waiting: list[tuple[bytes, asyncio.Future]] = []
         self.writer: asyncio.Task | None = None
 
@@ -76,12 +78,11 @@ class Ledger:
 
     def note(self, row: dict[str, Any]) -> None:
         """Append a line that a kill of this process cannot take back; a power cut can."""
-        self._write(line_of(row))
+        self._append(line_of(row), sync=False)
 
     def commit_now(self, row: dict[str, Any]) -> None:
         """Append a line; it is on disk when this returns."""
-        self._write(line_of(row))
-        os.fsync(self.file)
+        self._append(line_of(row), sync=True)
 
     async def commit(self, row: dict[str, Any]) -> None:
         """Append a line; it is on disk when this returns. Lines that come while the disk is busy go together: a disk
@@ -96,21 +97,27 @@ class Ledger:
         while self.waiting:
             lines, self.waiting = self.waiting, []
             try:
-                await asyncio.to_thread(self._write_and_sync, b"".join(line for line, _ in lines))
+                await asyncio.to_thread(self._append, b"".join(line for line, _ in lines), sync=True)
                 failed = None
-            except OSError as e:  # the disk is full: whoever waits has to know
-                failed = InputError(f"{self.path}: cannot be written ({e.strerror}); make room and start again")
+            except DiskError as e:  # whoever waits has to know
+                failed = e
             for _, done in lines:
                 if not done.cancelled():
                     done.set_exception(failed) if failed else done.set_result(None)
 
-    def _write_and_sync(self, data: bytes) -> None:
-        self._write(data)
-        os.fsync(self.file)
-
-    def _write(self, data: bytes) -> None:
-        while data:  # one call writes it all, but on a full disk
-            data = data[os.write(self.file, data) :]
+    def _append(self, data: bytes, sync: bool) -> None:
+        """All of it, or nothing: half a line that is not the last one would be no file of ours. DiskError where the disk
+        takes no more."""
+        before = os.fstat(self.file).st_size
+        try:
+            while data:  # one call writes it all, but on a full disk
+                data = data[os.write(self.file, data) :]
+            if sync:
+                os.fsync(self.file)
+        except OSError as e:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.file, before)
+            raise DiskError(self.path, e) from None
 
     def close(self) -> None:
         os.close(self.file)

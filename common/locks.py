@@ -8,7 +8,7 @@ import socket
 import time
 from typing import IO
 
-from common.basics import InputError
+from common.basics import DiskError, InputError
 
 _LOCKS: dict[pathlib.Path, IO[str]] = {}  # those of this process, which may take one that it holds once more
 
@@ -44,7 +44,10 @@ def lock(path: pathlib.Path) -> None:
         time.sleep(0.1)  # whoever has just got it is writing its name
         holder = path.read_text(encoding="utf-8")
         raise InputError(f"{path.parent} is in use by {holder}; wait for its end, or stop it")
-    write_in(file, f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    try:
+        write_in(file, f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
+    except OSError as e:
+        raise DiskError(path, e) from None
     _LOCKS[path] = file
 
 

@@ -19,7 +19,7 @@ from jax.experimental import multihost_utils
 
 from common.answers import has_unread
 from common.base import model_source
-from common.basics import TRACES, InputError, writable, write_atomic
+from common.basics import TRACES, DiskError, InputError, writable, write_atomic
 from common.buckets import begin, is_url, mirrored
 from common.cells import EXPECTED, check_expected, run_name, run_settings
 from common.checkpoints import check_save_hf, save_hf
@@ -71,7 +71,8 @@ ABOVE_ZERO = ("steps", "prompts", "group", "max_prompt_tokens", "temperature", "
 
 
 def cli(main, args_type):
-    """Parse the command line, join the hosts of `--hosts`, run `main`; bad input prints one line and exits with 2."""
+    """Parse the command line, join the hosts of `--hosts`, run `main`; bad input prints one line and exits with 2, a disk
+    that is full with 1."""
     args = tyro.cli(args_type)
     try:
         if hasattr(args, "hosts"):
@@ -80,7 +81,7 @@ def cli(main, args_type):
             return main(args)
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(e, DiskError) else 2)
 
 
 def open_out_dir(args: RunArgs) -> None:

@@ -6,6 +6,7 @@ pytest tests/test_basics.py
 import ast
 import gc
 import os
+import pathlib
 
 import jax
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 from common.basics import (
     TRACES,
+    DiskError,
     InputError,
     mean,
     normalize_x,
@@ -59,7 +61,7 @@ def test_read_json(tmp_path):
             read_json(path, {})
 
 
-def test_write_atomic(tmp_path):
+def test_write_atomic(tmp_path, monkeypatch):
     """The old file stays whole until the new one is; no temporary file is left, also where writing fails."""
     path = tmp_path / "a.txt"
     write_atomic(path, "old")
@@ -69,6 +71,15 @@ def test_write_atomic(tmp_path):
         write_atomic(path, "half a pair: \ud800")
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["a.txt"]
+
+    def write_half(file, data):
+        file.touch()
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "write_bytes", write_half)
+    with pytest.raises(DiskError, match=r"a\.txt: cannot be written \(No space left on device\); make room"):
+        write_atomic(path, "newer")
+    assert path.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
 
 
 def test_mean():

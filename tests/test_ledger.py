@@ -84,6 +84,40 @@ def test_a_disk_that_is_full_is_said_to_all_who_wait(tmp_path, monkeypatch):
         assert isinstance(error, InputError) and "No space left" in str(error)
 
 
+@pytest.mark.parametrize("way", ["note", "commit_now", "commit"])
+@pytest.mark.parametrize("broken", ["write", "fsync"])
+def test_a_line_that_did_not_fit_leaves_no_half(tmp_path, monkeypatch, way, broken):
+    """One write took a part of it, the next one nothing; later lines stand behind whole ones."""
+    path = tmp_path / "x.jsonl"
+    file, write, calls = Ledger(path), os.write, []
+    file.commit_now({"i": 0})
+
+    def half(handle, data):
+        calls.append(data)
+        if len(calls) == 2:
+            raise OSError(28, "No space left on device")
+        return write(handle, data[:5] if len(calls) == 1 else data)
+
+    def fail(handle):
+        raise OSError(27, "File too large")
+
+    def append(row):
+        if way == "commit":
+            asyncio.run(file.commit(row))
+        else:
+            getattr(file, way)(row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger.os, broken, half if broken == "write" else fail)
+        if (way, broken) == ("note", "fsync"):  # it waits for no disk
+            return append({"i": 1})
+        with pytest.raises(InputError, match="cannot be written .*make room and start again"):
+            append({"i": 1})
+    assert path.read_bytes() == b'{"i": 0}\n'
+    append({"i": 2})
+    assert [row["i"] for row in Ledger(path).rows()] == [0, 2]
+
+
 @pytest.mark.parametrize("bad", ["{", "[1]"])
 def test_a_bad_line_in_the_midst_is_named(tmp_path, bad):
     path = tmp_path / "x.jsonl"
