@@ -106,8 +106,7 @@ class Ledger:
                     done.set_exception(failed) if failed else done.set_result(None)
 
     def _append(self, data: bytes, sync: bool) -> None:
-        """All of it, or nothing: half a line that is not the last one would be no file of ours. DiskError where the disk
-        takes no more."""
+        """All of it, or nothing: half a line in the midst is none of ours. DiskError where the disk takes no more."""
         before = os.fstat(self.file).st_size
         try:
             while data:  # one call writes it all, but on a full disk

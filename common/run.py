@@ -71,8 +71,8 @@ ABOVE_ZERO = ("steps", "prompts", "group", "max_prompt_tokens", "temperature", "
 
 
 def cli(main, args_type):
-    """Parse the command line, join the hosts of `--hosts`, run `main`; bad input prints one line and exits with 2, a disk
-    that is full with 1."""
+    """Parse the command line, join the hosts of `--hosts`, run `main`; bad input prints one line and exits with 2, a
+    full disk with 1."""
     args = tyro.cli(args_type)
     try:
         if hasattr(args, "hosts"):

@@ -9,18 +9,19 @@ import dataclasses
 import json
 import re
 import unicodedata
+from fractions import Fraction
 from typing import Any
 
 from common.answers import final_answers, score_math
 from common.basics import InputError, sha256
-from common.mistakes import count_steps, word_values
+from common.mistakes import count_steps
 from common.mutants import count_statements
 from common.plans import parse_program
 from common.programs import grade, program_of
 from common.providers import Prompt, Reply
 from common.replay import ERROR_TAGS, Problem, Quadruple, assign_split, edit_distance, leaks, parse_quadruple
 from common.values import read_value
-from common.verifier import first_wrong_step, split_steps
+from common.verifier import evaluate_arithmetic, first_wrong_step, numbers_in, split_steps, to_fraction
 
 LEAK = "the critique gives the answer away"
 SPANS = ("exact", "white space", "normal form", "not found")  # how a quote was found in y0
@@ -162,6 +163,89 @@ def widen(y0: str, span: tuple[int, int]) -> list[int]:
     return [step.start, step.end] if step else list(span)
 
 
+# ---- what a critique gives away, beyond what `leaks` finds -----------------------------------------------------------
+_ONES = """one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+eighteen nineteen"""
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+_SMALL = {word: n for n, word in enumerate(_ONES.split(), 1)} | {w: 10 * n for n, w in enumerate(_TENS.split(), 2)}
+_TIMES = {"hundred": 100, "dozen": 12, "thousand": 1000, "million": 10**6, "billion": 10**9}
+_PARTS = {"half": 2, "halves": 2, "third": 3, "thirds": 3, "quarter": 4, "quarters": 4, "fourth": 4, "fourths": 4,
+          "fifth": 5, "fifths": 5, "tenth": 10, "tenths": 10}  # fmt: skip
+_WORD = "|".join(sorted([*_SMALL, *_TIMES, *_PARTS, "a", "minus", "negative"], key=len, reverse=True))
+_WORDS = re.compile(rf"\b(?:{_WORD})\b(?:(?:\s|-|\sand\s)(?:{_WORD})\b)*")
+_FIGURE = r"\d+(?:,\d{3})*+(?:\.\d+)?"
+_SCALED = re.compile(rf"(?<![\w.])({_FIGURE})(?:([kmb]|bn)\b|[\s-]?({'|'.join(_TIMES)})s?\b|\s?(%|per\s?cent))")
+_SPACED = re.compile(r"(?<![\w.,])\d{1,3}(?: \d{3})+(?![\d,])")
+_ARITHMETIC = re.compile(rf"\(*\$?{_FIGURE}%?\)*(?:\s?[-+*/x]\s?\(*\$?{_FIGURE}%?\)*)+")
+_SIGNS = {"times": "*", "multiplied by": "*", "plus": "+", "minus": "-", "divided by": "/", "over": "/"}
+_LETTERS = {"k": 10**3, "m": 10**6, "b": 10**9, "bn": 10**9}
+
+
+def plain(text: str) -> str:
+    """A text in one case and one form: spaces of any width, signs in ASCII, no marks of emphasis around words."""
+    text = unicodedata.normalize("NFKC", text).casefold().translate(_ALIKE).translate({0xD7: "*", 0x2044: "/"})
+    return re.sub(r"(?<![a-z0-9])_+|_+(?![a-z0-9])|`|\*\*+|(?<!\S)\*(?=\S)|(?<=\w)\*(?!\s*[\w($])", "", text)
+
+
+def spelled_out(text: str) -> set[Fraction]:
+    """The numbers that a text in plain form says in words. Those up to ten, said by one word, are everyday words, and
+    count as figures alone.
+
+    >>> sorted(map(str, spelled_out("a hundred and fifty, twenty-one, nine, two dozen, minus five, one half")))
+    ['-5', '1/2', '150', '21', '24']
+    """
+    found = set()
+    for m in _WORDS.finditer(text):
+        total, now, sign, said = 0, 0, 1, 0  # thousands, what is below them, how many words
+        for word in [*(w for w in re.findall("[a-z]+", m.group()) if w != "and"), "."]:
+            if word in _PARTS:  # "half a dozen" is six
+                now = Fraction(now or 1, _PARTS[word])
+            elif _TIMES.get(word, 0) > 100:
+                total, now = total + (now or 1) * _TIMES[word], 0
+            elif word in _TIMES:
+                now = (now or 1) * _TIMES[word]
+            elif word in _SMALL and (now % 100 == 0 or (now % 10 == 0 and now % 100 > 10 > _SMALL[word])):
+                now += _SMALL[word]
+            elif word != "a":  # the number has ended
+                if total + now > 10 or (said > 1 and total + now):
+                    found.add(sign * Fraction(total + now))
+                total, now, sign, said = 0, _SMALL.get(word, 0), -1 if word in ("minus", "negative") else 1, 0
+            said += 1
+    return found
+
+
+def gives_value(q: Quadruple) -> bool:
+    """Does a critique say the final answer in another way than as a figure: in words, scaled ("5 million", "7200%"), or
+    as closed arithmetic that neither problem nor attempt holds?"""
+    f, squeeze = plain(q.f), lambda text: re.sub(r"[\s$,]", "", text)
+    said = spelled_out(f) | {to_fraction(m.group().replace(" ", "")) for m in _SPACED.finditer(f)}
+    for number, letter, word, percent in _SCALED.findall(f):
+        said.add(to_fraction(number) * (Fraction(1, 100) if percent else _LETTERS.get(letter) or _TIMES[word]))
+    said |= set(numbers_in(f))  # as figures, but for emphasis
+    signed = lambda text: re.sub("|".join(_SIGNS), lambda m: _SIGNS[m.group()], plain(text))
+    there = squeeze(signed(f"{q.x}\n{q.y0}"))
+    for m in _ARITHMETIC.finditer(signed(f)):
+        expr = m.group()
+        if not re.search(rf"(?<![\d.]){re.escape(squeeze(expr).strip('()'))}(?![\d.]*\d)", there):
+            said |= {evaluate_arithmetic(expr), evaluate_arithmetic(expr.strip("()"))}
+    return read_value(q.meta["answer"]).number in said
+
+
+def gives_line(q: Quadruple) -> bool:
+    """Does a critique hold a line of the right program, whatever its case and white space, or what it returns? What
+    stands in the attempt, too, gives nothing away."""
+    for line in {line.strip() for line in q.y1.split("\n")} - {line.strip() for line in q.y0.split("\n")}:
+        tokens = re.findall(r"\w+|[^\w\s]", line)
+        returned = tokens[1:] if tokens[:1] == ["return"] else tokens
+        if len(returned) < 3 or (len(line) <= 5 and returned is tokens):
+            continue
+        ends = [r"\b" if re.match(r"\w", token) else "" for token in (returned[0], returned[-1])]
+        pattern = re.compile(r"\s*".join(map(re.escape, returned)).join(ends), re.IGNORECASE)
+        if pattern.search(q.f) and not pattern.search(q.y0):
+            return True
+    return False
+
+
 # ---- the verdict ----------------------------------------------------------------------------------------------------
 def why_not(reply: Reply) -> str | None:
     """Why an answer is none, by how it ended."""
@@ -222,18 +306,12 @@ def judge_reply(
     if domain == "math":
         meta["span_by_rule"] = rule_agrees(problem, y0, meta["error_span"])
     q = Quadruple(problem.x, y0, f, y1, meta)
-    if leaks(q) or (domain == "math" and in_words(problem.answer, f)):
+    if leaks(q) or (gives_value(q) if domain == "math" else gives_line(q)):
         return LEAK
     try:
         return parse_quadruple(json.dumps(dataclasses.asdict(q)), "answer")
     except InputError:  # half a surrogate pair, say
         return "text that no replay file holds"
-
-
-def in_words(answer: str, f: str) -> bool:
-    """Does a critique spell the answer out? Small numbers are everyday words, and count as figures alone."""
-    value = read_value(answer).number
-    return value > 10 and value in word_values(f)
 
 
 def rule_agrees(problem: Problem, y0: str, span: list[int] | None) -> bool | None:

@@ -111,7 +111,7 @@ def test_a_line_that_did_not_fit_leaves_no_half(tmp_path, monkeypatch, way, brok
         patch.setattr(ledger.os, broken, half if broken == "write" else fail)
         if (way, broken) == ("note", "fsync"):  # it waits for no disk
             return append({"i": 1})
-        with pytest.raises(InputError, match="cannot be written .*make room and start again"):
+        with pytest.raises(InputError, match=r"cannot be written .*make room and start again"):
             append({"i": 1})
     assert path.read_bytes() == b'{"i": 0}\n'
     append({"i": 2})

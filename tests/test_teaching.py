@@ -148,7 +148,7 @@ def test_a_step_that_is_not_found_costs_the_span_alone():
         ({"revision": Y0}, "the revision is wrong"),
         ({"attempt": "Now: <<8+14=21>>21.\nSo 21."}, "the attempt states no answer"),
         ({"critique": "It should be 22."}, LEAK),
-        ({"critique": "It should be twenty-two, no, twelve."}, None),
+        ({"critique": "It should be twenty-two, no, twelve."}, LEAK),
         ({"error_tags": ["slip"]}, "no error tag that is known"),
         ({"critique": " \n"}, "an empty critique"),
         ({"revision": ""}, "an empty revision"),
@@ -156,8 +156,7 @@ def test_a_step_that_is_not_found_costs_the_span_alone():
     ],
 )
 def test_why_an_answer_makes_none(change, reason):
-    outcome = judge({**GOOD, **change})
-    assert outcome == reason if reason else outcome.f == change["critique"]
+    assert judge({**GOOD, **change}) == reason
 
 
 def test_an_answer_in_words_leaks_where_it_is_no_everyday_number():
@@ -167,6 +166,58 @@ def test_an_answer_in_words_leaks_where_it_is_no_everyday_number():
     assert judge(of(twelve, "It is twelve."), problem=twelve) == LEAK
     assert judge(of(two, "The two do not go together."), problem=two).f.startswith("The two")
     assert judge(of(two, "It is 2."), problem=two) == LEAK
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("15", "fifteen"), ("21", "twenty-one"), ("21", "Twenty one"), ("72", "seventy-two"), ("100", "one hundred"),
+        ("100", "a hundred"), ("150", "a hundred and fifty"), ("1250", "one thousand two hundred fifty"),
+        ("12", "a dozen"), ("24", "two dozen"), ("6", "half a dozen"), ("5000000", "5 million"),
+        ("5000000", "five million"), ("1000", "1k"), ("1234", "1 234"), ("1234", "1\u2009234"), ("1234", "1\u202f234"),
+        ("1234567", "1 234 567"),
+        ("72", "7200%"), ("0.5", "50%"), ("0.5", "50 percent"), ("1/2", "one half"), ("3/4", "three quarters"),
+        ("-5", "minus five"), ("72", "_72_"), ("72", "**72**"), ("24", "12*2"), ("24", "12 x 2"), ("24", "12 \u00d7 2"),
+        ("72", "48+24"), ("72", "48 plus 24"), ("72", "(48 + 24)"), ("9", "4 + 5"), ("1/2", "\u00bd"),
+    ],
+)  # fmt: skip
+def test_an_answer_in_other_words_leaks(answer, said):
+    problem = dataclasses.replace(problem_of("A sum?", "It is.", "#### 1"), answer=answer)
+    y0 = "<<1+1=3>>3\n#### 31"
+    quadruple = {**GOOD, "attempt": y0, "revision": f"#### {answer}"}
+    for text in (f"It should be {said}.", f"Not 31 but {said}", f"{said} is right."):
+        assert judge({**quadruple, "critique": text}, problem=problem) == LEAK
+
+
+@pytest.mark.parametrize(
+    ("answer", "critique"),
+    [
+        ("9", "Nine pens are not eight."), ("2", "The two steps do not go together, as one of them is wrong."),
+        ("22", "8+14 is not 21."), ("22", "8 plus 14 is not 21."), ("8", "Look at 3 + 5 again, and at the half of it."),
+        ("20", "The one in the second line is wrong."), ("100", "Hundredths are meant."), ("12", "Count the dozens."),
+        ("3", "One and two are mixed up."), ("1/2", "Half of the step is missing."), ("7", "It takes 10 from 2."),
+        ("30", "Three of the ten are left out."), ("60", "Twenty, three times."), ("5", "Step five is fine."),
+    ],
+)  # fmt: skip
+def test_what_a_critique_may_say(answer, critique):
+    """Everyday words; what problem and attempt hold already."""
+    problem = dataclasses.replace(problem_of("3 + 5 pens?", "It is.", "#### 1"), answer=answer)
+    quadruple = {**GOOD, "attempt": "Now: <<8+14=21>>21.\n#### 41", "revision": f"#### {answer}"}
+    assert judge({**quadruple, "critique": critique}, problem=problem).f == critique
+
+
+@pytest.mark.usefixtures("confined")
+@pytest.mark.parametrize(
+    ("critique", "leaky"),
+    [("It should be R = r-b.", True), ("Write  r=r - b.", True), ("r = r + b adds.", False), ("It adds b.", False),
+     ("You want max(0, r ).", True), ("Return is where it goes wrong, r.", False)],
+)  # fmt: skip
+def test_a_line_of_the_right_program_leaks_in_any_case(critique, leaky):
+    """And without its `return`."""
+    right = REFERENCE.replace("return r", "return max(0, r)")
+    answer = {**GOOD, "attempt": WRONG, "revision": REFERENCE, "critique": "No."}
+    q = judge(answer, problem=PROBLEM, domain="code")
+    assert teaching.gives_line(dataclasses.replace(q, f=critique, y1=right)) == leaky
 
 
 @pytest.mark.parametrize(
