@@ -93,7 +93,7 @@ class Args:
     # ---- replay that is there ----
     stats: str | None = None
     """only print what the replay in this folder holds"""
-    merge: tuple[str, ...] = ()
+    merge: tuple[str, ...] | None = None
     """only put the replays of these folders together, into --out"""
     audit: int = 0
     """only write a sheet of so many quadruples of --out for a person to judge, into --out/audit; 0 = off"""
@@ -110,10 +110,18 @@ COMMON = ("task", "data_dir", "out", "seed", "limit", "keep_unverified", "unsafe
 def main(args: Args) -> dict[str, Any]:
     flags = dataclasses.asdict(args)
     pick = lambda names: {name: flags[name] for name in names}
-    if args.stats or args.merge or args.audit or args.audited:
+    uses = [name for name in ("stats", "merge", "audit", "audited") if flags[name] not in (None, 0)]
+    if len(uses) > 1:
+        raise cts.InputError(f"--{uses[0]}, --{uses[1]}: one at a time")
+    if uses and args.dry_run == "yes":
+        raise cts.InputError(f"--dry_run yes: is of a teacher over an API; leave it out, --{uses[0]} asks nobody")
+    if uses:
         return use_replay(args)
+    for name in ("model", "samples", "temperature") if args.y0 != "model" else ():
+        if flags[name] != getattr(Args, name):
+            raise cts.InputError(f"--{name}: is of attempts that a model samples; add --y0 model")
     if args.teacher == "perturb":
-        for name in TERMS:  # whoever names a model or a cap means another teacher
+        for name in (*TERMS, "dry_run"):  # whoever names a model or a cap means another teacher
             if name not in ("teacher", "y0") and flags[name] != getattr(Args, name):
                 raise cts.InputError(f"--{name}: is of a teacher over an API; add --teacher anthropic or openai")
         if args.y0 == "teacher":
@@ -132,16 +140,20 @@ def use_replay(args: Args) -> dict[str, Any]:
     """What is done with a replay that is there."""
     from common import shelf
 
-    if args.stats:
+    if args.stats is not None:
         return shelf.stats(args.stats)
-    if args.merge:
+    if args.merge is not None:
+        if not args.merge:
+            raise cts.InputError("--merge: name the folders that are put together")
         if not args.out:
             raise cts.InputError("--merge: say with --out into which folder")
         return shelf.merge(args.merge, args.out)
     from common import human
 
+    if args.audit < 0:
+        raise cts.InputError(f"--audit {args.audit}: must be 0 (off) or more")
     folder = pathlib.Path(args.out or f"data/replay/{args.task}")
-    if args.audited:
+    if args.audited is not None:
         found = human.read_audit(args.audited, pathlib.Path(args.audited).with_name("key.json"), folder)
         print(f"{folder}: {found['audited']} of {found['rows']} rows of {args.audited} are read back")
         return found

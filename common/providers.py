@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import time
+import urllib.parse
 from email.utils import parsedate_to_datetime
 from typing import Any, NamedTuple
 
@@ -130,12 +131,16 @@ class Provider:
     teacher = ""
 
     def __init__(self, model: str, base_url: str | None, max_tokens: int, timeout: float, form: str = "auto"):
-        """InputError where the SDK or the key is missing."""
+        """InputError where the SDK or the key is missing, or one of them or the address is none."""
         self.model, self.max_tokens, self.timeout = model, max_tokens, timeout
         self.forms = FORMS if form == "auto" else (form,)
         self.base_url = base_url = base_url or os.environ.get(BASES[self.teacher])
         self.limits = self.limit_names()
-        key = os.environ.get(KEYS[self.teacher]) or ("none" if base_url else None)
+        if base_url:
+            check_url(base_url)
+        key = (os.environ.get(KEYS[self.teacher]) or "").strip() or ("none" if base_url else None)
+        if key and not (key.isascii() and key.isprintable()):
+            raise InputError(f"--teacher {self.teacher}: {KEYS[self.teacher]} holds what no key holds; copy it anew")
         if key is None:
             way_out = "or give --base_url of a server that needs none"
             raise InputError(f"--teacher {self.teacher}: no key; set {KEYS[self.teacher]}, {way_out}")
@@ -233,8 +238,20 @@ def error_in(text: str) -> dict[str, Any]:
 
 
 def never_sent(e: Exception) -> bool:
-    """Did the connection fail before a byte of the request was out?"""
-    return type(e.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout")
+    """Did it fail before a byte of the request was out?"""
+    return type(e.__cause__).__name__ in ("ConnectError", "ConnectTimeout", "PoolTimeout", "LocalProtocolError")
+
+
+def check_url(url: str) -> None:
+    """InputError where that is no address of a server."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a port out of range, half a bracket
+        good = False
+    if not good or not url.isascii() or not url.isprintable() or " " in url:
+        shown = "".join(c if c.isprintable() else "?" for c in url)
+        raise InputError(f"--base_url {shown}: is no address; give one as http://localhost:8000/v1")
 
 
 class Anthropic(Provider):

@@ -229,3 +229,35 @@ def test_what_is_missing_is_one_line(teacher, monkeypatch):
     monkeypatch.setattr(providers.importlib, "import_module", refuse)
     with pytest.raises(InputError, match=r"pip install -r requirements-teacher\.txt"):
         make(teacher)
+
+
+@pytest.mark.parametrize("teacher", PROVIDERS)
+def test_keys_are_tidied_or_refused(teacher, monkeypatch):
+    name = f"{teacher.upper()}_API_KEY"
+    monkeypatch.setenv(name, " sk-1\n")
+    assert make(teacher).client.api_key == "sk-1"
+    for bad in ("sk-\u201c1", "sk\n1"):
+        monkeypatch.setenv(name, bad)
+        with pytest.raises(InputError, match=f"{name} holds what no key holds") as error:
+            make(teacher)
+        assert bad not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["localhost:8000/v1", "ftp://a/v1", "http://[", "http://a:99999", "http://a:x", "http://a b/v1", "http://a/\nv1",
+     "http://", "http://a:0", "a"],
+)  # fmt: skip
+def test_an_address_that_is_none_is_one_line(url):
+    with pytest.raises(InputError, match="is no address; give one as http") as error:
+        make("openai", base_url=url)
+    assert "\n" not in str(error.value)
+
+
+def test_what_was_never_sent_is_not_spent():
+    class LocalProtocolError(Exception):
+        pass
+
+    error = Exception()
+    error.__cause__ = LocalProtocolError()
+    assert providers.never_sent(error) and not providers.never_sent(Exception())

@@ -280,6 +280,35 @@ def test_flags_of_an_api_need_a_teacher_over_one(tmp_path):
         teacher.main(teacher.Args(out=str(tmp_path), y0="teacher"))
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"dry_run": "yes"}, "--dry_run: is of a teacher over an API"),
+        ({"dry_run": "yes", "merge": ("a",)}, "--dry_run yes: is of a teacher over an API"),
+        ({"merge": ()}, "--merge: name the folders"),
+        ({"stats": "a", "merge": ("b",)}, "--stats, --merge: one at a time"),
+        ({"audit": 3, "audited": "a"}, "--audit, --audited: one at a time"),
+        ({"audit": -3}, "--audit -3: must be 0 (off) or more"),
+        ({"temperature": -1.0}, "--temperature: is of attempts that a model samples; add --y0 model"),
+        ({"samples": 2, "teacher": "openai", "teacher_model": "m"}, "--samples: is of attempts that a model samples"),
+        ({"model": "x", "y0": "perturb"}, "--model: is of attempts that a model samples"),
+        ({"temperature": -1.0, "y0": "model"}, "--temperature -1.0: must be above 0"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_one_line(tmp_path, monkeypatch, args, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=re.escape(message)):
+        teacher.main(teacher.Args(**{"task": "fixtures_math", "out": str(tmp_path / "out"), **args}))
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_an_empty_merge_is_one_line_on_the_command_line(tmp_path):
+    done = subprocess.run([sys.executable, "teacher.py", "--out", str(tmp_path / "o"), "--merge"], cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 2 and done.stderr == "error: --merge: name the folders that are put together\n"
+    assert not (tmp_path / "o").exists()
+
+
 # ---- money and pace -------------------------------------------------------------------------------------------------
 def test_the_cap_holds_at_any_concurrency_and_the_run_goes_on_from_there(tmp_path, problems):
     """Every answer comes to less than what was set aside, so the cap is neared and never passed. A higher one goes on
