@@ -27,6 +27,7 @@ SIGNS = {  # what a server names that does not know a form
     "tool": ("tools", "tool_choice", "tool use", "tool call", "function call"),
     "plain": (),
 }
+NOT_KNOWN = r"un(?:support|known|recogni[sz]ed|expected|availabl)|not? (?:support|permit|allowed)|extra|invalid param"
 NO_CREDIT = ("insufficient_quota", "billing_error", "billing_hard_limit_reached", "billing_not_active")
 NO_CREDIT_WORDS = "your credit balance is too low"  # of a 400 without a code of its own
 TOOL = "write_down"  # the name of the tool whose input is the answer
@@ -135,7 +136,7 @@ class Provider:
         self.model, self.max_tokens, self.timeout = model, max_tokens, timeout
         self.forms = FORMS if form == "auto" else (form,)
         self.base_url = base_url = base_url or os.environ.get(BASES[self.teacher])
-        self.limits = self.limit_names()
+        self.limits, self.proven = self.limit_names(), None
         if base_url:
             check_url(base_url)
         key = (os.environ.get(KEYS[self.teacher]) or "").strip() or ("none" if base_url else None)
@@ -163,14 +164,17 @@ class Provider:
     def form(self) -> str:
         return self.forms[0]
 
-    def fall_back(self, way: tuple, words: str) -> bool:
-        """Is there another way, once a server has refused this one in these words? Of many requests under way that fail
-        for one cause the first changes it."""
+    def fall_back(self, way: tuple, error: dict[str, Any], words: str) -> bool:
+        """Is there another way, once a server has refused this one, with this error, in these words? Of many requests
+        under way that fail for one cause the first changes it. A way that was answered once stays: errors quote
+        prompts."""
         if way != (self.forms, self.limits):
             return True
-        if len(self.limits) > 1 and re.search(rf"\b{self.limits[0]}\b", words):
+        if way == self.proven:
+            return False
+        if len(self.limits) > 1 and blames(error, words, self.limits[0]):
             self.limits = self.limits[1:]
-        elif len(self.forms) > 1 and any(name in words for name in SIGNS[self.form]):
+        elif len(self.forms) > 1 and any(blames(error, words, name) for name in SIGNS[self.form]):
             self.forms = self.forms[1:]
         else:
             return False
@@ -191,7 +195,10 @@ class Provider:
             message = json.loads(body)
         except (ValueError, RecursionError):
             raise Failure("broken", "an answer that is no JSON", billed=True) from None
-        return self.read_checked(message)
+        reply = self.read_checked(message)
+        if way == (self.forms, self.limits):
+            self.proven = way
+        return reply
 
     def read_checked(self, message: Any) -> Reply:
         """`read`, where the shape is a message's."""
@@ -214,8 +221,9 @@ class Provider:
             return Failure("busy", what, retry_after(e.response.headers))
         words = e.response.text.lower()
         if status in (400, 413, 422) and error:
-            return Failure("form" if self.fall_back(way, words) else "unfit", what)
-        if status >= 500 and any(name in words for name in SIGNS[self.form]) and self.fall_back(way, words):
+            return Failure("form" if self.fall_back(way, error, words) else "unfit", what)
+        named = any(blames(error, words, name) for name in SIGNS[way[0][0]])
+        if status >= 500 and named and self.fall_back(way, error, words):
             return Failure("form", what)  # llama-cpp-python answers so to a field that it does not know
         return Failure("broken", what, retry_after(e.response.headers), billed=status >= 500)
 
@@ -225,6 +233,16 @@ class Provider:
             return prompt.system
         asked = "Answer with one JSON object and nothing else. It fits this JSON schema:"
         return f"{prompt.system}\n\n{asked}\n{json.dumps(prompt.schema)}"
+
+
+def blames(error: dict[str, Any], words: str, name: str) -> bool:
+    """Does an error say that this field of the request is not known? It names it, or says so next to its name, or is a
+    validator's that gives its place."""
+    if error.get("param") and str(error["param"]).split(".")[0].split("[")[0] == name:
+        return True
+    name, gap = rf"\b{re.escape(name)}\b", r"(?:\W+\w+){0,5}?\W+"
+    near = rf"(?:{NOT_KNOWN})\w*{gap}{name}|{name}{gap}(?:{NOT_KNOWN})|\bbody\b\W+{name}"
+    return re.search(near, words) is not None
 
 
 def error_in(text: str) -> dict[str, Any]:

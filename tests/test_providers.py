@@ -197,6 +197,28 @@ def test_ways_fall_back_once_for_many_requests():
     assert forced.failure(error, (forced.forms, forced.limits)).kind == "unfit"
 
 
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        ({"message": "too long: 'He has 3 tools and a response_format in his grammar'"}, "unfit"),
+        ({"message": "Invalid value", "param": "response_format.json_schema"}, "form"),
+        ({"message": "Invalid value", "param": "messages[0]"}, "unfit"),
+        ({"message": "Invalid parameter: 'response_format' of type 'json_schema' is not supported"}, "form"),
+        ({"message": "This response_format type is unavailable now"}, "form"),
+        ({"message": "response_format: Extra inputs are not permitted"}, "form"),
+        ({"message": "This model does not support structured output"}, "form"),
+    ],
+)
+def test_a_form_falls_back_where_the_error_is_of_it(error, kind):
+    provider = make("openai")
+    way = provider.forms, provider.limits
+    assert provider.failure(Refused(400, json.dumps({"error": error})), way).kind == kind
+    assert provider.form == ("tool" if kind == "form" else "schema")
+    proven = make("openai")
+    proven.proven = way
+    assert proven.failure(Refused(400, json.dumps({"error": error})), way).kind == "unfit" and proven.form == "schema"
+
+
 def test_retry_after_in_all_its_forms():
     date = email.utils.formatdate(time.time() + 30, usegmt=True)
     for headers, least, most in (
