@@ -9,26 +9,35 @@ brought is paid for, and kept; what failed goes into the next one alone.
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+from common import asking
 from common.asking import Asker, GaveUp, Stop, backoff
 from common.basics import sha256
 from common.ledger import Ledger
-from common.providers import Failure, Prompt, Provider, Reply
+from common.providers import NO_CREDIT, Failure, Prompt, Provider, Reply, error_in
 
 MOST_REQUESTS, MOST_BYTES = 10_000, 90_000_000  # of one batch; the providers allow 50,000 and more, 200 MB and more
 POLL = 30.0  # seconds between two looks
-TRIES = 8  # of a call that fails in passing
+TRIES = 8  # of a call that fails in passing, where no batch is known yet
 UNREADABLE = "a result that cannot be read"
 LISTED = 100  # batches of the provider that are looked through for a lost one
+
+
+class Gone(Exception):
+    """The provider has a batch no more whose id it has given."""
+
+
+Wait = Callable[[], Awaitable[None]]  # until the next look; Stop where the run ends first
 
 
 class AnthropicBatches:
     """Message batches. They carry no note of ours, so a lost one is known by the custom ids of its results."""
 
-    def __init__(self, provider: Provider):
-        self.provider, self.calls = provider, provider.client.messages.batches
+    def __init__(self, provider: Provider, wait: Wait):
+        self.provider, self.wait, self.calls = provider, wait, provider.client.messages.batches
 
     async def create(self, key: str, requests: list[tuple[str, Prompt]]) -> str:
         params = self.provider.params
@@ -43,7 +52,7 @@ class AnthropicBatches:
         listed = [batch async for batch in await_page(await self.calls.list(limit=20))]
         for batch in listed:
             while batch.processing_status != "ended":
-                await asyncio.sleep(POLL)
+                await self.wait()
                 batch = await self.calls.retrieve(batch.id)
             if batch.results_url is None:  # kept no longer
                 continue
@@ -70,7 +79,7 @@ class OpenAIBatches:
 
     ENDED = ("completed", "failed", "expired", "cancelled")
 
-    def __init__(self, provider: Provider):
+    def __init__(self, provider: Provider, wait: Wait):
         self.provider, self.calls, self.files = provider, provider.client.batches, provider.client.files
 
     async def create(self, key: str, requests: list[tuple[str, Prompt]]) -> str:
@@ -106,8 +115,10 @@ class OpenAIBatches:
         status = response.get("status_code")
         if status == 200:
             return read_reply(self.provider, response.get("body"))
-        code = (row.get("error") or {}).get("code")
-        return gave_up(code or f"status {status}", final=status in (400, 413, 422))
+        error = error_in(json.dumps(response.get("body")))
+        code = (row.get("error") or {}).get("code") or error.get("code")
+        final = status in (400, 413, 422) and bool(error) and code not in NO_CREDIT
+        return gave_up(code or f"status {status}", final)
 
 
 BATCHES = {"anthropic": AnthropicBatches, "openai": OpenAIBatches}
@@ -158,31 +169,40 @@ async def await_page(page: Any) -> AsyncIterator[Any]:
             return
 
 
+def open_batches(ledger: Ledger) -> tuple[dict[str, list], dict[str, str]]:
+    """What is still out: {key: [[task id, tries before, ticket], ...]} and {key: id} of all that have one."""
+    intents, ids = {}, {}
+    for row in ledger.rows():
+        if "jobs" in row:
+            intents[row["batch"]] = row["jobs"]
+        elif "id" in row:
+            ids[row["batch"]] = row["id"]
+        else:
+            intents.pop(row["batch"], None)
+    return intents, ids
+
+
 class Batches:
     """Rounds of batches, over all starts of a folder. Of the last round: has anything gone out (`went_out`), and has a
     batch come back without one answer (`barren`)?"""
 
     def __init__(self, asker: Asker, ledger: Ledger):
         self.asker, self.ledger, self.provider = asker, ledger, asker.provider
-        self.wire = BATCHES[asker.provider.teacher](asker.provider)
+        self.wire = BATCHES[asker.provider.teacher](asker.provider, self.pause)
         self.went_out = self.barren = False
-        self.intents: dict[str, list] = {}  # {key: [[task id, tries before, ticket], ...]}
-        self.ids: dict[str, str] = {}
-        for row in ledger.rows():
-            if "jobs" in row:
-                self.intents[row["batch"]] = row["jobs"]
-            elif "id" in row:
-                self.ids[row["batch"]] = row["id"]
-            else:
-                self.intents.pop(row["batch"], None)
+        self.intents, self.ids = open_batches(ledger)
 
-    async def steady(self, call: Any, *args: Any) -> Any:
-        """A call of the batch interface, tried again where it fails in passing; Stop where it cannot do."""
-        sdk, provider = self.provider.sdk, self.provider
-        for tries in range(1, TRIES + 1):
+    async def steady(self, call: Any, *args: Any, known: bool = False) -> Any:
+        """A call of the batch interface, tried again where it fails in passing; Stop where it cannot do. Of a batch
+        that is known to be there as long as single requests are; Gone where it is there no more."""
+        sdk, provider, began, tries = self.provider.sdk, self.provider, time.monotonic(), 0
+        while True:
+            tries += 1
             try:
                 return await call(*args)
             except sdk.APIStatusError as e:
+                if e.status_code == 404 and known:
+                    raise Gone from None
                 if e.status_code == 404:
                     raise self.asker.stop(Stop("this server has no batches; leave out --batch", fatal=True)) from None
                 failure = provider.failure(e, (provider.forms, provider.limits))
@@ -190,9 +210,14 @@ class Batches:
                 failure = Failure("broken", "no connection, or a broken one")
             except (ValueError, AttributeError, TypeError):  # a page in HTML, half an answer
                 failure = Failure("broken", "an answer that is no batch")
-            if failure.kind not in ("busy", "broken") or tries == TRIES:
+            except Exception as e:
+                if not type(e).__module__.startswith("http"):
+                    raise
+                failure = Failure("broken", "a connection that broke in the midst")  # of results; the SDK hands it on
+            lost = time.monotonic() - began > asking.PATIENCE if known else tries == TRIES
+            if failure.kind not in ("busy", "broken") or lost:
                 raise self.asker.stop(Stop(f"batches: {failure.what}", fatal=True))
-            await asyncio.sleep(min(failure.wait, 900) if failure.wait is not None else backoff(tries))
+            await self.pause(max(min(failure.wait or 0, asking.MOST_PAUSE), backoff(tries)))
 
     async def round(self, jobs: list[tuple[str, int, Prompt]]) -> AsyncIterator[tuple[str, int, Reply | GaveUp]]:
         """What is still out from a former start, else the jobs (task id, tries before, prompt) in batches; then, as
@@ -261,11 +286,15 @@ class Batches:
                 self.know(key, found)
         left, unread = {f"{key}-{i}": job for i, job in enumerate(jobs)}, 0
         if missing is None:
-            while not await self.steady(self.wire.ended, self.ids[key]):
-                if self.asker.stopped:
-                    raise self.asker.stopped
-                await self.pause()
-            for name, result in await self.steady(self.all_results, key):
+            try:
+                while not await self.steady(self.wire.ended, self.ids[key], known=True):
+                    await self.pause()
+                found = await self.steady(self.all_results, key, known=True)
+            except Gone:
+                print(f"A batch of {len(jobs)} requests is gone at the provider: they are asked again.")
+                found, missing = [], GaveUp("in a batch that is gone", billed=True)
+            taken = any(isinstance(result, Reply) for _, result in found)
+            for name, result in found:
                 job = left.pop(name, None)
                 if job is None:  # twice, not ours, or not to be read
                     unread += not name
@@ -275,20 +304,22 @@ class Batches:
                 self.asker.answers += answered
                 usage, billed = (result.usage, True) if answered else (None, result.billed)
                 self.asker.budget.settle(ticket, usage, billed)
-                if not answered and not self.asker.answers:  # it may be the way of asking that is bad
+                if not answered and not taken:  # it may be the way of asking that is bad
                     result.final = False
                 yield task_id, tried, result
         self.asker.failures[f"in a batch: {UNREADABLE}"] += unread
         for task_id, tried, ticket in left.values():
-            self.asker.budget.settle(ticket, None, billed=unread > 0)
+            self.asker.budget.settle(ticket, None, billed=unread > 0 or (missing is not None and missing.billed))
             yield task_id, tried, missing or GaveUp("in a batch: no result")
 
     async def all_results(self, key: str) -> list[tuple[str, Reply | GaveUp]]:
         """All of a batch at once: a connection that breaks in the midst has brought nothing."""
         return [row async for row in self.wire.results(self.ids[key])]
 
-    async def pause(self) -> None:
-        """Until the next look, or the end."""
+    async def pause(self, seconds: float | None = None) -> None:
+        """Until the next look; Stop where the run ends first."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(POLL):
+            async with asyncio.timeout(POLL if seconds is None else seconds):
                 await self.asker.stopping.wait()
+        if self.asker.stopped:
+            raise self.asker.stopped

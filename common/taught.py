@@ -23,7 +23,7 @@ from tqdm import tqdm
 from common import asking
 from common.asking import Asker, Budget, GaveUp, Pace, Prices, Stop
 from common.basics import InputError, sha256, writable
-from common.batch_jobs import Batches
+from common.batch_jobs import Batches, open_batches
 from common.locks import lock, unlock
 from common.making import load_problems, make_quadruples, make_replay
 from common.providers import FORMS, PROVIDERS, Provider, Reply
@@ -156,10 +156,12 @@ class Course:
             for _ in range(self.terms.concurrency):
                 group.create_task(worker())
 
-    async def teach_in_batches(self, todo: list[Problem]) -> None:
-        """Round after round: all that is open goes into batches, what comes back is recorded, the rest goes again."""
+    async def teach_in_batches(self, todo: list[Problem], others: list[Problem]) -> None:
+        """Round after round: all that is open goes into batches, what comes back is recorded, the rest goes again. What
+        a former start has sent of `others` is recorded, too; they are not asked again."""
         batches = Batches(self.asker, self.records.files["batches"])
-        by_id, barren, used = {p.task_id: p for p in todo}, 0, lambda task_id: len(self.records.tries.get(task_id, ()))
+        used = lambda task_id: len(self.records.tries.get(task_id, ()))
+        by_id, barren = {p.task_id: p for p in [*others, *todo]}, 0
         while not self.asker.stopped:
             open_ones = [p for p in todo if not self.records.done(p.task_id)]
             jobs = [(p.task_id, used(p.task_id), self.prompt(p)[0]) for p in open_ones]
@@ -243,6 +245,18 @@ def given_attempts(
     return found
 
 
+def still_out(terms: Terms, records: Records, problems: list[Problem], task: str, data_dir: str | None):
+    """Problems of a batch that a former start has sent, but for those of this one, which may have a smaller --limit.
+    InputError where nobody would read the batch: what it brings is paid for."""
+    out, known = open_batches(records.files["batches"])[0], {p.task_id for p in problems}
+    if out and terms.batch == "no":
+        where = records.files["batches"].path
+        raise InputError(f"{where}: a batch is out; add --batch yes to read it, or remove the file to give it up")
+    sent = {task_id for jobs in out.values() for task_id, *_ in jobs} - known
+    every = itertools.chain(*load_problems(task, data_dir)[0].values()) if sent else ()
+    return [p for p in every if p.task_id in sent]
+
+
 def dry_run(terms: Terms, task: str, data_dir: str | None, limit: int, seed: int, prices: Prices | None) -> dict:
     """Print the first prompt and an estimate of the cost; nothing is asked and nothing is written."""
     by_split, _, _ = load_problems(task, data_dir, limit)
@@ -268,9 +282,9 @@ def dry_run(terms: Terms, task: str, data_dir: str | None, limit: int, seed: int
 
 def teach_all(
     terms: Terms, provider: Provider, prices: Prices | None, records: Records, problems: list[Problem], domain: str,
-    keep_unverified: bool, y0s: dict[str, list[str]] | None, caught: list[int],
+    keep_unverified: bool, y0s: dict[str, list[str]] | None, caught: list[int], others: list[Problem],
 ) -> Course:  # fmt: skip
-    """One start over all that is not done yet; the course that it was."""
+    """One start over all that is not done yet, and over what a batch holds of `others`; the course that it was."""
     todo = [p for p in problems if not records.done(p.task_id) and (y0s is None or y0s[p.task_id])]
     todo = [p for p in todo if domain == "math" or p.tests is not None]
 
@@ -280,7 +294,7 @@ def teach_all(
         with tqdm(total=len(todo), desc=terms.teacher, unit="problem") as bar, stopping_on_signals(asker, caught):
             course = Course(terms, domain, keep_unverified, records, asker, bar, y0s)
             with contextlib.suppress(Stop):
-                await (course.teach_in_batches(todo) if terms.batch == "yes" else course.teach(todo))
+                await (course.teach_in_batches(todo, others) if terms.batch == "yes" else course.teach(todo))
         await provider.client.close()
         return course
 
@@ -317,14 +331,16 @@ def teach_replay(
             print(line)
         where = {**sampling, "out_dir": out_dir, "data_dir": data_dir}
         y0s = given_attempts(terms, task, problems, records, seed, where)
-        course = teach_all(terms, provider, prices, records, problems, domain, keep, y0s, caught)
+        others = still_out(terms, records, problems, task, data_dir)
+        course = teach_all(terms, provider, prices, records, problems, domain, keep, y0s, caught, others)
         stopped.append(course.asker.stopped)
         found = records.quadruples()
         replay = {s: [found[p.task_id] for p in some if p.task_id in found] for s, some in by_split.items()}
         quads, usd = list(itertools.chain(*replay.values())), course.asker.budget.spent
         rejected = records.why_not(problems, y0s, course.put_off)
         about = {"y0": terms.y0, **sampling, "batch": terms.batch, **spans_and_leaks(records, quads),
-                 "usd_per_kept": usd / len(quads) if quads and prices else None, **asking.describe(course.asker)}
+                 "usd_per_kept": usd / len(quads) if quads and prices else None,
+                 **asking.describe(course.asker)}  # fmt: skip
         records.close()
         return replay, rejected, about
 

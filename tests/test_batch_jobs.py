@@ -3,14 +3,17 @@
 pytest tests/test_batch_jobs.py
 """
 
+import asyncio
 import json
 import re
+import types
 
 import pytest
 from teacher_server import Server
 from test_taught import TEACHERS, files, problems, quick, rows, run  # noqa: F401 (fixtures)
 
-from common import batch_jobs
+from common import asking, batch_jobs
+from common.asking import Stop
 from common.basics import InputError
 from common.ledger import Ledger
 
@@ -179,6 +182,105 @@ def viewed(view):
         return shown
 
     return both
+
+
+def leave_one_out(server, name, out, monkeypatch) -> None:
+    """A start that ends while its batch runs."""
+
+    class Killed(BaseException):
+        pass
+
+    async def die(*_):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(batch_jobs.BATCHES[name], "ended", die)
+        with pytest.raises((Killed, BaseExceptionGroup)):
+            run(server, name, out, batch="yes")
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_batch_that_is_out_is_not_forgotten(tmp_path, problems, monkeypatch, name):  # noqa: F811
+    """A start without --batch says so and asks nothing; one with a smaller --limit records all that was paid for."""
+    with Server() as server:
+        leave_one_out(server, name, tmp_path, monkeypatch)
+        with pytest.raises(InputError, match=r"batches\.jsonl: a batch is out; add --batch yes to read it"):
+            run(server, name, tmp_path)
+        assert server.requests == 0
+        run(server, name, tmp_path, batch="yes", limit=2)
+        assert len(rows(tmp_path / "accepted.jsonl")) == 40 and len(server.batches) == 1
+        assert run(server, name, tmp_path)["kept"] == 40 and server.requests == 0
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_a_batch_that_is_gone_is_sent_again(tmp_path, problems, monkeypatch, capsys, name):  # noqa: F811
+    """And counts as paid."""
+    with Server() as server:
+        leave_one_out(server, name, tmp_path, monkeypatch)
+        route = Server.batch_route
+
+        def gone(self, method, path, *more):
+            return (404, {"error": {"message": "no"}}) if "batch-0" in path else route(self, method, path, *more)
+
+        monkeypatch.setattr(Server, "batch_route", gone)
+        report = run(server, name, tmp_path, batch="yes")
+    assert report["kept"] == 40 and len(server.batches) == 2 and report["requests"] == 80
+    assert "A batch of 40 requests is gone at the provider" in capsys.readouterr().out
+    assert sum(row.get("usage") is None for row in rows(tmp_path / "requests.jsonl") if "usd" in row) == 40
+
+
+@pytest.mark.parametrize("name", TEACHERS)
+def test_an_outage_while_a_batch_runs_is_waited_out(tmp_path, problems, monkeypatch, name):  # noqa: F811
+    """Longer than eight tries."""
+    route, down = Server.batch_route, []
+
+    def outage(self, method, path, *more):
+        if method == "GET" and "batch-0" in path and len(down) < 12:
+            down.append(path)
+            return 503, {"error": {"message": "down"}}
+        return route(self, method, path, *more)
+
+    monkeypatch.setattr(asking, "MOST_WAIT", 0.05)
+    monkeypatch.setattr(Server, "batch_route", outage)
+    with Server() as server:
+        assert run(server, name, tmp_path, batch="yes")["kept"] == 40 and len(down) == 12
+    monkeypatch.setattr(asking, "PATIENCE", 0.1)
+    down[:] = []
+    monkeypatch.setattr(Server, "batch_route", lambda self, method, *more: (
+        (503, {}) if method == "GET" else route(self, method, *more)))  # fmt: skip
+    with Server() as server, pytest.raises(InputError, match="batches: status 503"):
+        run(server, name, tmp_path / "b", batch="yes")
+
+
+def test_a_search_for_a_lost_batch_can_be_stopped():
+    """It may wait for a day for batches of others."""
+
+    class Stuck:
+        id, processing_status = "other", "in_progress"
+
+    async def main():
+        asker = types.SimpleNamespace(stopped=None, stopping=asyncio.Event())
+        jobs = types.SimpleNamespace(asker=asker)
+        listed = types.SimpleNamespace(list=None, retrieve=None)
+
+        async def page():
+            yield Stuck
+
+        async def give(*_, **__):
+            return page()
+
+        listed.list = give
+        client = types.SimpleNamespace(messages=types.SimpleNamespace(batches=listed))
+        provider = types.SimpleNamespace(client=client)
+        wire = batch_jobs.AnthropicBatches(provider, lambda: batch_jobs.Batches.pause(jobs, 300.0))
+        search = asyncio.create_task(wire.find("key"))
+        await asyncio.sleep(0.05)
+        asker.stopped = Stop("stopped by SIGTERM")
+        asker.stopping.set()
+        with pytest.raises(Stop, match="SIGTERM"):
+            await asyncio.wait_for(search, 5)
+
+    asyncio.run(main())
 
 
 def test_large_jobs_go_in_several_batches(tmp_path, problems, monkeypatch):  # noqa: F811
