@@ -119,8 +119,8 @@ _ANNOTATION = re.compile(r"<<[^<>\n]*>>")
 
 
 def normal_form(text: str) -> tuple[str, list[int]]:
-    """What of a text any way of writing it down has, and where each character of it stands: letters, digits and
-    signs in one case and one form; no white space, mark-up (stars, too) or calculator annotation.
+    """What of a text any way of writing it down has, and where each character of it stands: letters, digits,
+    signs and points in numbers, in one case and one form; no white space, mark-up (stars, too), calculator annotation.
 
     >>> normal_form("**So** 2 \u00d7 3 = <<2*3=6>>6.")[0]
     'so23=6'
@@ -131,7 +131,8 @@ def normal_form(text: str) -> tuple[str, list[int]]:
     kept, places = [], []
     for i, letter in enumerate(text):
         for c in "" if i in hidden else unicodedata.normalize("NFKC", letter).translate(_ALIKE).casefold():
-            if c.isalnum() or c in "+-/=%<>":
+            inside = c == "." and text[i - 1 : i].isdigit() and text[i + 1 : i + 2].isdigit()
+            if c.isalnum() or c in "+-/=%<>" or inside:
                 kept.append(c)
                 places.append(i)
     return "".join(kept), places
@@ -146,15 +147,25 @@ def find_quote(y0: str, quote: str) -> tuple[tuple[int, int] | None, str]:
     quote = quote.strip()
     if not quote:
         return None, "not found"
-    if (at := y0.find(quote)) >= 0:
-        return (at, at + len(quote)), "exact"
-    if m := re.search(r"\s+".join(map(re.escape, quote.split())), y0):
-        return m.span(), "white space"
+    for how, pattern in (("exact", re.escape(quote)), ("white space", r"\s+".join(map(re.escape, quote.split())))):
+        for m in re.finditer(pattern, y0):
+            if not cuts_number(y0, *m.span()):
+                return m.span(), how
     (text, places), (wanted, _) = normal_form(y0), normal_form(quote)
     at = text.find(wanted) if len(wanted) >= 3 else -1
-    if at < 0:
-        return None, "not found"
-    return (places[at], places[at + len(wanted) - 1] + 1), "normal form"
+    while at >= 0:
+        span = places[at], places[at + len(wanted) - 1] + 1
+        if not cuts_number(y0, *span):
+            return span, "normal form"
+        at = text.find(wanted, at + 1)
+    return None, "not found"
+
+
+def cuts_number(text: str, start: int, end: int) -> bool:
+    """Does a span begin or end inside a number, as 2+3 = 6 does in 12+3 = 60?"""
+    before, after = text[max(0, start - 2) : start], text[end : end + 2]
+    begins = text[start].isdigit() and re.search(r"\d[.,]?\Z", before)
+    return bool(begins or (text[end - 1].isdigit() and re.match(r"[.,]?\d", after)))
 
 
 def widen(y0: str, span: tuple[int, int]) -> list[int]:

@@ -109,6 +109,21 @@ def test_quotes_become_spans(quote, found, how):
     assert said == how and (span and Y0[slice(*span)]) == found
 
 
+@pytest.mark.parametrize(
+    ("y0", "quote", "found"),
+    [
+        ("1.5+1.5 = 3\n15+15 = 3", "15+15=3", "15+15 = 3"), ("12+3 = 60\n2+3 = 6", "2+3=6", "2+3 = 6"),
+        ("12+3 = 60", "2+3=6", None), ("48", "4", None), ("48 and 4.5 or 4", "4", "4"), ("12 + 3", "2 +  3", None),
+        ("1.5 + 2 = 3", "1.5+2=3", "1.5 + 2 = 3"), ("So 1,234.", "234", None), ("It is 6. So", "6", "6"),
+    ],
+)  # fmt: skip
+def test_a_quote_cuts_no_number_in_two(y0, quote, found):
+    span, _ = find_quote(y0, quote)
+    assert (span and y0[slice(*span)]) == found
+    if found and y0.count(found) == 1:
+        assert span[0] == y0.index(found)
+
+
 def test_normal_form_maps_every_character_back():
     text = "\ufb01ve \u2212 \u00bd\u00a0<<1=1>> X"
     kept, places = normal_form(text)
