@@ -94,16 +94,18 @@ class Budget:
         self.open: dict[str, float] = {}  # set aside and not settled
         self.spent, self.requests, self.tokens = 0.0, 0, Counter()
         self.changed = asyncio.Event()
-        for row in journal.rows():
-            if "aside" in row:
-                self.open[row["id"]] = row["aside"]
-                self.requests += 1
-            else:
-                self._add(row["id"], row["usd"], row.get("usage"))
+        journal.each(self._read)
         # under way when a former start was killed: spent, unless a batch brings the answer yet
         self.lost, self.open = self.open, {}
         self.spent += sum(self.lost.values())
         self.start = f"{time.time_ns():x}"
+
+    def _read(self, row: dict[str, Any]) -> None:
+        if "aside" in row:
+            self.open[row["id"]] = float(row["aside"])
+            self.requests += 1
+        else:
+            self._add(row["id"], float(row["usd"]), row.get("usage"))
 
     def worst(self, prompt: Prompt, max_tokens: int) -> float:
         """The most that a request can cost."""

@@ -172,13 +172,16 @@ async def await_page(page: Any) -> AsyncIterator[Any]:
 def open_batches(ledger: Ledger) -> tuple[dict[str, list], dict[str, str]]:
     """What is still out: {key: [[task id, tries before, ticket], ...]} and {key: id} of all that have one."""
     intents, ids = {}, {}
-    for row in ledger.rows():
+
+    def read(row: dict[str, Any]) -> None:
         if "jobs" in row:
             intents[row["batch"]] = row["jobs"]
         elif "id" in row:
             ids[row["batch"]] = row["id"]
         else:
             intents.pop(row["batch"], None)
+
+    ledger.each(read)
     return intents, ids
 
 

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from common.basics import DiskError, InputError, parse_line
@@ -69,12 +69,24 @@ class Ledger:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """All lines so far, in order; InputError naming file and line at one that is none."""
-        with open(self.path, encoding="utf-8", newline="\n") as file:
+        with open(self.path, "rb") as file:
             for i, line in enumerate(file, 1):
-                row = parse_line(line, f"{self.path}:{i}")
+                try:
+                    text = line.decode()
+                except UnicodeDecodeError:
+                    raise InputError(f"{self.path}:{i}: no UTF-8; fix or remove the line") from None
+                row = parse_line(text, f"{self.path}:{i}")
                 if not isinstance(row, dict):
                     raise InputError(f"{self.path}:{i}: expected a JSON object; remove the line")
                 yield row
+
+    def each(self, read: Callable[[dict[str, Any]], None]) -> None:
+        """Hand every line on; InputError naming file and line where it lacks what `read` wants of it."""
+        for i, row in enumerate(self.rows(), 1):
+            try:
+                read(row)
+            except (KeyError, TypeError, AttributeError, ValueError):
+                raise InputError(f"{self.path}:{i}: is no line of ours; fix or remove it") from None
 
     def note(self, row: dict[str, Any]) -> None:
         """Append a line that a kill of this process cannot take back; a power cut can."""

@@ -23,7 +23,10 @@ def check_job(out: pathlib.Path, job: dict[str, Any]) -> None:
         if (out / "train.jsonl").exists():
             raise InputError(f"--out {out}: holds a replay that another command made; choose another folder")
         write_atomic(path, json.dumps(job, indent=1) + "\n")
-    former = read_json(path)
+    try:
+        former = read_json(path)
+    except InputError:
+        raise InputError(f"{path}: cannot be read; restore it, or choose another --out") from None
     differs = ", ".join(key for key in job if former.get(key) != job[key])
     if differs:
         raise InputError(f"--out {out}: was begun with another {differs}; choose another folder, or the former flags")
@@ -39,13 +42,16 @@ class Records:
         self.final: dict[str, str] = {}
         self.tries: dict[str, list[str]] = {}
         self.problems = problems
-        for row in self.files["accepted"].rows():
-            task_id = row["meta"]["task_id"]
-            if task_id in problems and problems[task_id].x != row["x"]:
-                raise InputError(f"{out}: {task_id} is another problem by now; choose another --out")
-            self.kept.add(task_id)
-        for row in self.files["rejected"].rows():
-            self.note(row)
+        self.files["accepted"].each(self.note_kept)
+        self.files["rejected"].each(self.note)
+        self.quadruples()  # what cannot be read is said before anything is paid
+
+    def note_kept(self, row: dict[str, Any]) -> None:
+        task_id = row["meta"]["task_id"]
+        if task_id in self.problems and self.problems[task_id].x != row["x"]:
+            out = self.files["accepted"].path.parent
+            raise InputError(f"{out}: {task_id} is another problem by now; choose another --out")
+        self.kept.add(task_id)
 
     def note(self, row: dict[str, Any]) -> None:
         self.tries.setdefault(row["task_id"], []).append(row["reason"])
@@ -85,7 +91,6 @@ class Records:
     def close(self) -> None:
         for file in self.files.values():
             file.close()
-
 
     def why_not(self, problems: list[Problem], y0s: dict[str, list[str]] | None, put_off: dict[str, str]) -> Counter:
         """Why problems are not kept: they have no attempt, were rejected, got no answer (`put_off`), were not asked."""

@@ -229,7 +229,8 @@ def given_attempts(
     if terms.y0 == "teacher":
         return None
     file, planted = records.files["attempts"], get_task(task).planted
-    found = {row["task_id"]: row["y0s"] for row in file.rows()}
+    found: dict[str, list[str]] = {}
+    file.each(lambda row: found.update({row["task_id"]: row["y0s"]}))
     left = [p for p in problems if p.task_id not in found and not records.done(p.task_id)]
     if left and terms.y0 == "model":
         desc = dict(total=len(left), desc="attempts", unit="problem")

@@ -137,6 +137,13 @@ def test_a_server_that_gives_no_usage_is_reckoned_at_the_worst(make):
     assert all_of(free, 1) == [GOOD] and free.budget.worst(PROMPT, 100) == 0.0
 
 
+@pytest.mark.parametrize("line", ['{"a": 1}', '{"id": "x", "aside": "y"}', '{"id": "x", "usd": null}'])
+def test_a_damaged_line_of_the_journal_is_named(make, tmp_path, line):
+    (tmp_path / "requests.jsonl").write_text(f"{line}\n")
+    with pytest.raises(InputError, match=r"requests\.jsonl:1: "):
+        make()
+
+
 # ---- the pace -------------------------------------------------------------------------------------------------------
 def test_no_more_than_so_many_at_once(make):
     asker = make(concurrency=3)

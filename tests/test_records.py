@@ -80,3 +80,31 @@ def test_a_job_is_written_once_and_compared(tmp_path):
     check_job(tmp_path, {"a": 1, "b": 2})
     with pytest.raises(InputError, match="was begun with another a, b"):
         check_job(tmp_path, {"a": 2, "b": 3})
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("accepted", b'{"a": 1}'), ("accepted", b'{"meta": {"task_id": "own/1"}, "x": "1 pens?"}'),
+        ("accepted", b"\xff"), ("accepted", b'{"meta": 3}'),
+        ("rejected", b'{"a": 1}'), ("rejected", b'{"task_id": [], "reason": 1}'),
+    ],
+)  # fmt: skip
+def test_a_damaged_line_is_named_before_anything_is_asked(tmp_path, name, line):
+    (tmp_path / f"{name}.jsonl").write_bytes(line + b"\n")
+    with pytest.raises(InputError, match=rf"{name}\.jsonl:1: "):
+        Records(tmp_path, PROBLEMS)
+
+
+def test_a_damaged_replay_is_named_before_anything_is_asked(tmp_path):
+    (tmp_path / "val.jsonl").write_text('{"x": 1}\n')
+    with pytest.raises(InputError, match=r"val\.jsonl:1: "):
+        Records(tmp_path, PROBLEMS)
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", "\udcff"])
+def test_a_damaged_job_is_one_line(tmp_path, text):
+    (tmp_path / "job.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=r"job\.json: ") as error:
+        check_job(tmp_path, {"task": "a"})
+    assert "checkpoint" not in str(error.value)
