@@ -85,7 +85,7 @@ class Args:
     price_cached: float | None = None
     """dollars per million prompt tokens read from the provider's cache; none = as --price_in or the table says"""
     price_out: float | None = None
-    """dollars per million answer tokens; none = as --price_in"""
+    """dollars per million answer tokens; none = that of the table, where it has the model"""
     batch: Literal["no", "yes"] = "no"
     """yes = through the provider's batch interface: half the price, answers within a day"""
     dry_run: Literal["no", "yes"] = "no"
