@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import pytest
@@ -71,7 +72,7 @@ def place(tmp_path):
 
 def shown(output: str) -> list[str]:
     """The calls that a launcher prints, without those of programs that are not stood in for."""
-    return [line for line in output.splitlines() if line.startswith("+ ") and not line.startswith("+ tar ")]
+    return [line for line in output.splitlines() if line.startswith("+ ") and not line.startswith(("+ tar ", "+ git "))]
 
 
 def test_shellcheck_finds_nothing():
@@ -338,7 +339,7 @@ def test_tpu_cleans_up_after_a_failure_at_each_step(place, rules, code, expected
 
 
 def test_tpu_goes_on_with_the_cell_that_was_stopped(place):
-    (place.folder / "cells").write_text("one\ntwo\nthree\n")
+    (place.folder / "cells").write_text("one\n# not this\n \ntwo\nthree\n")
     place.rules(NEW, ACTIVE, "COMMAND=two|1|255|", "cell.sh|0|0|cts-exit 0")
     done = place.bash("tpu.sh", **TPU, CELLS="cells")
     ran = re.findall(r"COMMAND=(\w+)", "\n".join(place.calls))
@@ -346,12 +347,21 @@ def test_tpu_goes_on_with_the_cell_that_was_stopped(place):
     assert "cell 2 of 3 was stopped; on with another machine" in done.stderr
 
 
-@pytest.mark.parametrize("said", ["cts-exit 0", "cts-exit 0\\ncts-exit 143", "cts-exit 0\\ncts-exit 0\\ncts-exit 2"])
-def test_tpu_counts_its_workers(place, said):
-    """One of two that says nothing is gone; the worst code counts."""
-    place.rules(NEW, ACTIVE, f"cell.sh|0|0|{said}")
-    done = place.bash("tpu.sh", **dict(TPU, TRIES="1", WORKERS="2"))
-    assert done.returncode == (2 if "2" in said else 143) and steps(place.calls)[-1] == "delete"
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        ([0], 2), ([0, 143], 143), ([0, 0, 2], 2), ([0, 0, 0], 2), ([0, 0], 0),
+    ],
+)  # fmt: skip
+def test_tpu_counts_its_workers(place, said, code):
+    """The worst code counts; where all is done on another number of hosts, no more machines are had."""
+    place.rules(NEW, ACTIVE, "cell.sh|0|0|" + "\\n".join(f"cts-exit {c}" for c in said))
+    done = place.bash("tpu.sh", **dict(TPU, TRIES="2", WORKERS="2"))
+    assert done.returncode == code and steps(place.calls)[-1] == "delete"
+    assert ("give WORKERS=" in done.stderr) == (set(said) == {0} and len(said) != 2)
+    assert steps(place.calls).count("create") == (2 if code == 143 else 1)
+    place.rules(NEW, ACTIVE, "cell.sh|1|255|cts-exit 0", "cell.sh|0|0|cts-exit 0\\ncts-exit 0")
+    assert place.bash("tpu.sh", **dict(TPU, WORKERS="2")).returncode == 0  # one of two was gone, and ssh said so
 
 
 def test_tpu_that_is_somebody_else_s_is_left_alone(place):
@@ -364,16 +374,144 @@ def test_tpu_that_is_somebody_else_s_is_left_alone(place):
 
 
 @pytest.mark.parametrize("pattern", ["cell.sh", "scp", "queued-resources create"])
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_tpu_is_deleted_when_its_launcher_is_told_to_go(place, pattern, number, code):
     place.rules(NEW, f"{pattern}|0|hang|", ACTIVE, ENDED)
-    process = place.start("bash", str(DEPLOY / "tpu.sh"), **TPU)
-    while not any(pattern in call for call in place.calls):
-        assert process.poll() is None
-        time.sleep(0.05)
+    process = place.start(*USUAL_SIGNALS, "bash", str(DEPLOY / "tpu.sh"), **TPU)
+    wait_for_call(place, pattern, process)
     process.send_signal(number)
     process.communicate(timeout=60)
     assert process.returncode == code and steps(place.calls)[-1] == "delete"
+    assert not list(place.folder.glob("cts*"))
+
+
+# pytest may ignore some, and what it starts would inherit that
+USUAL_SIGNALS = (sys.executable, "-c", "import os, signal, sys; [signal.signal(n, signal.SIG_DFL) for n in (1, 2, 13)];"
+                 "os.execvp(sys.argv[1], sys.argv[1:])")  # fmt: skip
+
+
+def wait_for_call(place, pattern, process):
+    deadline = time.monotonic() + 60
+    while not any(pattern in call for call in place.calls):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("pattern", ["cell.sh", "describe"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+def test_tpu_is_deleted_though_its_reader_is_gone(place, number, pattern):
+    """Ctrl-C and a closed terminal reach all of `tpu.sh | tee log`: what clean-up prints, or gcloud, reaches nobody."""
+    place.rules(NEW, "resources delete|1|1|busy", f"{pattern}|0|hang|", ACTIVE)
+    line = f"bash {DEPLOY}/tpu.sh 2>&1 | tee {place.folder}/log"
+    process = place.start(*USUAL_SIGNALS, "setsid", "bash", "-c", line, **TPU)
+    wait_for_call(place, "cell.sh" if pattern == "cell.sh" else "resources create", process)
+    time.sleep(0.2)
+    os.killpg(process.pid, number)
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 60
+    while list(place.folder.glob("cts.*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert steps(place.calls)[-2:] == ["delete", "delete"]
+
+
+def test_tpu_is_deleted_though_it_is_told_twice(place):
+    place.rules(NEW, "cell.sh|0|hang|", ACTIVE)
+    slow = '#!/bin/sh\ncase "$*" in *"resources delete"*) sleep 1 ;; esac\nexec ' + f'{place.folder}/stand_in "$@"\n'
+    (place.folder / "bin/gcloud").rename(place.folder / "stand_in")
+    (place.folder / "bin/gcloud").write_text(slow)
+    (place.folder / "bin/gcloud").chmod(0o755)
+    process = place.start(*USUAL_SIGNALS, "bash", str(DEPLOY / "tpu.sh"), **TPU)
+    wait_for_call(place, "cell.sh", process)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        process.send_signal(number)
+        time.sleep(0.2)
+    process.communicate(timeout=60)
+    assert process.returncode == 130 and "resources delete" in place.calls[-1]
+
+
+def test_tpu_hears_what_gcloud_says_and_what_it_warns_of(place):
+    """A warning is no state; what is not answered is asked again, but not for ever."""
+    place.rules(NEW, ACTIVE, ENDED)
+    warn = f'#!/bin/sh\necho "WARNING: updates are available" >&2\nexec {place.folder}/stand_in "$@"\n'
+    (place.folder / "bin/gcloud").rename(place.folder / "stand_in")
+    (place.folder / "bin/gcloud").write_text(warn)
+    (place.folder / "bin/gcloud").chmod(0o755)
+    done = place.bash("tpu.sh", **TPU)
+    assert done.returncode == 0 and steps(place.calls) == GOOD
+    place.rules(NEW, "describe|0|1|the token has expired")
+    done = place.bash("tpu.sh", **TPU)
+    assert done.returncode == 1 and steps(place.calls) == ["describe", "create", *["describe"] * 10, "delete"]
+    assert "error: gcloud does not say whether me-cts is there: WARNING" in done.stderr and "expired" in done.stderr
+    place.rules(NEW, ACTIVE, "describe me-cts|2|1|later", "scp|0|1|")
+    assert place.bash("tpu.sh", **TPU).returncode == 1 and steps(place.calls).count("create") == 1
+
+
+def test_tpu_whose_creation_failed_is_had_again(place):
+    """Its deletion finds nothing, and that is no failure; one that is not there after a while is given up."""
+    gone = "delete me-cts|1|1|NOT_FOUND: no such resource"
+    place.rules(NEW.replace("|1|1|", "|2|1|"), "resources create|1|1|RESOURCE_EXHAUSTED", gone, ACTIVE, ENDED)
+    done = place.bash("tpu.sh", **TPU)
+    assert done.returncode == 0 and "NOT DELETED" not in done.stderr and "RESOURCE_EXHAUSTED" in done.stderr
+    assert steps(place.calls) == ["describe", "create", "delete", *GOOD]
+    place.rules(NEW.replace("|1|1|", "|0|1|"), gone.replace("|1|1|", "|0|1|"))
+    assert place.bash("tpu.sh", **TPU).returncode == 143
+    assert steps(place.calls) == ["describe", *["create", *["describe"] * 3, "delete", "describe"] * 3]
+    place.rules(NEW, "delete me-cts|0|1|NOT_FOUND: no such resource", ACTIVE, ENDED)
+    done = place.bash("tpu.sh", **TPU)  # it is there, whatever deleting says
+    assert done.returncode == 1 and "NOT DELETED, it goes on costing" in done.stderr
+
+
+def test_tpu_that_somebody_else_creates_meanwhile_is_left_alone(place):
+    place.rules(NEW, "resources create|0|1|ALREADY_EXISTS: me-cts", ACTIVE)
+    done = place.bash("tpu.sh", **TPU)
+    assert done.returncode == 2 and steps(place.calls) == ["describe", "create"]
+    assert "me-cts was created by somebody else meanwhile" in done.stderr
+
+
+def test_tpu_that_is_gone_while_its_ssh_hangs(place):
+    place.rules(NEW, "describe me-cts|1|0|ACTIVE", "describe me-cts|1|0|SUSPENDED", "cell.sh|1|hang|", ACTIVE, ENDED)
+    done = place.bash("tpu.sh", **dict(TPU, WAIT="1"))
+    assert done.returncode == 0 and "the machine is SUSPENDED" in done.stdout
+    assert steps(place.calls) == [*GOOD[:6], "describe", "delete", *GOOD[1:]]
+    assert all("ServerAliveInterval" in call for call in place.calls if "tpu-vm ssh" in call)
+
+
+def test_tpu_sends_what_the_run_could_not(place):
+    said = "not all is in gs://b/runs; /h has it, and `python -m common.buckets /h gs://b/runs` sends it"
+    place.rules(NEW, ACTIVE, f"cell.sh|0|0|{said}\\ncts-exit 1")
+    assert place.bash("tpu.sh", **TPU).returncode == 1
+    assert steps(place.calls) == [*GOOD[:6], "ssh", "delete"]
+    assert r"python\ -m\ common.buckets\ /h\ gs://b/runs" in place.calls[-2]
+
+
+def test_tpu_takes_along_what_git_tracks(place):
+    """No secrets, no environments; a checkout is needed for it."""
+    root = place.folder / "checkout"
+    shutil.copytree(DEPLOY, root / "deploy")
+    files = ("a b.py", ".venv/bin/python", "mine.env", "old.py")
+    for name in files:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("as committed")
+    place.rules(NEW, ACTIVE, ENDED)
+    go = lambda: subprocess.run(["bash", f"{root}/deploy/tpu.sh"], env=place.env(**TPU), capture_output=True, text=True)
+    done = go()
+    assert done.returncode == 2 and "is not a checkout of git" in done.stderr and "create" not in steps(place.calls)
+    git = lambda *words: subprocess.run(["git", "-C", root, *words], check=True, capture_output=True)
+    git("init")
+    git("add", "deploy", "a b.py", "old.py")
+    (root / "a b.py").write_text("as it stands")
+    (root / "old.py").unlink()
+    keep = f'#!/bin/sh\ncase "$*" in *scp*) cp cts.tgz {place.folder}/kept ;; esac\nexec {place.folder}/stand_in "$@"\n'
+    (place.folder / "bin/gcloud").rename(place.folder / "stand_in")
+    (place.folder / "bin/gcloud").write_text(keep)
+    (place.folder / "bin/gcloud").chmod(0o755)
+    place.rules(NEW, ACTIVE, ENDED)
+    done = go()
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(place.folder / "kept") as tar:
+        names = {name for name in tar.getnames() if not name.startswith("deploy/")}
+        assert names == {"a b.py"} and tar.extractfile("a b.py").read() == b"as it stands"
 
 
 @pytest.mark.parametrize(
@@ -382,6 +520,11 @@ def test_tpu_is_deleted_when_its_launcher_is_told_to_go(place, pattern, number, 
         (dict.fromkeys(TPU, ""), "not set: NAME PROJECT ZONE TYPE RUNTIME BUCKET COMMAND or CELLS"),
         (dict(ZONE=""), "not set: ZONE;"),
         (dict(BUCKET="s3://b"), "BUCKET=s3://b: give gs://NAME"),
+        (dict(BUCKET="gs://b/x"), "BUCKET=gs://b/x: give gs://NAME, without a path"),
+        (dict(BUCKET="gs://b/"), "BUCKET=gs://b/: give gs://NAME, without a path"),
+        (dict(WORKERS="four"), "WORKERS=four TRIES=3 WAIT=0: give whole numbers"),
+        (dict(TRIES="0"), "WORKERS=1 TRIES=0 WAIT=0: give whole numbers"),
+        (dict(WAIT="1m"), "WORKERS=1 TRIES=3 WAIT=1m: give whole numbers"),
         (dict(NAME="Me!"), "NAME=Me!: lower-case letters"),
         (dict(MODEL="cheap"), "MODEL=cheap: spot, on-demand or reserved"),
         (dict(CELLS="nowhere"), "CELLS=nowhere cannot be read"),
