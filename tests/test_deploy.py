@@ -132,6 +132,16 @@ def test_what_a_cell_is_given(place, command, variables, added):
         (dict(CELLS="cells"), "CELL=: give the number of a line"),
         (dict(CELLS="cells", CELL="0"), "CELL=0: give the number of a line"),
         (dict(CELLS="cells", CELL="3"), "CELL=3: cells has no such line"),
+        *((dict(COMMAND=text), "COMMAND names no program") for text in (" ", "X=1", "X='a b' Y=", "$NONE", "-i", "''")),
+        (dict(COMMAND="#x"), "COMMAND has an unquoted #"),
+        *(
+            (dict(COMMAND=f"true {c} false"), f"COMMAND has an unquoted {c[0]}")
+            for c in ("&&", ";", "|", ">x", "(", "`x`")
+        ),
+        (dict(COMMAND="python b5_cts.py # seed 3"), "COMMAND has an unquoted #; give one"),
+        (dict(COMMAND="true 'a"), "COMMAND has an unquoted '"),
+        (dict(COMMAND="true\nfalse"), "COMMAND has several lines"),
+        (dict(COMMAND="true", SECRETS="bad.env"), "SECRETS=bad.env: line 2 is not NAME=value"),
         (dict(COMMAND="true", SECRETS="nowhere"), "SECRETS=nowhere cannot be read"),
         (dict(COMMAND="true", SECRETS="cells"), "SECRETS=cells can be read by others; chmod 600 it"),
     ],
@@ -139,16 +149,46 @@ def test_what_a_cell_is_given(place, command, variables, added):
 def test_a_cell_that_cannot_be_is_bad_input(place, variables, message):
     (place.folder / "cells").write_text("true\ntrue\n")
     (place.folder / "cells").chmod(0o644)
+    (place.folder / "bad.env").write_text("A=1\nvery secret\n")
+    (place.folder / "bad.env").chmod(0o600)
     done = place.bash("cell.sh", **variables)
+    assert "very" not in done.stderr and done.stdout == ""
     assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
 
 
 def test_secrets_reach_the_command_and_no_line(place):
-    (place.folder / "secrets").write_text("WANDB_API_KEY='very secret'\n")
+    """Each value as it stands: nothing of it is executed, expanded or unquoted. The file is this, not one on PATH."""
+    values = ["very secret", "a$HOME$(touch x)", "`touch x`", "a&b;c|d #e", "'q' \"r\"", "", " s ", "last"]
+    lines = "".join(f"S{i}={value}\n" for i, value in enumerate(values[:-1]))
+    (place.folder / "secrets").write_text(f"# mine\n\n{lines}S{len(values) - 1}={values[-1]}")
     (place.folder / "secrets").chmod(0o600)
-    command = f"""{sys.executable} -c 'import os; print(os.environ["WANDB_API_KEY"][:4], os.environ["CTS_LAUNCHER"])'"""
-    done = place.bash("cell.sh", COMMAND=command, SECRETS="secrets")
-    assert done.stdout == "very cell.sh\n" and "secret'" not in done.stderr and "very" not in done.stderr
+    (place.folder / "bin/secrets").write_text("S0=other\n")
+    program = "import json, os; print(json.dumps([os.environ[f'S{i}'] for i in range(8)]), os.environ['CTS_LAUNCHER'])"
+    done = place.bash("cell.sh", COMMAND=f'{sys.executable} -c "{program}"', SECRETS="secrets")
+    assert done.stdout == f"{json.dumps(values)} cell.sh\n" and "very" not in done.stderr and "last" not in done.stderr
+    assert not list(place.folder.glob("**/x")) and not (ROOT / "x").exists()
+
+
+def test_a_cell_s_line_may_be_a_comment_and_end_as_it_likes(place):
+    (place.folder / "cells").write_text("# python b5_cts.py\n\tpython b5_cts.py  \r\n")
+    done = place.bash("cell.sh", CELLS="cells", CELL="1")
+    assert (done.returncode, done.stdout) == (0, "") and "is a comment: nothing to run" in done.stderr
+    done = place.bash("cell.sh", CELLS="cells", CELL="2", OUT_DIR="/y", DRY_RUN="1")
+    assert done.stdout == "python b5_cts.py --resume --out_dir /y\n"
+    done = place.bash("cell.sh", COMMAND="python b5_cts.py\n", OUT_DIR="/y", DRY_RUN="1")
+    assert done.stdout == "python b5_cts.py --resume --out_dir /y\n"
+
+
+@pytest.mark.parametrize(("device", "added"), [("accel0", ""), ("vfio/0", ""), ("nvidia0", " --hosts a:8476,2,1")])
+def test_a_tpu_s_hosts_are_not_named(place, device, added):
+    """They find each other; what a machine has is looked up in /dev."""
+    (place.folder / "dev" / device).parent.mkdir(parents=True)
+    (place.folder / "dev" / device).touch()
+    script = (DEPLOY / "cell.sh").read_text().replace("/dev/accel", f"{place.folder}/dev/accel")
+    (place.folder / "cell.sh").write_text(script.replace("/dev/vfio", f"{place.folder}/dev/vfio"))
+    nodes = dict(SKYPILOT_NUM_NODES="2", SKYPILOT_NODE_IPS="a\nb", SKYPILOT_NODE_RANK="1")
+    process = place.start("bash", "cell.sh", DRY_RUN="1", COMMAND="python b5_cts.py --resume", **nodes)
+    assert process.communicate(timeout=60)[0] == f"python b5_cts.py --resume{added}\n"
 
 
 def test_the_signal_and_the_exit_code_are_the_command_s(place):
@@ -193,6 +233,7 @@ ARRAY = dict(SLURM, SLURM_ARRAY_JOB_ID="5", SLURM_ARRAY_TASK_ID="2", CELLS="cell
     ("code", "variables", "requeued"),
     [
         (0, SLURM, None), (2, SLURM, None), (1, SLURM, None), (143, SLURM, "7"), (143, ARRAY, "5_2"), (2, ARRAY, None),
+        (143, {**ARRAY, "CELLS": ""}, "5_2"),
         (143, dict(SLURM, SLURM_RESTART_COUNT="49"), "7"), (143, dict(SLURM, SLURM_RESTART_COUNT="50"), None),
     ],
 )  # fmt: skip
@@ -204,6 +245,22 @@ def test_slurm_requeues_what_was_stopped_and_nothing_else(place, code, variables
     expected = [f"+ srun --wait=60 bash {ROOT}/deploy/cell.sh"]
     assert place.calls == expected + ([f"+ scontrol requeue {requeued}"] if requeued else [])
     assert shown(done.stdout) == place.calls
+    assert ("not requeued: 50 restarts" in done.stderr) == (code == 143 and not requeued)
+
+
+def test_slurm_says_that_it_was_not_requeued(place):
+    place.rules("+ srun|0|143|", "+ scontrol|0|1|")
+    done = place.bash("slurm.sbatch", COMMAND="x", **SLURM)
+    assert done.returncode == 143 and "scontrol did not requeue 7: submit it again" in done.stderr
+
+
+@pytest.mark.parametrize("more", [{}, dict(DRY_RUN="1")])
+@pytest.mark.parametrize("given", [dict(CELLS="nowhere"), dict(MAX_RESTARTS="many")])
+def test_slurm_refuses_in_one_line(place, given, more):
+    done = place.bash("slurm.sbatch", **{**ARRAY, "CELLS": "", **given, **more})
+    (name, value), *_ = given.items()
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {name}={value}") and done.stderr.count("\n") == 1
+    assert place.calls == []
 
 
 def test_slurm_dry_run_is_what_is_called(place):
@@ -211,7 +268,8 @@ def test_slurm_dry_run_is_what_is_called(place):
     done = place.bash("slurm.sbatch", COMMAND="x", **SLURM)
     calls = place.calls
     place.rules()
-    dry = place.bash("slurm.sbatch", COMMAND="x", DRY_RUN="1", **SLURM)
+    dry = place.bash("slurm.sbatch", COMMAND="x", DRY_RUN="1", SCRATCH=str(place.folder / "scratch"), **SLURM)
+    assert not (place.folder / "scratch").exists()
     assert shown(dry.stdout) == calls == shown(done.stdout) and place.calls == [] and dry.returncode == 0
 
 
