@@ -19,7 +19,9 @@ import itertools
 import json
 import os
 import pathlib
+import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -45,8 +47,8 @@ class Damaged(Exception):
 
 
 def is_url(path: str | None) -> bool:
-    """Whether a flag's value is a bucket's address."""
-    return "://" in (path or "")
+    """Whether a flag's value is a bucket's address, or meant as one: Bucket refuses `gs:/b`."""
+    return "://" in (path or "") or bool(re.match(r"(gs|gcs|s3):", path or "", re.IGNORECASE))
 
 
 def digest(path: pathlib.Path) -> str:
@@ -59,17 +61,18 @@ class Bucket:
     """What is under one address. Names are relative to it."""
 
     def __init__(self, url: str):
-        """InputError where the library for such addresses is missing."""
+        """InputError where it is no such address, or the library for it is missing."""
         import fsspec
 
-        scheme = url.partition("://")[0]
+        scheme, _, rest = url.partition("://")
+        if scheme not in (*LIBRARY, "file") or not rest.strip("/"):
+            raise InputError(f"{url}: cannot be opened; give gs://NAME or s3://NAME, or mount it and give the path")
         try:
             options = {"auto_mkdir": True} if scheme == "file" else PATIENCE.get(scheme, {})
             self.fs, self.root = fsspec.core.url_to_fs(url, use_listings_cache=False, **options)
         except (ImportError, ValueError) as e:
-            library = LIBRARY.get(scheme)
-            how = f"pip install -r deploy/buckets.txt (it needs {library})" if library else "gs:// and s3:// are known"
-            raise InputError(f"{url}: cannot be opened ({e}); {how}, or mount the bucket and give its path") from None
+            how = f"pip install -r deploy/buckets.txt (it needs {LIBRARY.get(scheme)}), or mount it and give the path"
+            raise InputError(f"{url}: cannot be opened ({e}); {how}") from None
         self.url, self.root = url.rstrip("/"), self.root.rstrip("/")
 
     def names(self, under: str = "") -> list[str]:
@@ -108,16 +111,31 @@ class Bucket:
         except FileNotFoundError:
             return {}
 
-    def send_group(self, folder: pathlib.Path, group: str) -> None:
-        """The files of a folder, then its marker."""
+    def holds(self, name: str, expected: str) -> bool:
+        """Whether an object is there, with that digest."""
+        try:
+            with self.fs.open(f"{self.root}/{name}", "rb") as file:
+                return hashlib.file_digest(file, "sha256").hexdigest() == expected
+        except FileNotFoundError:
+            return False
+
+    def send_group(self, folder: pathlib.Path, group: str, trusted: bool = True) -> None:
+        """The files of a folder, then its marker; what else is there is removed. Unless the old marker is `trusted`,
+        every file that it names is read back, and sent where it is another."""
         files = sorted(path for path in folder.rglob("*") if path.is_file() and not is_passing(path.name))
         now = {path.relative_to(folder).as_posix(): digest(path) for path in files}
         before = self.marker(group)
-        for name in now:
-            if before.get(name) != now[name]:
-                self.write(f"{group}/{name}", folder / name)
-        if now != before:
-            self.write(group + MARKER, json.dumps(now, indent=1).encode())
+        same = [name for name in now if before.get(name) == now[name]]
+        there = {name for name in same if trusted or self.holds(f"{group}/{name}", now[name])}
+        if now == before and len(there) == len(now):
+            return
+        if before:  # it is not true while files change
+            self.remove(group + MARKER)
+        for name in sorted(now.keys() - there):
+            self.write(f"{group}/{name}", folder / name)
+        for name in set(self.names(group + "/")) - {f"{group}/{name}" for name in now}:
+            self.remove(name)
+        self.write(group + MARKER, json.dumps(now, indent=1).encode())
 
     def fetch_group(self, group: str, target: pathlib.Path) -> None:
         """A folder as its marker has it, whole or not at all; Damaged names the file that is missing or another."""
@@ -128,9 +146,19 @@ class Bucket:
                     self.fetch(f"{group}/{name}", tmp / name)
                 if not (tmp / name).is_file() or digest(tmp / name) != expected:
                     raise Damaged(f"{self.url}/{group}/{name} is missing, or not what was sent")
-            os.replace(tmp, target)
+            try:
+                os.replace(tmp, target)
+            except OSError:
+                if not target.is_dir():  # else another process was faster
+                    raise
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
+
+    def disown(self, group: str, e: Damaged, then: str) -> None:
+        """Name a damaged folder; without its marker it is sent anew, whatever its files are."""
+        print(f"{e}; {then}", file=sys.stderr)
+        with contextlib.suppress(Exception):  # each client raises errors of its own; it is named again the next time
+            self.remove(group + MARKER)
 
     def remove_group(self, group: str) -> None:
         """The marker first: without it the rest is nothing."""
@@ -234,12 +262,16 @@ class Mirror:
         self.folder = pathlib.Path("runs/buckets").absolute() / rest
         self.folder.mkdir(parents=True, exist_ok=True)
         self.patient(lambda: self.bucket.write(f".probe.{os.getpid()}", b"can this be written?"))
-        self.bucket.remove(f".probe.{os.getpid()}")
+        with contextlib.suppress(Exception):  # each client raises errors of its own
+            self.bucket.remove(f".probe.{os.getpid()}")
         for name in self.patient(lambda: self.bucket.names("base/")):
             group = name.removesuffix(MARKER)
             if name.endswith(MARKER) and not (self.folder / group).exists():
                 (self.folder / "base").mkdir(exist_ok=True)
-                self.patient(lambda group=group: self.bucket.fetch_group(group, self.folder / group))
+                try:
+                    self.patient(lambda group=group: self.bucket.fetch_group(group, self.folder / group))
+                except Damaged as e:  # as by two machines that made it at once
+                    self.bucket.disown(group, e, "it is made here again")
 
     def patient(self, call):
         """What `call()` gives, tried for START_WAIT seconds: what there is to go on with has to be known."""
@@ -261,9 +293,17 @@ class Mirror:
     def begin(self, directory: pathlib.Path) -> None:
         """Bring the run's directory, where the bucket is ahead of what is here; from now on it is sent."""
         self.bring(directory)
-        command = [sys.executable, "-m", "common.buckets", str(self.folder), self.bucket.url, directory.name]
-        place = pathlib.Path(__file__).parents[1]
+        self.start(directory.name)
+
+    def start(self, run: str) -> None:
+        command = [sys.executable, "-m", "common.buckets", str(self.folder), self.bucket.url, run]
+        place, self.run = pathlib.Path(__file__).parents[1], run
         self.process = subprocess.Popen(command, cwd=place, stdin=subprocess.PIPE, start_new_session=True)
+
+    def look(self) -> None:
+        if self.process is not None and (self.process.poll() or 0) < 0:  # by a signal
+            print(f"what sends to {self.bucket.url} was killed; it is started again", file=sys.stderr)
+            self.start(self.run)
 
     def bring(self, directory: pathlib.Path) -> None:
         run, names = directory.name, self.patient(lambda: self.bucket.names(directory.name + "/"))
@@ -282,7 +322,7 @@ class Mirror:
                 self.patient(lambda group=group: self.bucket.fetch_group(group, tmp / "checkpoints" / str(step(group))))
                 break
             except Damaged as e:
-                print(f"{e}; trying the one before", file=sys.stderr)
+                self.bucket.disown(group, e, "trying the one before")
         for name in names:
             if name.count("/") == 1:  # the files of the directory itself
                 self.patient(lambda name=name: self.bucket.fetch(name, tmp / name.partition("/")[2]))
@@ -294,6 +334,7 @@ class Mirror:
         """Whether all is in the bucket, after at most `wait` seconds."""
         if self.process is None:
             return True
+        self.look()
         self.process.stdin.close()
         try:
             return self.process.wait(wait) == 0
@@ -310,6 +351,12 @@ def begin(directory: pathlib.Path) -> None:
     """A run begins in its directory: of the bucket of `--out_dir`, if that is one."""
     for mirror in _MIRRORS:
         mirror.begin(directory)
+
+
+def look() -> None:
+    """A step of the run has ended: what sends is to be there still."""
+    for mirror in _MIRRORS:
+        mirror.look()
 
 
 @contextlib.contextmanager
@@ -336,7 +383,7 @@ def mirrored(args, hosts: Callable[[], int] = lambda: 1) -> Iterator[Any]:
     finally:
         _MIRRORS.remove(mirror)
         if not mirror.close(wait):
-            again = f"python -m common.buckets {mirror.folder} {url}"
+            again = f"python -m common.buckets {shlex.quote(str(mirror.folder))} {shlex.quote(url)}"
             print(f"not all is in {url}; {mirror.folder} has it, and `{again}` sends it", file=sys.stderr)
             if wait == END_WAIT:
                 sys.exit(1)

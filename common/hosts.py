@@ -7,6 +7,8 @@ that all of them see."""
 import importlib
 import os
 import pathlib
+import signal
+import sys
 from collections.abc import Callable
 
 import jax
@@ -47,7 +49,11 @@ def start_hosts(spec: str) -> None:
     try:
         jax.distributed.initialize(**given)
     except (ValueError, RuntimeError) as e:
-        raise InputError(f"--hosts {spec}: the hosts did not meet ({' '.join(str(e).split())[:200]})") from None
+        why = f"--hosts {spec}: the hosts did not meet ({' '.join(str(e).split())[:200]})"
+        if isinstance(e, ValueError) or "CTS_LAUNCHER" not in env:
+            raise InputError(why) from None
+        print(f"error: {why}", file=sys.stderr)  # one may have been late: no bad input, and nothing is lost yet
+        sys.exit(128 + signal.SIGTERM)
     if jax.default_backend() == "cpu":  # a CPU program from the cache and one compiled here order collectives otherwise
         jax.config.update("jax_enable_compilation_cache", False)
 

@@ -20,7 +20,7 @@ from jax.experimental import multihost_utils
 from common.answers import has_unread
 from common.base import model_source
 from common.basics import TRACES, DiskError, InputError, writable, write_atomic
-from common.buckets import begin, is_url, mirrored
+from common.buckets import begin, is_url, look, mirrored
 from common.cells import EXPECTED, check_expected, run_name, run_settings
 from common.checkpoints import check_save_hf, save_hf
 from common.evaluation import summarize
@@ -224,6 +224,7 @@ class Run:
         """One line of metrics.jsonl for one step."""
         self._append("metrics.jsonl", [{"step": step, **metrics}])
         self.tracker.look()
+        look()
 
     def log_samples(self, quads: list[Quadruple], texts: list[str], rewards, step: int) -> None:
         """The first completion of every prompt and its reward, into samples.jsonl."""

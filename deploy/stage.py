@@ -10,7 +10,6 @@ bucket is mounted, from the mount.
 """
 
 import dataclasses
-import hashlib
 import pathlib
 import sys
 
@@ -18,7 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import cts_common as cts
 from common.base import fetch_model, nano_base
-from common.buckets import Bucket, digest, is_url, reason
+from common.buckets import Bucket, Damaged, digest, is_url, reason
 
 PARTS = ("replay", "model")
 
@@ -48,16 +47,11 @@ def place(address: str) -> Bucket:
 
 def check(bucket: Bucket, part: str) -> int:
     """Bytes of a part that has arrived; InputError naming the file whose digest is not that of what was sent."""
-    size = 0
-    for name, expected in bucket.marker(part).items():
-        sha256 = hashlib.sha256()
-        with bucket.fs.open(f"{bucket.root}/{part}/{name}", "rb") as file:
-            while block := file.read(1 << 20):
-                sha256.update(block)
-                size += len(block)
-        if sha256.hexdigest() != expected:
+    names = bucket.marker(part)
+    for name, expected in names.items():
+        if not bucket.holds(f"{part}/{name}", expected):
             raise cts.InputError(f"{bucket.url}/{part}/{name}: is not what was sent; stage it again")
-    return size
+    return sum(bucket.fs.size(f"{bucket.root}/{part}/{name}") for name in names)
 
 
 def main(args: Args) -> None:
@@ -82,7 +76,7 @@ def main(args: Args) -> None:
         nano = args.model == "nano"
         folders["model"] = nano_base(args.task, replay["train"], args.out_dir) if nano else fetch_model(args.model)
         for part, folder in folders.items():
-            target.send_group(folder, part)
+            target.send_group(folder, part, trusted=False)
             print(f"{part}: {check(target, part) / 1e6:.1f} MB from {folder} to {args.to}/{part}, digests checked")
     if not is_url(args.to):
         print(f"use it: --replay {args.to}/replay --model {args.to}/model")
@@ -94,8 +88,10 @@ def understood(args: Args) -> None:
         main(args)
     except cts.InputError:
         raise
-    except Exception as e:  # each client raises errors of its own
+    except (Damaged, PermissionError, FileNotFoundError) as e:
         raise cts.InputError(f"--to {args.to}: {reason(e)}") from None
+    except Exception as e:  # each client raises errors of its own, and the same command may do better later
+        sys.exit(f"error: {args.fetch or args.to}: {reason(e)}")
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ def test_bring(place, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (dict(out_dir="nowhere://b"), "^nowhere://b: cannot be opened .*or mount the bucket and give its path"),
+        (dict(out_dir="nowhere://b"), "^nowhere://b: cannot be opened; give .*or mount it and give the path"),
         (dict(replay="gs://b/r"), "--replay gs://b/r: has to be a folder; python deploy/stage.py --fetch gs://b/r"),
         (dict(model="s3://b/m"), "--model s3://b/m: has to be a folder"),
         (dict(out_dir="file:///proc/nowhere"), "--out_dir file:///proc/nowhere: cannot write there"),
@@ -169,6 +169,74 @@ def test_a_missing_library_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
     with pytest.raises(InputError, match=r"gs://b/x: cannot be opened .*pip install -r deploy/buckets.txt .*gcsfs"):
         Bucket("gs://b/x")
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://", "gs://", "gs:/b", "memory://a", "data://a", "hf://a", "http://a/b", "ftp://a", "zip://a", "S3://b"]
+)
+def test_an_address_that_is_none_is_refused(url):
+    import b2_grpo
+
+    with (
+        pytest.raises(InputError, match=f"^{url}: cannot be opened; give gs://NAME"),
+        mirrored(b2_grpo.Args(out_dir=url)),
+    ):
+        pass
+
+
+def test_what_was_cut_is_mended(place):
+    """Sent again without trust: whatever is another is sent, and the files of another model go. A sender that dies in
+    between leaves no marker that says what is not so."""
+    folder, bucket = place
+    for name, files in dict(a=dict(x="A", y="same"), b=dict(x="B", y="same", z="")).items():
+        for file, text in files.items():
+            put(folder / name / file, text)
+    bucket.send_group(folder / "b", "model")
+    bucket.send_group(folder / "a", "model", trusted=False)
+    assert bucket.names() == ["model.complete", "model/x", "model/y"] and bucket.read("model/x") == b"A"
+    for broken in (lambda: bucket.write("model/x", b""), lambda: bucket.remove("model/y")):
+        broken()
+        bucket.send_group(folder / "a", "model", trusted=False)
+        assert (bucket.read("model/x"), bucket.read("model/y")) == (b"A", b"same")
+    write, bucket.write = bucket.write, lambda name, what: (write(name, what), (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        bucket.send_group(folder / "b", "model")
+    assert bucket.marker("model") == {}
+    bucket.write = write
+    bucket.send_group(folder / "a", "model")
+    bucket.fetch_group("model", folder / "c")
+    assert (folder / "c/x").read_text() == "A"
+    bucket.fetch_group("model", folder / "c")  # as another process may have done meanwhile
+
+
+def test_a_damaged_base_is_made_again(place, capsys):
+    """Of two machines that made one at once there is the marker of one and a file of the other."""
+    folder, bucket = place
+    put(folder / "base/key/model", "one")
+    Sender(folder, bucket).look()
+    bucket.write("base/key/model", b"two")
+    assert not (Mirror(bucket.url).folder / "base/key").exists()
+    assert "it is made here again" in capsys.readouterr().err
+    Sender(folder, bucket).look()
+    assert (Mirror(bucket.url).folder / "base/key/model").read_text() == "one"
+
+
+def test_a_bucket_that_deletes_nothing_is_no_reason_to_stop(place, monkeypatch):
+    monkeypatch.setattr(Bucket, "remove", lambda *_: (_ for _ in ()).throw(OSError("503 Slow Down")))
+    assert Mirror(place[1].url).folder.is_dir()
+
+
+def test_a_sender_that_is_killed_is_started_again(place, capsys):
+    mirror = Mirror(place[1].url)
+    put(mirror.folder / "run/args.json", "{}")
+    mirror.begin(mirror.folder / "run")
+    mirror.process.kill()
+    mirror.process.wait(60)
+    mirror.look()
+    assert mirror.process.poll() is None and "is started again" in capsys.readouterr().err
+    mirror.process.kill()
+    mirror.process.wait(60)
+    assert mirror.close(60) and "run/args.json" in place[1].names()
 
 
 def test_main_takes_a_folder():

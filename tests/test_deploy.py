@@ -729,6 +729,23 @@ def test_stage_and_fetch(staged):
     assert not (staged / "new/model").exists()
 
 
+def test_what_was_staged_and_is_cut_is_staged_again(staged):
+    (staged / "there/replay/val.jsonl").write_text("cut")
+    (staged / "there/model/another.safetensors").write_text("of another model")
+    flags = ["--replay", str(staged / "replay"), "--model", str(GOLDEN / "qwen3"), "--to", str(staged / "there")]
+    assert stage(*flags).returncode == 0 and not (staged / "there/model/another.safetensors").exists()
+    assert stage("--fetch", str(staged / "there"), "--to", str(staged / "here")).returncode == 0
+
+
+def test_a_bucket_that_fails_is_no_bad_input(monkeypatch):
+    monkeypatch.syspath_prepend(str(DEPLOY))
+    import stage as module
+
+    monkeypatch.setattr(module, "main", lambda args: (_ for _ in ()).throw(OSError("503 Slow Down")))
+    with pytest.raises(SystemExit, match="error: gs://b: OSError: 503 Slow Down"):
+        module.understood(module.Args(to="gs://b"))
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

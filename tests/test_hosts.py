@@ -104,6 +104,17 @@ def test_hosts_flag_is_checked():
         start_hosts("here")
 
 
+def test_hosts_that_did_not_meet_are_no_bad_input_to_a_launcher(monkeypatch, capsys):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: (_ for _ in ()).throw(RuntimeError("too late")))
+    monkeypatch.delenv("CTS_LAUNCHER", raising=False)
+    with pytest.raises(InputError, match="the hosts did not meet"):
+        start_hosts("a:1,2,0")
+    monkeypatch.setenv("CTS_LAUNCHER", "cell.sh")
+    with pytest.raises(SystemExit, match="143"):
+        start_hosts("a:1,2,0")
+    assert "the hosts did not meet (too late)" in capsys.readouterr().err
+
+
 def test_by_host_scores_every_text_once():
     calls = []
     score = lambda texts, quads: calls.extend(zip(texts, quads)) or [float(text) for text in texts]
