@@ -83,18 +83,26 @@ def say_elsewhere(planned: list[Planned], config: dict[str, Any], options) -> No
             "--dtype is auto, which is float32 on CPUs and bfloat16 elsewhere, so other machines could not be held to"
             " what is computed here; add to the parameters of the sweep: dtype: {value: float32} (or bfloat16)"
         )
+    if not left and not options.wandb:
+        return
+    bases = sorted({p.model for _, p in left} - {""})
+    if options.sky and (bases or options.out_dir != "runs"):
+        if options.out_dir != "runs":
+            raise InputError(f"--out_dir {options.out_dir}: SkyPilot's machines send to BUCKET/runs; leave it out")
+        way = "--print gives the lines, for machines that have it"
+        raise InputError(f"the cells start from {bases[0]}, which SkyPilot's machines do not have; {way}")
     for folder in sorted({p.model for p in planned} - {""}):
         note(f"The cells start from {folder}: it has to be there, under this name, where they run")
     lines = "".join(f"{p.line}\n" for _, p in left)
     if options.print:
         print(lines, end="")
     elif options.slurm:
-        file = pathlib.Path(options.out_dir) / "cells" / f"{options.file.stem}.txt"
-        write_atomic(file, lines)
-        if len(left) > MOST_IN_ARRAY:
-            note(f"Slurm takes {MOST_IN_ARRAY} cells in one array, unless its MaxArraySize was raised")
-        limit = f"%{options.at_once}" if options.at_once else ""
-        print(f"sbatch --array=1-{len(left)}{limit} --export=ALL,CELLS={shlex.quote(str(file))} deploy/slurm.sbatch")
+        limit, lines = f"%{options.at_once}" if options.at_once else "", lines.splitlines(keepends=True)
+        for start in range(0, len(lines), MOST_IN_ARRAY):
+            some, part = lines[start : start + MOST_IN_ARRAY], f"-{start // MOST_IN_ARRAY + 1}" if start else ""
+            file = pathlib.Path(options.out_dir) / "cells" / f"{options.file.stem}{part}.txt"
+            write_atomic(file, "".join(some))
+            print(f"CELLS={shlex.quote(str(file))} sbatch --array=1-{len(some)}{limit} deploy/slurm.sbatch")
     elif options.sky:
         note("BUCKET has to be set, to gs://NAME or s3://NAME: results go there")
         for i, p in left:

@@ -18,12 +18,13 @@ import pytest
 import yaml
 from examples import ROOT
 
+from common.basics import InputError
 from common.locks import process_start
 from sweeps.local import last_lines, shares_of_cores, span
 
 # A script in miniature: takes its lock, goes on where it was, writes a line a step, at the end its result. What goes
 # wrong is said by --prompts, which real scripts have, too: 1: killed after a step, once; 2: fails always; 3: bad input.
-STAND_IN = '''
+STAND_IN = """
 import json, os, pathlib, signal, sys, time
 from common.cells import check_expected
 from common.locks import lock
@@ -61,9 +62,9 @@ for step in range(done, int(flags["steps"])):
 fingerprint = {"base_weights": "b", "decode": {"T": 8}, "optimizer_steps": int(flags["steps"]), "digest": "d"}
 result = {"fingerprint": fingerprint, "summary": {"accuracy_revised": 0.25}, "timings": {"total": 1.0}}
 (folder / "result.json").write_text(json.dumps(result))
-'''
+"""
 # identify.py in miniature: --temperature and --model are in the fingerprint, as far as these stand-ins have them.
-IDENTIFY = '''
+IDENTIFY = """
 import json, sys
 request = json.load(sys.stdin)
 cells = []
@@ -75,7 +76,7 @@ for c in request["cells"]:
     cells.append({"name": name, "model": "", "steps": steps, "identity": identity, "dtype": flags.get("dtype", "auto"),
                   "fingerprint": {**identity, "optimizer_steps": steps, "digest": "d"}})
 print(json.dumps({"cells": cells, "backend": "cpu"}))
-'''
+"""
 
 
 @pytest.fixture
@@ -335,6 +336,33 @@ def test_print_gives_lines_that_a_shell_runs(repository):
     assert done.returncode == 2 and "it has another base_weights" in done.stderr
 
 
+def test_what_slurm_and_sky_are_given(tmp_path, capsys):
+    """Nothing where all has finished; several arrays where one is too long; a path as it is; no cell without
+    its base or bucket."""
+    from types import SimpleNamespace
+
+    from sweeps.launch import say_elsewhere
+
+    def say(count, *, model="", **options):
+        cell = SimpleNamespace(has_result=not count, dtype="float32", model=model, line="python b5_cts.py")
+        usual = dict(print=False, slurm=False, sky=False, wandb=False, out_dir="runs", at_once=0)
+        given = SimpleNamespace(**{**usual, "file": pathlib.Path("a.yaml"), **options})
+        say_elsewhere([cell] * max(count, 1), {}, given)
+        return capsys.readouterr().out
+
+    (tmp_path / "a,b c/cells").mkdir(parents=True)
+    where = str(tmp_path / "a,b c")
+    assert say(0, slurm=True, out_dir=where) == say(0, sky=True) == "" and not list(tmp_path.rglob("*.txt"))
+    lines = [shlex.split(line) for line in say(1500, slurm=True, out_dir=where).splitlines()]
+    assert lines == [[f"CELLS={where}/cells/a{part}.txt", "sbatch", f"--array=1-{n}", "deploy/slurm.sbatch"]
+                     for part, n in (("", 1000), ("-2", 500))]  # fmt: skip
+    assert (tmp_path / "a,b c/cells/a-2.txt").read_text().count("\n") == 500
+    with pytest.raises(InputError, match="start from runs/base/k, which SkyPilot's machines do not have"):
+        say(1, sky=True, model="runs/base/k")
+    with pytest.raises(InputError, match="--out_dir x: SkyPilot's machines send to BUCKET/runs"):
+        say(1, sky=True, out_dir="x")
+
+
 def test_slurm_and_sky_take_the_same_lines(repository):
     sweep(repository, seed=[0])
     code, _, err = launched(repository, "--slurm")
@@ -342,7 +370,7 @@ def test_slurm_and_sky_take_the_same_lines(repository):
     sweep(repository, seed=[0], dtype="float32")
     lines = launched(repository, "--print")[1]
     code, out, _ = launched(repository, "--slurm", "--at_once", "8")
-    assert out == "sbatch --array=1-2%8 --export=ALL,CELLS=runs/cells/a.txt deploy/slurm.sbatch\n"
+    assert out == "CELLS=runs/cells/a.txt sbatch --array=1-2%8 deploy/slurm.sbatch\n"
     assert (repository / "runs" / "cells" / "a.txt").read_text() == lines
     code, out, _ = launched(repository, "--sky")
     for i, (line, command) in enumerate(zip(out.splitlines(), lines.splitlines(), strict=True), 1):
@@ -350,14 +378,14 @@ def test_slurm_and_sky_take_the_same_lines(repository):
         assert shlex.split(line) == [*words, "--env", f"COMMAND={command}", "deploy/sky.yaml"]
 
 
-WANDB = '''
+WANDB = """
 import json, pathlib
 def sweep(config, entity=None, project=None):
     if entity == "nobody":
         raise ValueError("no\\nsuch entity")
     pathlib.Path("registered.json").write_text(json.dumps([config, entity, project]))
     return "abc123"
-'''
+"""
 
 
 def test_wandb_registers_the_sweep_and_its_cells_are_the_launchers(repository):
