@@ -127,7 +127,7 @@ class Bucket:
         before = self.marker(group)
         same = [name for name in now if before.get(name) == now[name]]
         there = {name for name in same if trusted or self.holds(f"{group}/{name}", now[name])}
-        if now == before and len(there) == len(now):
+        if now == before and len(there) == len(now) and trusted:
             return
         if before:  # it is not true while files change
             self.remove(group + MARKER)
