@@ -765,7 +765,7 @@ def test_stage_refuses_in_one_line(flags, message, staged):
 
 # ---- two nodes ------------------------------------------------------------------------------------------------------
 @pytest.mark.slow
-@pytest.mark.skipif("TWO_NODES" not in os.environ, reason="half an hour of two nodes on two cores; TWO_NODES=1 runs it")
+@pytest.mark.skipif("TWO_NODES" not in os.environ, reason="two nodes on two cores take minutes; TWO_NODES=1 runs it")
 def test_two_nodes_of_slurm_train_stop_and_go_on_to_the_same_bits(place, command):
     """The batch script as Slurm runs it, with an srun that starts both nodes here. One node alone gets SIGTERM: both
     save and end with 143, the job is requeued, and its second start ends with the weights and metrics, to the bit, of a
