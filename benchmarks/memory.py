@@ -11,6 +11,7 @@ analysis says of the compiled programs beside the prediction.
 import dataclasses
 import functools
 import importlib
+import inspect
 import math
 import pathlib
 import sys
@@ -38,6 +39,7 @@ MODELS = {
 }
 CHIPS = {"v5e": 16, "v6e": 32, "H100": 80, "v5p": 95}  # GB of a chip
 SPARE = 0.9  # of it is there for a program
+CHUNK = inspect.signature(cts.token_logp).parameters["chunk"].default  # positions whose logits are there at a time
 MESHES = {1: ["1,1"], 8: ["8,1", "4,2", "2,4"], 16: ["16,1", "8,2", "4,4"], 256: ["256,1", "64,4", "32,8"]}
 
 
@@ -83,7 +85,7 @@ def predict(cfg, data: int, model: int, work, width: int) -> dict[str, float]:
     one_layer = tokens * (4 * D + 3 * N * cfg.head_dim + 4 * K * cfg.head_dim + 4 * F) * width
     scores = 3 * 4 * N * (b * G * T * (T + P) + b * P * P)  # float32: scores, their exponentials, a gradient
     keeps = L * tokens * D * width + 2 * one_layer + scores if cfg.remat else L * (1.5 * one_layer + scores)
-    logits = 3 * 4 * b * G * min(32, T) * cut(V)
+    logits = 3 * 4 * b * G * min(CHUNK, T) * cut(V)
     cache = 2 * L * K * cfg.head_dim * (b * P + b * G * T) * width
     apart = gathered if data > 1 else 0  # weights of all data devices, as far as XLA has them at a time
     return {

@@ -30,6 +30,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import numpy as np
+import paired
 import workload as wl
 
 import b2_grpo
@@ -76,26 +77,12 @@ def digits(texts: list[str], quads) -> np.ndarray:
 
 def run_b2(args: Args, folder: str) -> dict:
     """b2's `main` for `warmup` + `steps` steps; its figures."""
-    watch, seen, traced, outcome_scores = wl.Stopwatch(), [], [], cts.outcome_scores
+    seen, traced, outcome_scores = [], [], cts.outcome_scores
 
-    class Clock(cts.StepClock):
+    class Watch(wl.Stopwatch):
         def start(self):
             traced.append(sum(TRACES.values()))
-            watch.start()
             super().start()
-
-        def mark(self, part):
-            super().mark(part)
-            watch.mark(part)
-
-    class Nothing:  # no problem is evaluated: that is not what is timed
-        def __init__(self, *_):
-            self.quads = []
-
-        def __call__(self, policy):
-            traced.append(sum(TRACES.values()))
-            watch.start()  # the last step has ended
-            return []
 
     def scores(texts, quads):
         right_BG = outcome_scores(texts, quads)
@@ -109,11 +96,14 @@ def run_b2(args: Args, folder: str) -> dict:
         seen[-1] |= {"tokens": out["len_M"].sum(), "cut": out["truncated_M"].mean()}
         return {}
 
+    watch = Watch()
+    the_end = lambda policy: watch.start()  # in place of an evaluation: the last step has ended
     flags = dict(task="gsm8k", model=args.model, data_dir=args.data_dir, replay=args.replay, dtype=args.dtype)
     flags |= dict(prompts=args.prompts, group=args.group, max_new_tokens=args.new_tokens, temperature=1.0)
     flags |= dict(steps=args.warmup + args.steps, learning_rate=1e-6, save_every=0, wandb="disabled", out_dir=folder)
-    instead = dict(StepClock=Clock, Evaluator=Nothing, base_report=lambda *_: {"precheck": {}, "summary": {}})
-    instead |= dict(outcome_scores=scores, rollout_metrics=lengths, summarize=lambda *_: {})
+    instead = dict(StepClock=paired.clock_of(watch), Evaluator=lambda *_: the_end)
+    instead |= dict(base_report=lambda *_: {"precheck": {}, "summary": {}}, summarize=lambda *_: {})
+    instead |= dict(outcome_scores=scores, rollout_metrics=lengths)
     with (
         mock.patch.multiple(cts, **instead),
         mock.patch.object(cts.Run, "finish", lambda *_: {}),

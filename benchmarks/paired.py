@@ -163,6 +163,21 @@ def stand_ins(args: Args, folder: str, B: int, P: int, T: int) -> dict:
     }
 
 
+def clock_of(watch: wl.Stopwatch):
+    """A script's StepClock that tells `watch` of steps and of their parts."""
+
+    class Clock(cts.StepClock):
+        def start(self):
+            watch.start()
+            super().start()
+
+        def mark(self, part):
+            super().mark(part)
+            watch.mark(part)
+
+    return Clock
+
+
 def run_main(args: Args) -> dict:
     """Run `main` of the task's script for `warmup` + `steps` steps; returns their figures. AdamW has the workload's
     constants."""
@@ -177,19 +192,9 @@ def run_main(args: Args) -> dict:
         P, T = 1, P + T - 1
 
     pack = lambda *_: next(before if watch.began is None else every)
-
-    class Clock(cts.StepClock):
-        def start(self):
-            watch.start()
-            super().start()
-
-        def mark(self, part):
-            super().mark(part)
-            watch.mark(part)
-
     with (
         tempfile.TemporaryDirectory() as folder,
-        mock.patch.multiple(cts, StepClock=Clock, **stand_ins(args, folder, B, P, T)),
+        mock.patch.multiple(cts, StepClock=clock_of(watch), **stand_ins(args, folder, B, P, T)),
         mock.patch(PACK.get(args.task, "cts_common.pack_revise"), pack),
         mock.patch.object(optax, "adamw", lambda *_, **__: adamw(**wl.ADAMW)),
         mock.patch.dict(os.environ, JAX_COMPILATION_CACHE_DIR=folder),  # no compiled program from before

@@ -43,7 +43,6 @@ CALLS = 14  # operations of a layer in a decoding step, as fused
 TARGETS = [("qwen2.5-1.5b", "H100", mesh) for mesh in ("8,1", "4,2")] + [
     ("qwen2.5-1.5b", "v5e", mesh) for mesh in ("16,1", "8,2", "4,4")
 ]
-CHUNK = 32  # positions whose logits are there at a time, see token_logp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,13 +97,13 @@ def flops(cfg: cts.ModelConfig, data: int, model: int, work) -> dict[str, float]
 def exchanged(cfg: cts.ModelConfig, data: int, model: int, work, width: int) -> dict[str, float]:
     """Bytes that leave a device in a ring, by what they are for; of decoding for one token. `width`: bytes of a number
     in the compute dtype. Weights and gradients are float32, the latter summed over the data axis for prompts and
-    completions apart, the head's for every CHUNK positions. The model axis sums activations: twice a layer forward,
-    once when it is computed again, five times backward."""
+    completions apart, the head's for every memory.CHUNK positions. The model axis sums activations: twice a layer
+    forward, once when it is computed again, five times backward."""
     s, L = shares(cfg, data, model, work), cfg.n_layers
     over = lambda n: (n - 1) / n
     whole = L * s["layer"] + s["head"] * (1 if cfg.tie_embeddings else 2)
     one_token = 2 * over(model) * cfg.d_model * width
-    chunks = -(-work.new_tokens // CHUNK)
+    chunks = -(-work.new_tokens // memory.CHUNK)
     return {
         "weights": over(data) * 4 * whole,
         "gradients": over(data) * 4 * (2 * L * s["layer"] + (chunks + 1) * s["head"]),
@@ -203,7 +202,7 @@ def check(size: str, mesh: str, prompts: int, group: int, P: int, T: int) -> dic
     sums = 2 * ring["gradients"] / over(data) + (ring["activations"] / over(model) if model > 1 else 0)
     ratios = {
         "rollout flops": (of["prefill"] / L + of["token"]) / counted["rollout"],
-        "update flops": (once["update"] / L + once["head"] * min(1, CHUNK / T)) / counted["add_grads"],
+        "update flops": (once["update"] / L + once["head"] * min(1, memory.CHUNK / T)) / counted["add_grads"],
         "gathered in a rollout": ring["weights"] / over(data) / sent["rollout"]["gather"],
         "gathered in an update": ring["weights"] / over(data) / sent["add_grads"]["gather"],
         "summed in an update": sums / sent["add_grads"]["sum"],

@@ -326,7 +326,7 @@ def describe(asker: Asker) -> dict[str, Any]:
     """What a report says of the requests of all starts; failures are this start's."""
     budget = asker.budget
     return {
-        "requests": budget.requests, "tokens": dict(budget.tokens), "failures": dict(sorted((+asker.failures).items())),
+        "requests": budget.requests, "tokens": dict(budget.tokens), "failures": dict(sorted(asker.failures.items())),
         "usd": round(budget.spent, 6) if budget.prices else None, "prices": budget.prices and budget.prices._asdict(),
         "without_an_end": len(budget.lost), "form": asker.provider.form,
         "stopped": asker.stopped.why if asker.stopped else None,

@@ -310,7 +310,8 @@ class Batches:
                 if not answered and not taken:  # it may be the way of asking that is bad
                     result.final = False
                 yield task_id, tried, result
-        self.asker.failures[f"in a batch: {UNREADABLE}"] += unread
+        if unread:
+            self.asker.failures[f"in a batch: {UNREADABLE}"] += unread
         for task_id, tried, ticket in left.values():
             self.asker.budget.settle(ticket, None, billed=unread > 0 or (missing is not None and missing.billed))
             yield task_id, tried, missing or GaveUp("in a batch: no result")

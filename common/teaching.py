@@ -14,7 +14,7 @@ from typing import Any
 
 from common.answers import final_answers, score_math
 from common.basics import InputError, sha256
-from common.mistakes import count_steps
+from common.mistakes import NUMBER_WORDS, count_steps
 from common.mutants import count_statements
 from common.plans import parse_program
 from common.programs import grade, program_of
@@ -175,10 +175,10 @@ def widen(y0: str, span: tuple[int, int]) -> list[int]:
 
 
 # ---- what a critique gives away, beyond what `leaks` finds -----------------------------------------------------------
-_ONES = """one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
-eighteen nineteen"""
+_TEENS = "thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
-_SMALL = {word: n for n, word in enumerate(_ONES.split(), 1)} | {w: 10 * n for n, w in enumerate(_TENS.split(), 2)}
+_SMALL = {"one": 1, **NUMBER_WORDS} | {word: n for n, word in enumerate(_TEENS.split(), 13)}
+_SMALL |= {word: 10 * n for n, word in enumerate(_TENS.split(), 2)}
 _TIMES = {"hundred": 100, "dozen": 12, "thousand": 1000, "million": 10**6, "billion": 10**9}
 _PARTS = {"half": 2, "halves": 2, "third": 3, "thirds": 3, "quarter": 4, "quarters": 4, "fourth": 4, "fourths": 4,
           "fifth": 5, "fifths": 5, "tenth": 10, "tenths": 10}  # fmt: skip

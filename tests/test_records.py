@@ -105,6 +105,5 @@ def test_a_damaged_replay_is_named_before_anything_is_asked(tmp_path):
 @pytest.mark.parametrize("text", ["[1]", "{", "\udcff"])
 def test_a_damaged_job_is_one_line(tmp_path, text):
     (tmp_path / "job.json").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(InputError, match=r"job\.json: ") as error:
+    with pytest.raises(InputError, match=r"job\.json: cannot be read; restore it"):
         check_job(tmp_path, {"task": "a"})
-    assert "checkpoint" not in str(error.value)
