@@ -167,6 +167,24 @@ def test_what_weighs_nothing_is_never_drawn(first, second):
             assert int(draw(weight_V[None], np.float32([[first, second]]))[0]) in at
 
 
+def test_what_weighs_nothing_is_never_drawn_where_sums_round():
+    """Over 500 columns XLA adds up in pieces, and a sum may rise, by rounding, at a column that weighs nothing: there
+    lies the number of each row. In half of the rows only such columns follow."""
+    rng, M, V = np.random.default_rng(0), 512, 1187
+    weight_MV = np.exp(4 * rng.normal(size=(M, V))).astype(np.float32)
+    weight_MV[rng.random((M, V)) < 0.4] = 0
+    weight_MV[M // 2 :, 600:] = 0
+    sum_MV = np.asarray(jax.jit(lambda w: w.cumsum(-1))(weight_MV))
+    rises = (np.diff(sum_MV, prepend=0) > 0) & (weight_MV == 0)
+    at_M = np.where(rises.any(1), V - 1 - rises[:, ::-1].argmax(1), 0)  # the last one
+    between_M = (sum_MV[np.arange(M), at_M] + sum_MV[np.arange(M), at_M - 1].astype(np.float64)) / 2
+    second_M = np.minimum(between_M / sum_MV[:, -1], NEARLY_1).astype(np.float32)
+    assert rises.any(1)[: M // 2].sum() > 100 and rises.any(1)[M // 2 :].sum() > 100
+    for number_M in (second_M, np.nextafter(second_M, np.float32(0)), np.full(M, NEARLY_1, np.float32)):
+        drawn_M = draw(weight_MV, np.stack([np.zeros(M, np.float32), number_M], -1))
+        assert (weight_MV[np.arange(M), np.asarray(drawn_M)] > 0).all()
+
+
 def test_draw_is_exact_in_long_tails():
     """A block of 1e-6 of the weight is as evenly drawn inside as any other: its columns have a number of their own."""
     weight_V = np.full(100, 1e-7, np.float32)
