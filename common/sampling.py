@@ -77,7 +77,8 @@ def first_argmax(z_MV):
 def draw(weight_MV, uniform_M2):
     """A column of each row [M], drawn in proportion to its weight (>= 0) by the row's two numbers from [0, 1): one of
     about sqrt(V) blocks, then a column inside it, each where the cumulative sum passes the number's share of the sum.
-    The blocks are a power of two, so that columns which are cut over devices need not be gathered.
+    The blocks are a power of two that divides V (of an odd vocabulary, one), so that columns which are cut over devices
+    need not be gathered.
 
     Two numbers a row, where Gumbel noise takes V of them and two logarithms of each: with 49,152 words on a CPU a
     tenth of the time. What weighs nothing is never drawn, however sums round.
