@@ -241,7 +241,8 @@ class Sender:
             old = {f"{folder}/{step}" for step in steps}
             for group in sorted(old - set(groups)):
                 if not (self.folder / group).exists():
-                    self.bucket.remove_group(group)
+                    with contextlib.suppress(Exception):  # who may write but not delete has sent all the same
+                        self.bucket.remove_group(group)
 
 
 def state(path: pathlib.Path) -> tuple[int, int] | None:

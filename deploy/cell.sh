@@ -52,6 +52,8 @@ COMMAND=${COMMAND%"${COMMAND##*[![:space:]]}"}
 bare=$(sed -E "s/\\\\.|'[^']*'|\"(\\\\.|[^\"\\\\])*\"/_/g" <<<"$COMMAND") # without what is quoted
 [[ ! $bare =~ [\;\&\|\<\>\(\)\`\'\"]|(^|[[:space:]])# ]] ||
     refuse "COMMAND has an unquoted ${BASH_REMATCH[0]#[[:space:]]}; give one command, its arguments quoted: $COMMAND"
+bare=$(sed -E "s/\\\\.|'[^']*'|(\"(\\\\.|[^\"\\\\])*\")/\1/g; s/\\\\.//g" <<<"$COMMAND") # what "" holds: a command in it would run
+[[ ! $bare =~ \$\(|\` ]] || refuse "COMMAND has a ${BASH_REMATCH[0]}, which would run; write it in single quotes: $COMMAND"
 
 if [[ $COMMAND =~ (^|[[:space:]/])b[0-9]+_[a-z0-9_]+\.py([[:space:]]|$) ]]; then
     has resume || COMMAND+=" --resume"

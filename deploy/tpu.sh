@@ -21,6 +21,7 @@ PATIENCE=${PATIENCE:-6h}   # how long a reservation may wait in the queue
 SECRETS=${SECRETS:-}
 LOOKS=10                   # unanswered in a row: then somebody has to look at gcloud
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+began=$PWD
 
 refuse() {
     echo "error: $*" >&2
@@ -131,7 +132,9 @@ delete() {
         echo "deleting failed ($try of 3)" >&2
         ((try == 3)) || pause
     done
-    echo "NOT DELETED, it goes on costing: gcloud compute tpus queued-resources delete $NAME ${where[*]} --force --quiet" >&2
+    # whoever reads may be gone as well
+    echo "NOT DELETED, it goes on costing: gcloud compute tpus queued-resources delete $NAME ${where[*]} --force --quiet" |
+        tee "$began/$NAME.not-deleted" >&2
     return 1
 }
 

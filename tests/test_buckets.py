@@ -112,7 +112,9 @@ def test_what_is_there_is_whole_wherever_the_sender_dies(place, dies_at, monkeyp
     assert (third / "run/checkpoints/4/state/.zarray").read_text() == "weights 4"
 
 
-def test_what_the_run_no_longer_keeps_is_removed_there(place):
+@pytest.mark.parametrize("deletes", [True, False])
+def test_what_the_run_no_longer_keeps_is_removed_there(place, deletes, monkeypatch):
+    """Where nothing may be deleted it stays, and all is sent."""
     folder, bucket = place
     a_run(folder, result=False)
     sender = Sender(folder, bucket, "run")
@@ -121,9 +123,11 @@ def test_what_the_run_no_longer_keeps_is_removed_there(place):
     (folder / "run/checkpoints/2/state").rmdir()
     (folder / "run/checkpoints/2").rmdir()
     put(folder / "run/checkpoints/6/state/a")
+    if not deletes:
+        monkeypatch.setattr(Bucket, "remove", lambda *_: (_ for _ in ()).throw(OSError("403 Forbidden")))
     sender.look()
     there = {name.split("/")[2] for name in bucket.names("run/checkpoints")}
-    assert there == {"4", "4.complete", "6", "6.complete"}
+    assert there == {"4", "4.complete", "6", "6.complete"} | (set() if deletes else {"2", "2.complete"})
 
 
 # ---- what is brought ------------------------------------------------------------------------------------------------

@@ -139,6 +139,11 @@ def test_what_a_cell_is_given(place, command, variables, added):
             for c in ("&&", ";", "|", ">x", "(", "`x`")
         ),
         (dict(COMMAND="python b5_cts.py # seed 3"), "COMMAND has an unquoted #; give one"),
+        *(
+            (dict(COMMAND=f"true \"it's {c} isn't\""), f"COMMAND has a {c[0]}")
+            for c in ("$(touch made)", "`touch made`")
+        ),
+        (dict(COMMAND='true "\\\\$(touch made)"'), "COMMAND has a $("),
         (dict(COMMAND="true 'a"), "COMMAND has an unquoted '"),
         (dict(COMMAND="true\nfalse"), "COMMAND has several lines"),
         (dict(COMMAND="true", SECRETS="bad.env"), "SECRETS=bad.env: line 2 is not NAME=value"),
@@ -152,7 +157,7 @@ def test_a_cell_that_cannot_be_is_bad_input(place, variables, message):
     (place.folder / "bad.env").write_text("A=1\nvery secret\n")
     (place.folder / "bad.env").chmod(0o600)
     done = place.bash("cell.sh", **variables)
-    assert "very" not in done.stderr and done.stdout == ""
+    assert "very" not in done.stderr and done.stdout == "" and not (place.folder / "made").exists()
     assert done.returncode == 2 and done.stderr.startswith(f"error: {message}") and done.stderr.count("\n") == 1
 
 
@@ -457,9 +462,11 @@ def wait_for_call(place, pattern, process):
 
 @pytest.mark.parametrize("pattern", ["cell.sh", "describe"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_tpu_is_deleted_though_its_reader_is_gone(place, number, pattern):
-    """Ctrl-C and a closed terminal reach all of `tpu.sh | tee log`: what clean-up prints, or gcloud, reaches nobody."""
-    place.rules(NEW, "resources delete|1|1|busy", f"{pattern}|0|hang|", ACTIVE)
+@pytest.mark.parametrize(("busy", "deletes"), [(1, 2), (0, 3)])
+def test_tpu_is_deleted_though_its_reader_is_gone(place, number, pattern, busy, deletes):
+    """Ctrl-C and a closed terminal reach all of `tpu.sh | tee log`: what clean-up prints, or gcloud, reaches nobody;
+    that it could not be deleted stands in a file."""
+    place.rules(NEW, f"resources delete|{busy}|1|busy", f"{pattern}|0|hang|", ACTIVE)
     line = f"bash {DEPLOY}/tpu.sh 2>&1 | tee {place.folder}/log"
     process = place.start(*USUAL_SIGNALS, "setsid", "bash", "-c", line, **TPU)
     wait_for_call(place, "cell.sh" if pattern == "cell.sh" else "resources create", process)
@@ -470,7 +477,9 @@ def test_tpu_is_deleted_though_its_reader_is_gone(place, number, pattern):
     while list(place.folder.glob("cts.*")):
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    assert steps(place.calls)[-2:] == ["delete", "delete"]
+    assert steps(place.calls)[-deletes:] == ["delete"] * deletes
+    left = place.folder / "me-cts.not-deleted"
+    assert left.exists() == (deletes == 3) and (deletes == 2 or "delete me-cts --project" in left.read_text())
 
 
 def test_tpu_is_deleted_though_it_is_told_twice(place):
