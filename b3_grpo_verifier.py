@@ -173,7 +173,7 @@ def main(args: Args) -> dict:
         cts.TRACES["rollout"] += 1
         model = nnx.merge(graphdef, cts.gather(mesh, policy))
         how = (G, T, args.temperature, tokenizer.eos_ids, tokenizer.pad_id)
-        return cts.generate(model, prompt_BP, prompt_len_B, key, *how, dtype=dtype)
+        return cts.generate(model, prompt_BP, prompt_len_B, key, *how, dtype=dtype, shrink=mesh.size == 1)
 
     def forward(policy, batch):
         """Log-probs [M, T] of the completions; a prompt is computed once a group."""

@@ -41,7 +41,8 @@ def make_sampler(graphdef, params, tokenizer, P: int, T: int, rows: int, tempera
     @jax.jit
     def rollout(params, prompt_BP, len_B, key):
         how = (1, T, temperature, tokenizer.eos_ids, tokenizer.pad_id)
-        return generate(nnx.merge(graphdef, gather(mesh, params)), prompt_BP, len_B, key, *how, dtype=dtype)
+        model = nnx.merge(graphdef, gather(mesh, params))
+        return generate(model, prompt_BP, len_B, key, *how, dtype=dtype, shrink=mesh.size == 1)
 
     def sample(prompts: list[str]) -> list[tuple[str, bool]]:
         nonlocal calls

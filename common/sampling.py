@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from common.model import Decoder, last_tokens
 
+HALVINGS = 2  # of a batch that shrinks with its rows
+
 
 def by_chunks(one, inputs, chunk: int):
     """`one(None, inputs)` of chunks of the arrays [M, T, ...] over time, its results [M, T, ...] put together again."""
@@ -109,6 +111,7 @@ def generate(
     pad_id: int,
     greedy: bool = False,
     dtype=jnp.float32,
+    shrink: bool = False,
 ) -> dict[str, jax.Array]:
     """Sample `group` completions of at most T tokens per prompt; stops when all rows have ended.
 
@@ -116,39 +119,55 @@ def generate(
     (with the end token), truncated_M (1.0 where no end token came), entropy_M (of the distributions that a row's tokens
     came from, summed; 0 if greedy). One prefill per prompt serves its group. Draws
     depend on (key, time, row) only, so they are the same on every mesh.
+
+    `shrink`: once half of the prompts have ended, with all of their rows, the others go on alone, HALVINGS times. It
+    changes nothing but roundings, and costs the compilation of the loop for each size. Not for rows that lie on several
+    devices: they would have to move.
     """
-    M = prompt_BP.shape[0] * group
+    B, M = len(prompt_BP), len(prompt_BP) * group
     is_end = lambda tokens: jnp.isin(tokens, jnp.array(eos_ids))
     prefix, _ = model.prefill(prompt_BP, len_B, dtype)
     head_VD = model.head_VD().astype(dtype)
-    layers, cache = model.unstack(prefix), model.new_cache(M, T, dtype)
+    weights, *prompt_kv = zip(*model.unstack(prefix))
 
     def one_token(state):
-        t, input_M, done_M, tokens_MT, logp_MT, entropy_M, cache = state
-        hidden_MD, cache = model.decode(input_M, t, cache, layers, prefix.len_B, dtype)
+        t, rows, (k, v, seen_B), cache = state
+        done_M, layers = rows["done"], list(zip(weights, k, v))
+        hidden_MD, cache = model.decode(rows["input"], t, cache, layers, seen_B, dtype)
         logits_MV = jnp.einsum("MD,VD->MV", hidden_MD, head_VD, preferred_element_type=jnp.float32) / temperature
         top_M = logits_MV.max(-1)
         weight_MV = jnp.exp(logits_MV - top_M[:, None])
         total_M = weight_MV.sum(-1)
-        norm_M = top_M + jnp.log(total_M)
+        norm_M, entropy_M = top_M + jnp.log(total_M), rows["entropy"]
         if greedy:
             token_M = first_argmax(logits_MV)
         else:
-            token_M = draw(weight_MV, jax.random.uniform(jax.random.fold_in(key, t), (M, 2)))
+            token_M = draw(weight_MV, jax.random.uniform(jax.random.fold_in(key, t), (M, 2))[rows["row"]])
             now_M = norm_M - (weight_MV * logits_MV).sum(-1) / total_M
             entropy_M = entropy_M + jnp.where(done_M, 0.0, now_M)
         logp_M = jnp.take_along_axis(logits_MV, token_M[:, None], 1)[:, 0] - norm_M
         token_M = jnp.where(done_M, pad_id, token_M).astype(jnp.int32)
-        tokens_MT = tokens_MT.at[:, t].set(token_M)
-        logp_MT = logp_MT.at[:, t].set(jnp.where(done_M, 0.0, logp_M))
-        return t + 1, token_M, done_M | is_end(token_M), tokens_MT, logp_MT, entropy_M, cache
+        rows = rows | {"input": token_M, "done": done_M | is_end(token_M), "entropy": entropy_M}
+        rows["tokens"] = rows["tokens"].at[:, t].set(token_M)
+        rows["logp"] = rows["logp"].at[:, t].set(jnp.where(done_M, 0.0, logp_M))
+        return t + 1, rows, (k, v, seen_B), cache
 
-    start = (
-        0, jnp.repeat(last_tokens(prompt_BP, len_B), group), jnp.zeros(M, bool), jnp.full((M, T), pad_id, jnp.int32),
-        jnp.zeros((M, T), jnp.float32), jnp.zeros(M, jnp.float32), cache,
-    )  # fmt: skip
-    end = jax.lax.while_loop(lambda s: (s[0] < T) & ~s[2].all(), one_token, start)
-    _, _, done_M, tokens_MT, logp_MT, entropy_M, _ = end
-    len_M = jnp.where(done_M, is_end(tokens_MT).argmax(-1) + 1, T)
-    found = {"tokens_MT": tokens_MT, "logp_MT": logp_MT, "len_M": len_M, "truncated_M": 1.0 - done_M}
-    return found | {"entropy_M": entropy_M}
+    rows = {
+        "row": jnp.arange(M), "input": jnp.repeat(last_tokens(prompt_BP, len_B), group), "done": jnp.zeros(M, bool),
+        "tokens": jnp.full((M, T), pad_id, jnp.int32), "logp": jnp.zeros((M, T)), "entropy": jnp.zeros(M),
+    }  # fmt: skip
+    alive = lambda state: ~state[1]["done"].reshape(-1, group).all(1)  # prompts [B] that have rows to sample
+    state, found = (0, rows, (*prompt_kv, prefix.len_B), model.new_cache(M, T, dtype)), rows
+    sizes = [B >> i for i in range(HALVINGS + 1) if B >> i] if shrink else [B]
+    for n in [*sizes[1:], 0]:  # until at most n prompts are alive, which are then taken out
+        state = jax.lax.while_loop(lambda s, n=n: (s[0] < T) & (alive(s).sum() > n), one_token, state)
+        t, rows, prompts, cache = state
+        found = {name: found[name].at[rows["row"]].set(rows[name]) for name in rows}
+        prompt_n = jnp.argsort(~alive(state), stable=True)[:n]
+        row_m = (prompt_n[:, None] * group + jnp.arange(group)).ravel()
+        take = lambda tree, at, axis=0: jax.tree.map(lambda a: jnp.take(a, at, axis), tree)
+        state = (t, take(rows, row_m), take(prompts, prompt_n), take(cache, row_m, 1))
+    done_M = found["done"]
+    len_M = jnp.where(done_M, is_end(found["tokens"]).argmax(-1) + 1, T)
+    out = {"tokens_MT": found["tokens"], "logp_MT": found["logp"], "len_M": len_M, "truncated_M": 1.0 - done_M}
+    return out | {"entropy_M": found["entropy"]}

@@ -26,7 +26,7 @@ from naive_decoder import (
     split,
 )
 
-from common.model import ModelConfig, Reading
+from common.model import Decoder, ModelConfig, Reading
 from common.sampling import draw, generate, read_tokens, token_logp
 
 
@@ -131,6 +131,33 @@ def test_stops_at_the_end_token(row, at):
         np.testing.assert_allclose(out["logp_MT"][m, :n], logp_MT[m, :n], atol=1e-5)
         np.testing.assert_array_equal(out["logp_MT"][m, n:], 0)
     assert out["len_M"][row] <= at + 1
+
+
+@pytest.mark.parametrize(("B", "group", "sizes"), [(8, 2, [16, 8, 4]), (5, 1, [5, 2, 1])])
+def test_a_batch_that_shrinks_samples_the_same(B, group, sizes, monkeypatch):
+    """Prompts that have ended are left out, every completion stays in its place and draws as it would beside them."""
+    decoded, steps, decode = [], 40, Decoder.decode
+    watched = lambda model, input_M, *rest: decoded.append(len(input_M)) or decode(model, input_M, *rest)
+    monkeypatch.setattr(Decoder, "decode", watched)
+    graphdef, params = split(decoder(TINY))
+    prompt_BP = np.random.default_rng(3).integers(3, V, (B, 7)).astype(np.int32)
+    len_B, ends = np.arange(B) % 6 + 2, tuple(range(0, V, 9))
+
+    def run(shrink):
+        how = (group, steps, 1.0, ends, PAD)
+        sample = lambda params: generate(
+            nnx.merge(graphdef, params), prompt_BP, len_B, jax.random.key(5), *how, shrink=shrink
+        )
+        return jax.device_get(jax.jit(sample)(params))
+
+    whole, shrunk = run(False), run(True)
+    assert list(dict.fromkeys(decoded)) == sizes
+    last_B = whole["len_M"].reshape(B, group).max(1)
+    assert np.sort(last_B)[(B - 1) // 2] < last_B.max()  # so that the others do go on alone
+    for name in ("tokens_MT", "len_M", "truncated_M"):
+        np.testing.assert_array_equal(shrunk[name], whole[name])
+    for name in ("logp_MT", "entropy_M"):
+        np.testing.assert_allclose(shrunk[name], whole[name], rtol=1e-5, atol=1e-5)
 
 
 NEARLY_1 = float(np.nextafter(np.float32(1), np.float32(0)))
