@@ -1,5 +1,5 @@
 """Texts as arrays of fixed shape, the part of them that an update computes, and the order in which a run sees its data.
-NumPy only. Used by the scripts, the evaluation and the base."""
+NumPy only. Used by the scripts, the evaluation and the sampler of attempts."""
 
 from collections.abc import Iterator
 

@@ -21,10 +21,6 @@ from common.basics import InputError, write_atomic
 from common.replay import Quadruple
 
 
-#
-# Every host runs the same program and meets the others in the same collectives. Process 0 alone writes and prints, in
-# `on_leader` or behind `leads()`; all hosts read what it wrote, so out_dir, replay and checkpoints lie on a file system
-# that all of them see.
 def start_hosts(spec: str) -> None:
     """Join the run's other hosts, before any device is used. `--hosts` is auto (what a TPU pod, Slurm under srun, an
     indexed Kubernetes job or Open MPI tell) or ADDRESS:PORT,COUNT,INDEX; InputError if it is neither, or they do not

@@ -70,7 +70,7 @@ def shown_problem(problem: dict[str, Any]) -> dict[str, Any]:
 
 def fitting(problems: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
     """As many of the problems as take `most` bytes, in their order: those whose names have the smallest digests, so
-    that the choice knows nothing of outcomes and two reports on the same problems show the same."""
+    that of those given no outcome is preferred, and two reports on the same problems show the same."""
     left, chosen = most, set()
     for i in sorted(range(len(problems)), key=lambda i: sha256(f"{problems[i]['task']}\0{problems[i]['task_id']}")):
         left -= len(as_json(problems[i])) + 1

@@ -1,5 +1,4 @@
-"""What a run ends with: result.json, curves.png, the printed summary; when its process began. Used by run and by the
-scripts."""
+"""What a run ends with: result.json, curves.png, the printed summary; when its process began. Used by run."""
 
 import dataclasses
 import json
