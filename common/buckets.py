@@ -38,8 +38,7 @@ PATIENCE = {"s3": {"config_kwargs": {"connect_timeout": 10, "read_timeout": 60, 
 EVERY, SLOWEST = 5.0, 60.0  # seconds between two looks at the folder; and between two tries, where the bucket fails
 START_WAIT, END_WAIT, STOP_WAIT = 120, 600, 90  # seconds: for an answer at the start, for the last files, after SIGTERM
 MARKER = ".complete"  # {file: digest} of a folder that counts as a whole, beside it
-# not sent: what can be made again, and checkpoints, which are not sent as single files
-LEFT = ("xla_cache", "lock", "checkpoints", "cache", "data", "artifacts")
+LEFT = ("xla_cache", "lock", "checkpoints", "cache", "data", "artifacts")  # not sent, or not as single files
 
 
 class Damaged(Exception):
@@ -176,7 +175,7 @@ class Sender:
 
     def __init__(self, folder: pathlib.Path, bucket: Bucket, run: str = "*"):
         """`run`: the directory of the one run that is sent, with the bases; all by default."""
-        self.folder, self.bucket, self.run = folder, bucket, run
+        self.folder, self.bucket, self.run, self.keeps = folder, bucket, run, False  # keeps: it lets nobody delete
         self.sent: dict[str, Any] = {}  # {name: size and time of it when it was sent}
 
     def files(self, ended: bool) -> list[str]:
@@ -222,8 +221,7 @@ class Sender:
         self.drop(groups)
 
     def send(self, name: str) -> None:
-        path = self.folder / name
-        now = state(path)
+        path, now = self.folder / name, state(self.folder / name)
         if now is None or self.sent.get(name) == now:
             return
         if path.suffix == ".jsonl":  # whole lines alone
@@ -236,13 +234,16 @@ class Sender:
     def drop(self, groups: dict[str, Any]) -> None:
         """Remove checkpoints that the run itself no longer keeps, where it has sent a newer one."""
         for folder in {group.rpartition("/")[0] for group in groups if "/checkpoints/" in group}:
-            names = self.bucket.names(folder + "/")
-            steps = {name.removeprefix(folder + "/").partition("/")[0].removesuffix(MARKER) for name in names}
-            old = {f"{folder}/{step}" for step in steps}
-            for group in sorted(old - set(groups)):
-                if not (self.folder / group).exists():
-                    with contextlib.suppress(Exception):  # who may write but not delete has sent all the same
+            names = (name.removeprefix(folder + "/").partition("/")[0] for name in self.bucket.names(folder + "/"))
+            for group in sorted({f"{folder}/{name.removesuffix(MARKER)}" for name in names} - set(groups)):
+                if not (self.folder / group).exists() and not self.keeps:
+                    try:
                         self.bucket.remove_group(group)
+                    except OSError as e:
+                        self.keeps = isinstance(e, PermissionError) or str(e).startswith("Forbidden")  # s3fs, gcsfs
+                        if not self.keeps:
+                            raise
+                        print(f"{self.bucket.url}: old checkpoints stay there ({reason(e)})", file=sys.stderr)
 
 
 def state(path: pathlib.Path) -> tuple[int, int] | None:

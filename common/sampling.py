@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from common.model import Decoder, last_tokens
 
-HALVINGS = 2  # of a batch that shrinks with its rows
+HALVINGS = 2  # of a batch that shrinks with its prompts
 
 
 def by_chunks(one, inputs, chunk: int):
@@ -124,50 +124,54 @@ def generate(
     changes nothing but roundings, and costs the compilation of the loop for each size. Not for rows that lie on several
     devices: they would have to move.
     """
-    B, M = len(prompt_BP), len(prompt_BP) * group
+    B, M = len(prompt_BP), len(prompt_BP) * group  # of the batch; n prompts and m rows of them go on
     is_end = lambda tokens: jnp.isin(tokens, jnp.array(eos_ids))
     prefix, _ = model.prefill(prompt_BP, len_B, dtype)
     head_VD = model.head_VD().astype(dtype)
     weights, *prompt_kv = zip(*model.unstack(prefix))
 
     def one_token(state):
-        t, rows, (k, v, seen_B), cache = state
-        done_M, layers = rows["done"], list(zip(weights, k, v))
-        hidden_MD, cache = model.decode(rows["input"], t, cache, layers, seen_B, dtype)
-        logits_MV = jnp.einsum("MD,VD->MV", hidden_MD, head_VD, preferred_element_type=jnp.float32) / temperature
-        top_M = logits_MV.max(-1)
-        weight_MV = jnp.exp(logits_MV - top_M[:, None])
-        total_M = weight_MV.sum(-1)
-        norm_M, entropy_M = top_M + jnp.log(total_M), rows["entropy"]
+        t, rows, (k, v, seen_n), cache = state
+        done_m, layers = rows["done_m"], list(zip(weights, k, v))
+        hidden_mD, cache = model.decode(rows["input_m"], t, cache, layers, seen_n, dtype)
+        logits_mV = jnp.einsum("mD,VD->mV", hidden_mD, head_VD, preferred_element_type=jnp.float32) / temperature
+        top_m = logits_mV.max(-1)
+        weight_mV = jnp.exp(logits_mV - top_m[:, None])
+        total_m = weight_mV.sum(-1)
+        norm_m, entropy_m = top_m + jnp.log(total_m), rows["entropy_m"]
         if greedy:
-            token_M = first_argmax(logits_MV)
+            token_m = first_argmax(logits_mV)
         else:
-            token_M = draw(weight_MV, jax.random.uniform(jax.random.fold_in(key, t), (M, 2))[rows["row"]])
-            now_M = norm_M - (weight_MV * logits_MV).sum(-1) / total_M
-            entropy_M = entropy_M + jnp.where(done_M, 0.0, now_M)
-        logp_M = jnp.take_along_axis(logits_MV, token_M[:, None], 1)[:, 0] - norm_M
-        token_M = jnp.where(done_M, pad_id, token_M).astype(jnp.int32)
-        rows = rows | {"input": token_M, "done": done_M | is_end(token_M), "entropy": entropy_M}
-        rows["tokens"] = rows["tokens"].at[:, t].set(token_M)
-        rows["logp"] = rows["logp"].at[:, t].set(jnp.where(done_M, 0.0, logp_M))
-        return t + 1, rows, (k, v, seen_B), cache
+            token_m = draw(weight_mV, jax.random.uniform(jax.random.fold_in(key, t), (M, 2))[rows["row_m"]])
+            now_m = norm_m - (weight_mV * logits_mV).sum(-1) / total_m
+            entropy_m = entropy_m + jnp.where(done_m, 0.0, now_m)
+        logp_m = jnp.take_along_axis(logits_mV, token_m[:, None], 1)[:, 0] - norm_m
+        token_m = jnp.where(done_m, pad_id, token_m).astype(jnp.int32)
+        rows = rows | {"input_m": token_m, "done_m": done_m | is_end(token_m), "entropy_m": entropy_m}
+        rows["tokens_mT"] = rows["tokens_mT"].at[:, t].set(token_m)
+        rows["logp_mT"] = rows["logp_mT"].at[:, t].set(jnp.where(done_m, 0.0, logp_m))
+        return t + 1, rows, (k, v, seen_n), cache
 
     rows = {
-        "row": jnp.arange(M), "input": jnp.repeat(last_tokens(prompt_BP, len_B), group), "done": jnp.zeros(M, bool),
-        "tokens": jnp.full((M, T), pad_id, jnp.int32), "logp": jnp.zeros((M, T)), "entropy": jnp.zeros(M),
+        "row_m": jnp.arange(M), "input_m": jnp.repeat(last_tokens(prompt_BP, len_B), group),
+        "done_m": jnp.zeros(M, bool), "tokens_mT": jnp.full((M, T), pad_id, jnp.int32), "logp_mT": jnp.zeros((M, T)),
+        "entropy_m": jnp.zeros(M),
     }  # fmt: skip
-    alive = lambda state: ~state[1]["done"].reshape(-1, group).all(1)  # prompts [B] that have rows to sample
     state, found = (0, rows, (*prompt_kv, prefix.len_B), model.new_cache(M, T, dtype)), rows
-    sizes = [B >> i for i in range(HALVINGS + 1) if B >> i] if shrink else [B]
-    for n in [*sizes[1:], 0]:  # until at most n prompts are alive, which are then taken out
-        state = jax.lax.while_loop(lambda s, n=n: (s[0] < T) & (alive(s).sum() > n), one_token, state)
-        t, rows, prompts, cache = state
-        found = {name: found[name].at[rows["row"]].set(rows[name]) for name in rows}
-        prompt_n = jnp.argsort(~alive(state), stable=True)[:n]
-        row_m = (prompt_n[:, None] * group + jnp.arange(group)).ravel()
-        take = lambda tree, at, axis=0: jax.tree.map(lambda a: jnp.take(a, at, axis), tree)
-        state = (t, take(rows, row_m), take(prompts, prompt_n), take(cache, row_m, 1))
-    done_M = found["done"]
-    len_M = jnp.where(done_M, is_end(found["tokens"]).argmax(-1) + 1, T)
-    out = {"tokens_MT": found["tokens"], "logp_MT": found["logp"], "len_M": len_M, "truncated_M": 1.0 - done_M}
-    return out | {"entropy_M": found["entropy"]}
+    alive_n = lambda state: ~state[1]["done_m"].reshape(-1, group).all(1)
+    take = lambda tree, at, axis=0: jax.tree.map(lambda a: jnp.take(a, at, axis), tree)
+    sizes = [B >> i for i in range(HALVINGS + 1 if shrink else 1) if B >> i]
+    for n, left in zip(sizes, [*sizes[1:], 0]):  # n prompts go on until at most `left` of them are alive
+        if n < B:
+            t, rows, prompts, cache = state
+            prompt_n = jnp.argsort(~alive_n(state))[:n]  # those alive come first
+            row_m = (prompt_n[:, None] * group + jnp.arange(group)).ravel()
+            state = (t, take(rows, row_m), take(prompts, prompt_n), take(cache, row_m, 1))
+        going = lambda state, left=left: (state[0] < T) & (alive_n(state).sum() > left)
+        state = jax.lax.while_loop(going, one_token, state)
+        rows = state[1]
+        found = rows if n == B else {name: found[name].at[rows["row_m"]].set(a) for name, a in rows.items()}
+    done_M, tokens_MT = found["done_m"], found["tokens_mT"]
+    len_M = jnp.where(done_M, is_end(tokens_MT).argmax(-1) + 1, T)
+    out = {"tokens_MT": tokens_MT, "logp_MT": found["logp_mT"], "len_M": len_M, "truncated_M": 1.0 - done_M}
+    return out | {"entropy_M": found["entropy_m"]}

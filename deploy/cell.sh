@@ -49,11 +49,14 @@ fi
 COMMAND=${COMMAND#"${COMMAND%%[![:space:]]*}"}
 COMMAND=${COMMAND%"${COMMAND##*[![:space:]]}"}
 [[ $COMMAND != *$'\n'* ]] || refuse "COMMAND has several lines; give one command, or a file as CELLS"
-bare=$(sed -E "s/\\\\.|'[^']*'|\"(\\\\.|[^\"\\\\])*\"/_/g" <<<"$COMMAND") # without what is quoted
+bare=$(sed -E "s/\\\\.|'[^']*'|\"(\\\\.|[^\"\\\\])*\"/%/g" <<<"$COMMAND") # without what is quoted
 [[ ! $bare =~ [\;\&\|\<\>\(\)\`\'\"]|(^|[[:space:]])# ]] ||
     refuse "COMMAND has an unquoted ${BASH_REMATCH[0]#[[:space:]]}; give one command, its arguments quoted: $COMMAND"
-bare=$(sed -E "s/\\\\.|'[^']*'|(\"(\\\\.|[^\"\\\\])*\")/\1/g; s/\\\\.//g" <<<"$COMMAND") # what "" holds: a command in it would run
-[[ ! $bare =~ \$\(|\` ]] || refuse "COMMAND has a ${BASH_REMATCH[0]}, which would run; write it in single quotes: $COMMAND"
+[[ $bare != *'$%'* ]] || refuse "COMMAND has a \$ before a quote, which only bash reads; write plain quotes: $COMMAND"
+# what is unquoted or in "": of all that a shell expands there, $NAME and ${NAME} alone run nothing
+bare=$(sed -E "s/\\\\.|'[^']*'|(\"(\\\\.|[^\"\\\\])*\")/_\1/g; s/\\\\.|\\$\{[A-Za-z_][A-Za-z0-9_]*\}/_/g" <<<"$COMMAND")
+[[ ! $bare =~ \$[\(\[\{]|\` ]] ||
+    refuse "COMMAND has a ${BASH_REMATCH[0]}, which may run something; write it in single quotes: $COMMAND"
 
 if [[ $COMMAND =~ (^|[[:space:]/])b[0-9]+_[a-z0-9_]+\.py([[:space:]]|$) ]]; then
     has resume || COMMAND+=" --resume"

@@ -112,9 +112,11 @@ def test_what_is_there_is_whole_wherever_the_sender_dies(place, dies_at, monkeyp
     assert (third / "run/checkpoints/4/state/.zarray").read_text() == "weights 4"
 
 
-@pytest.mark.parametrize("deletes", [True, False])
-def test_what_the_run_no_longer_keeps_is_removed_there(place, deletes, monkeypatch):
-    """Where nothing may be deleted it stays, and all is sent."""
+@pytest.mark.parametrize(
+    "refusal", [None, PermissionError("Access Denied"), OSError("Forbidden: there"), OSError("503 Slow Down")]
+)
+def test_what_the_run_no_longer_keeps_is_removed_there(place, refusal, monkeypatch, capsys):
+    """Where nothing may be deleted it stays, said once, and is not tried again; any other error is raised."""
     folder, bucket = place
     a_run(folder, result=False)
     sender = Sender(folder, bucket, "run")
@@ -123,11 +125,16 @@ def test_what_the_run_no_longer_keeps_is_removed_there(place, deletes, monkeypat
     (folder / "run/checkpoints/2/state").rmdir()
     (folder / "run/checkpoints/2").rmdir()
     put(folder / "run/checkpoints/6/state/a")
-    if not deletes:
-        monkeypatch.setattr(Bucket, "remove", lambda *_: (_ for _ in ()).throw(OSError("403 Forbidden")))
-    sender.look()
+    tries = []
+    if refusal:
+        monkeypatch.setattr(Bucket, "remove", lambda *_: tries.append(1) or (_ for _ in ()).throw(refusal))
+    for _ in range(3):
+        with pytest.raises(OSError, match="503") if "503" in str(refusal) else contextlib.nullcontext():
+            sender.look()
+    said = capsys.readouterr().err.count("old checkpoints stay there")
+    assert (len(tries), said) == ((0, 0) if refusal is None else (3, 0) if "503" in str(refusal) else (1, 1))
     there = {name.split("/")[2] for name in bucket.names("run/checkpoints")}
-    assert there == {"4", "4.complete", "6", "6.complete"} | (set() if deletes else {"2", "2.complete"})
+    assert there == {"4", "4.complete", "6", "6.complete"} | ({"2", "2.complete"} if refusal else set())
 
 
 # ---- what is brought ------------------------------------------------------------------------------------------------

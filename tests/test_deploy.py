@@ -100,6 +100,18 @@ def test_a_cell_gets_its_arguments_as_they_are_written(place):
 
 
 @pytest.mark.parametrize(
+    ("text", "argument"),
+    [
+        (r'"cost $\$(5)"', "cost $$(5)"), (r'"$\\(x)"', r"$\(x)"), ('"${HERE}/$HERE"', "a b/a b"),
+        ("'$(x)`x`'", "$(x)`x`"), (r"\$\(x\)", "$(x)"), ('"a$"', "a$"), ("$HERE", "a"), (r'"\`x\`"', "`x`"),
+    ],
+)  # fmt: skip
+def test_what_runs_nothing_is_no_command_in_a_command(place, text, argument):
+    done = place.bash("cell.sh", COMMAND=SHOW.format(place.folder) + f" {text}", HERE="a b")
+    assert json.loads(done.stdout)[0] == argument, done.stderr
+
+
+@pytest.mark.parametrize(
     ("command", "variables", "added"),
     [
         ("python b5_cts.py --seed 3", {}, " --resume"),
@@ -144,6 +156,18 @@ def test_what_a_cell_is_given(place, command, variables, added):
             for c in ("$(touch made)", "`touch made`")
         ),
         (dict(COMMAND='true "\\\\$(touch made)"'), "COMMAND has a $("),
+        *(
+            (dict(COMMAND=f"true {text}"), "COMMAND has a $")
+            for text in (
+                "$'\\'' $(touch made) \\'",
+                "$'\\'' ; touch made ; \\'",
+                '"${x-"\'$(touch made)\'"}"',
+                "${x:='$(touch made)'} ${x@P}",
+                "${x:='a[$(touch made)]'} $[x]",
+                '"$[x]"',
+                '"$((2+2))"',
+            )
+        ),
         (dict(COMMAND="true 'a"), "COMMAND has an unquoted '"),
         (dict(COMMAND="true\nfalse"), "COMMAND has several lines"),
         (dict(COMMAND="true", SECRETS="bad.env"), "SECRETS=bad.env: line 2 is not NAME=value"),
@@ -527,6 +551,13 @@ def test_tpu_whose_creation_failed_is_had_again(place):
     place.rules(NEW, "delete me-cts|0|1|NOT_FOUND: no such resource", ACTIVE, ENDED)
     done = place.bash("tpu.sh", **TPU)  # it is there, whatever deleting says
     assert done.returncode == 1 and "NOT DELETED, it goes on costing" in done.stderr
+
+
+def test_tpu_that_is_deleted_late_is_not_said_to_stand(place):
+    place.rules(NEW, "resources delete|3|1|busy", ACTIVE, ENDED)
+    done = place.bash("tpu.sh", **TPU)
+    assert done.returncode == 1 and steps(place.calls) == [*GOOD, *["delete"] * 3]
+    assert "NOT DELETED" in done.stderr and not (place.folder / "me-cts.not-deleted").exists()
 
 
 def test_tpu_that_somebody_else_creates_meanwhile_is_left_alone(place):

@@ -5,6 +5,7 @@ pytest tests/test_sampling.py
 
 import functools
 import math
+from collections import Counter
 
 import jax
 import numpy as np
@@ -137,23 +138,30 @@ def test_stops_at_the_end_token(row, at):
 def test_a_batch_that_shrinks_samples_the_same(B, group, sizes, monkeypatch):
     """Prompts that have ended are left out, every completion stays in its place and draws as it would beside them."""
     decoded, steps, decode = [], 40, Decoder.decode
-    watched = lambda model, input_M, *rest: decoded.append(len(input_M)) or decode(model, input_M, *rest)
+    note = lambda m: jax.debug.callback(lambda: decoded.append(m))  # when it runs, not when it is traced
+    watched = lambda model, input_M, *rest: note(len(input_M)) or decode(model, input_M, *rest)
     monkeypatch.setattr(Decoder, "decode", watched)
     graphdef, params = split(decoder(TINY))
     prompt_BP = np.random.default_rng(3).integers(3, V, (B, 7)).astype(np.int32)
     len_B, ends = np.arange(B) % 6 + 2, tuple(range(0, V, 9))
 
     def run(shrink):
+        decoded.clear()
         how = (group, steps, 1.0, ends, PAD)
         sample = lambda params: generate(
             nnx.merge(graphdef, params), prompt_BP, len_B, jax.random.key(5), *how, shrink=shrink
         )
-        return jax.device_get(jax.jit(sample)(params))
+        out = jax.device_get(jax.jit(sample)(params))
+        jax.effects_barrier()
+        return out
 
-    whole, shrunk = run(False), run(True)
-    assert list(dict.fromkeys(decoded)) == sizes
-    last_B = whole["len_M"].reshape(B, group).max(1)
-    assert np.sort(last_B)[(B - 1) // 2] < last_B.max()  # so that the others do go on alone
+    whole = run(False)
+    last_B = np.sort(whole["len_M"].reshape(B, group).max(1))
+    assert Counter(decoded) == {B * group: last_B[-1]}
+    shrunk = run(True)
+    until = [*(last_B[B - m // group - 1] for m in sizes[1:]), last_B[-1]]
+    steps_of = dict(zip(sizes, np.diff(until, prepend=0)))
+    assert min(steps_of.values()) > 0 and Counter(decoded) == steps_of
     for name in ("tokens_MT", "len_M", "truncated_M"):
         np.testing.assert_array_equal(shrunk[name], whole[name])
     for name in ("logp_MT", "entropy_M"):
