@@ -3,18 +3,19 @@
     L  = L_GRPO(B3) + lam_align * L_align + lam_decode * L_decode + lam_energy * L_E
     R_theta  = project(h(y0 | x))      one point per step of the flawed attempt, through the policy: has the gradient
     R, ref   = project(h(y0 | x)), project(h(y1 | x))     through the frozen base, as is e_f = project_f(h(f | x, y0))
-    U        = sum_j alpha_j E(R_j, j, e_f)    alpha is the critique's mass: even on y0's flagged steps, 0 on the others
+    h        = mean over a step's tokens of the states that emit them; for f, of the states at its tokens
+    U        = sum_j alpha_j E(R_j, j, e_f)    alpha, the critique's mass: even on flagged steps that y1 has too, else 0
     R*       = R - edit_eta * |ref_j - R_j| * dU/dR_j / |dU/dR_j|      differs from R at the flagged steps alone
-    L_align  = mean over wrong, located y0 of S_alpha(R_theta, R*) + hold * mean of |R_theta - R|^2 over other steps
+    L_align  = mean over wrong, located y0 of S_alpha(R_theta, R*) + hold * mean of |R_theta - R|^2 / dim at other steps
     L_decode = -log pi(y1_t | x, y0, f, y1_<t), mean over all y1 tokens of the batch, temperature 1
-    L_E      = |-dE/dr - (ref_j - R_j)|^2 at R's flagged steps + |dE/dr|^2 at its others and at ref's: fits the critic
+    L_E      = mean of |-dE/dr - (ref_j - R_j)|^2 at R's flagged steps + of |dE/dr|^2 at its others + at ref's: the fit
 
 alpha says where, the energy which way: the critic is fitted before step 0 and then constant (lam_energy > 0: trained
-on). S is the Sinkhorn divergence (OTT-JAX), soft-DTW (both debiased) or squared L2 of measures weighted by alpha. Each
-term moves the policy by an Adam of its own, lam times as far, on top of GRPO's update: in one Adam, whose steps have
-one length, it takes from GRPO what it adds (--aux joint: one loss and one Adam, as L is written). Differs from b3 only
-in blocks marked CTS; with all lam 0 and --critique=replay it is B3, update for update. Ablations: A1 all lam 0, A1d
---lam_align=0, A2 --align=l2, A3 --align=soft_dtw, A4 --lam_decode=0, A5 --energy=frozen, A6 --critique=online.
+on). S is the Sinkhorn divergence (OTT-JAX), soft-DTW (both debiased) or squared L2 of measures weighted by alpha, of
+points / sqrt(dim) with t / T beside them. Each term moves the policy (L_E: the critic) by an Adam of its own, lam times
+as far, on top of GRPO's update: in one Adam, whose steps have one length, it takes from GRPO what it adds (--aux joint:
+one loss and one Adam, as L is written). Differs from b3 in blocks marked CTS; with all lam 0 and critique=replay it is
+B3 (A1). Arms: A1d lam_align=0, A2 align=l2, A3 align=soft_dtw, A4 lam_decode=0, A5 energy=frozen, A6 critique=online.
 
     python b5_cts.py --task gsm8k --seed 3        (fixtures_long: 5 to 7 minutes on 2 CPU cores, later 3)
 """
@@ -90,7 +91,7 @@ class Args(cts.RunArgs):
     lam_decode: float = 1.0
     """length of the updates by the next-token loss on the revision y1; 0 = off"""
     lam_energy: float = 0.0
-    """length of the critic's updates during training; 0 = it stays as fitted"""
+    """length of the critic's updates during training (--aux joint: any is the same); 0 = it stays as fitted"""
     aux: Literal["own", "joint"] = "own"
     """own = an Adam for each term, lam scales its updates; joint = one loss and one Adam, lam scales the losses"""
     align: Literal["sinkhorn", "soft_dtw", "l2"] = "sinkhorn"
@@ -110,11 +111,11 @@ class Args(cts.RunArgs):
     align_layer: int = 0
     """layer whose states they are, the first being 1; 0 = the last"""
     edit_eta: float = 1.0
-    """length of the edit, relative to the way from R to ref; online: to its mean in the fit"""
+    """length of the energy's or a random edit, relative to the way from R to ref; online: to its mean held out"""
     hold: float = 0.2
-    """weight that keeps the other steps of y0 at the base's states; 0 = not held"""
+    """weight that keeps the other steps of y0 at the base's states; 0, or target all_steps = not held"""
     sinkhorn_tau: float = 1.0
-    """marginal relaxation of the transport; 1 = balanced"""
+    """marginal relaxation of the Sinkhorn transport; 1 = balanced"""
 
 
 # CTS: constants that no ablation varies.
@@ -201,7 +202,7 @@ class Critic(nnx.Module):
 
 
 def critique_weights(flagged_BJ: np.ndarray, step_mask_BJ: np.ndarray) -> np.ndarray:
-    """alpha [B, J]: even on the steps under the span and summing to 1; 0 everywhere without a span.
+    """alpha [B, J]: even on those steps under the span that count, summing to 1; 0 everywhere without one.
     Flagged [0, 1, 1, 0] with mask [1, 1, 1, 0] gives [0, 1/2, 1/2, 0].
     """
     alpha_BJ = flagged_BJ * step_mask_BJ
@@ -218,9 +219,9 @@ def another_step(alpha_BJ: np.ndarray, step_mask_BJ: np.ndarray, rngs: list[np.r
 
 
 def pack_terms(tokenizer, quads: list[cts.Quadruple], rows, shapes, revise: dict, args: Args, way: float = 0.0) -> dict:
-    """`revise`, the packed revise prompts, and what the terms read beside it, where the critique points, their weights,
-    and what control arms draw, of the quadruples that stand in the `rows` of the replay (the same draw every time).
-    `way`: the mean of the fit, for --critique online."""
+    """What the terms read of quadruples that stand in the `rows` of the replay: `revise`, the packed revise prompts,
+    trajectories, and alpha, elsewhere [B, J], align_weight, edit_length [B], decode_weight [B, T], noise [B, J, R] (the
+    same draw every time). `way`: the mean held out, for --critique online."""
     batch = revise | cts.pack_trajectories(tokenizer, quads, shapes, revise)
     known_BJ = batch["y0_mask"] if args.critique == "online" else batch["y0_mask"] * batch["y1_mask"]
     batch["alpha"] = critique_weights(batch["flagged"], known_BJ)
@@ -235,7 +236,7 @@ def pack_terms(tokenizer, quads: list[cts.Quadruple], rows, shapes, revise: dict
 
 
 def with_time(traj_JR, mask_J):
-    """Points scaled to unit length with the time channel TIME_WEIGHT * t / T beside them: [J, R + 1]."""
+    """Points / sqrt(R) (projected: of unit length), beside them the time channel TIME_WEIGHT * t / T: [J, R + 1]."""
     t_J = jnp.cumsum(mask_J) / jnp.maximum(mask_J.sum(), 1.0)
     return jnp.concatenate([traj_JR / traj_JR.shape[-1] ** 0.5, TIME_WEIGHT * t_J[:, None]], -1)
 
@@ -301,13 +302,13 @@ def pick_target(critic: Critic, R_BJR, ref_BJR, f_BD, hindsight, batch, args: Ar
 
 # ---- loss ---------------------------------------------------------------------------------------------------------
 # CTS: its three terms. A weight is 1 over what the mean runs over in the whole batch, so that micro-batches add up.
-def align_loss(R_BJR, now: Measure, target: Measure, weight_B, hold: float, distance):
-    """L_align = sum_b weight_b * (S(R_theta, R*) + hold * mean over steps without mass of |R_theta - R|^2), and of each
-    row S, whether it converged and the transported mass that changes its step [B]. `now` has R and the masses."""
+def align_loss(R_theta_BJR, now: Measure, target: Measure, weight_B, hold: float, distance):
+    """L_align = sum_b weight_b * (S(R_theta, R*) + hold * mean over steps without mass of |R_theta - R|^2 / R), and of
+    each row S, whether it converged and the transported mass that changes its step [B]. `now` has R and the masses."""
     S = lambda a, b: distance(with_time(a.points, a.mask), with_time(b.points, b.mask), a.mass, b.mass)
-    S_B, converged_B, moved_B = jax.vmap(S)(now._replace(points=R_BJR), target)
+    S_B, converged_B, moved_B = jax.vmap(S)(now._replace(points=R_theta_BJR), target)
     free_BJ = now.mask * (now.mass == 0)
-    drift_B = (((R_BJR - now.points) ** 2).mean(-1) * free_BJ).sum(-1) / jnp.maximum(free_BJ.sum(-1), 1.0)
+    drift_B = (((R_theta_BJR - now.points) ** 2).mean(-1) * free_BJ).sum(-1) / jnp.maximum(free_BJ.sum(-1), 1.0)
     return ((S_B + hold * drift_B) * weight_B).sum(), (S_B, converged_B, moved_B)
 
 
@@ -317,8 +318,8 @@ def decode_loss(logp_BT, weight_BT):
 
 
 def energy_points(R_BJR, ref_BJR, batch):
-    """What L_E fits: points [B, 2J, R] of R and ref, their steps, the way each should be pushed, and three weights
-    [B, 3, 2J], each summing to 1: R's flagged steps, its others, ref's."""
+    """What L_E fits: points [B, 2J, R] of R and ref, their steps [B, 2J], the way each should be pushed [B, 2J, R], and
+    three weights [B, 3, 2J], each summing to 1, or 0 without such steps: R's flagged ones, its others, ref's."""
     alpha_BJ, y0_BJ, y1_BJ = batch["alpha"], batch["y0_mask"] * (batch["alpha"] == 0), batch["y1_mask"]
     even = lambda mask_BJ: mask_BJ / jnp.maximum(mask_BJ.sum(-1, keepdims=True), 1.0)
     none_BJ, step_BJ = jnp.zeros_like(alpha_BJ), jnp.broadcast_to(jnp.arange(alpha_BJ.shape[1]), alpha_BJ.shape)
@@ -368,6 +369,7 @@ def energy_term(model, base_model, critic: Critic, batch, args: Args, dtype):
     return loss, {"losses/energy_loss": loss}
 
 
+# CTS: the critic's fit before step 0, and how well its edit repairs attempts that it was not fitted on.
 def fit_critic(critic_def, critic, cached, updates: int):
     """The critic after `updates` AdamW steps on L_E, each of FIT_ROWS attempts of `cached` (arrays by name, as of
     `energy_points`, and "f") with one point of each of its three kinds."""
@@ -468,8 +470,13 @@ def k3_kl(logp_MT, ref_logp_MT, mask_MT, denom):
 def main(args: Args) -> dict:
     # ---- checks, data, model --------------------------------------------------------------------------------------
     cts.check_args(args, clip_low=1)
-    # CTS: the transport may be relaxed, not undone.
+    # CTS: the transport may be relaxed, not undone; nothing is trained that nothing reads; online, y0 has no y1.
     cts.check_args(args, "sinkhorn_tau", sinkhorn_tau=1)
+    online, reads_energy = args.critique == "online", args.lam_align and args.target in ("energy", "shuffled_locus")
+    if args.lam_energy and (args.energy == "frozen" or online or not reads_energy):
+        raise cts.InputError("--lam_energy: needs a fitted critic, a target that reads it, and a y1; else set it to 0")
+    if online and args.target in ("ref_only", "all_steps"):
+        raise cts.InputError(f"--target {args.target}: y1 is not the attempt's with --critique online; choose another")
     # VERIFIER: step-level credit needs steps that can be checked one by one.
     cts.check_step_credit(args.task, args.process_credit)
     cts.open_out_dir(args)
@@ -494,7 +501,7 @@ def main(args: Args) -> dict:
     params = {"policy": jax.tree.map(jnp.copy, base_params)}  # a copy: the step donates its parameters
     # CTS: the critic is the same for all seeds; which terms are on, and what each moves.
     critic_def, params["critic"] = nnx.split(Critic(cfg.d_model, nnx.Rngs(cts.STREAM_INIT)), nnx.Param)
-    aligns, trains_energy = args.lam_align > 0, args.lam_energy > 0 and args.energy == "fitted"
+    aligns, trains_energy = args.lam_align > 0, args.lam_energy > 0
     terms = [*["align"] * aligns, *["decode"] * (args.lam_decode > 0), *["energy"] * trains_energy]
     moved = {"align": "policy", "decode": "policy", "energy": "critic"}
     keeps_base = aligns or trains_energy
@@ -616,13 +623,14 @@ def main(args: Args) -> dict:
     # ---- loop -----------------------------------------------------------------------------------------------------
     identity = cts.run_identity(args, base_params, tokenizer, replay, shapes, dtype)
     # CTS: the critic is fitted on the base's states before step 0, once for a base and its replay.
-    read_rows = lambda quads: cts.fetch(base_states(base_params, cts.put(quads, by_row)))
+    read_rows = lambda batch: cts.fetch(base_states(base_params, cts.put(batch, by_row)))
     fit = lambda: fit_on_base(critic_def, params["critic"], read_rows, tokenizer, replay, shapes, B, args)
     edit, figures = None, {}
-    if trains_energy or (aligns and (args.target in ("energy", "shuffled_locus") or args.critique == "online")):
-        key = [cts.program_sha256(__file__), identity["base_weights"], identity["train_replay"], shapes]
+    if reads_energy or (aligns and online and args.target == "random"):
+        key = [identity[name] for name in ("base_weights", "tokenizer", "templates", "train_replay", "decode")]
         key += [args.energy, args.energy_fit, args.energy_quads, args.edit_eta, args.align_reading, args.align_layer]
-        key += [identity["decode"], jax.default_backend()]
+        key += [cts.program_sha256(__file__), cts.sources_sha256("batches", "critique", "distances", "model")]
+        key += [cts.replay_sha256(replay["val"]), jax.default_backend()]
         leaves, figures = cts.unpack_arrays(cts.kept(base_dir / f"critic_{cts.sha256(json.dumps(key))[:16]}.json", fit))
         params["critic"] = jax.tree.unflatten(jax.tree.structure(params["critic"]), leaves)
         params = cts.put(params, state_sharding[0])
@@ -690,7 +698,7 @@ def main(args: Args) -> dict:
             sums.append(one)
         # CTS: what its terms read, and their gradients; with --aux joint they join GRPO's, lam times.
         rows = cts.data_indices(len(replay["train"]), B, args.seed, step)
-        way = edit["way"] if args.critique == "online" and edit else 0.0  # else that to y1's step itself
+        way = edit["way"] if online and edit else 0.0  # else that to y1's step itself
         revise = {"prompt": batch["prompt"], "prompt_len": batch["prompt_len"]}
         reads = pack_terms(tokenizer, quads, rows, shapes, revise, args, way) if terms else {}
         joint = {name: lam_at(name, step) for name in terms if args.aux == "joint"}
@@ -721,7 +729,8 @@ def main(args: Args) -> dict:
         read["energy"] = shapes["P_revise"] + shapes["P_attempt"] + 2 * shapes["T_replay"]
         if args.align_reading == "revise":
             read["align"], read["energy"] = read["decode"] + shapes["P_revise"], read["decode"]
-        metrics["charts/tokens"] += (step + 1) * B * sum(read[name] for name in terms)
+        read["align"] += shapes["T_replay"] * (args.target == "hindsight")
+        metrics["charts/tokens"] += (step + 1) * B * ((shapes["P_attempt"] + T) * online + sum(read[n] for n in terms))
         fitted_on = cts.first_problems(replay["train"], args.energy_quads) if edit else []
         metrics["charts/tokens"] += len(fitted_on) * read["energy"]
         metrics |= clock.metrics(M) | cts.rollout_metrics(out, texts, reward_BG, quads)

@@ -27,7 +27,7 @@ from common.sandbox import check_sandbox
 # programs: verdicts on programs; what is covered and what is not
 from common.programs import run_program, run_programs
 # replay: the quadruple, its file format, splits, leakage
-from common.replay import Quadruple
+from common.replay import Quadruple, replay_sha256
 # critique: critiques by rules, redaction, another attempt in y0's place
 from common.critique import redact, with_attempts, with_critique, with_critique_of
 # cells: a run among others: its name, and what its sweep expects it to be
@@ -66,7 +66,7 @@ from common.hf_config import read_hf_config
 from common.checkpoints import load_hf_weights
 # chat: a checkpoint's tokenizer and the frame of its prompts
 # fingerprint: what makes two runs comparable
-from common.fingerprint import program_sha256, run_identity
+from common.fingerprint import program_sha256, run_identity, sources_sha256
 # base: what a run starts from: the nano base, trained here or shipped, or a checkpoint
 from common.base import load_model
 # credit: where training moved the policy on a flawed attempt, and what that would be without credit

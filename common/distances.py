@@ -71,7 +71,7 @@ def soft_dtw_distance(a_JR, b_KR, mass_J, mass_K, gamma: float):
     some, n, m = (n > 0) & (m > 0), jnp.maximum(n, 1), jnp.maximum(m, 1)
     self_a, self_b = soft_dtw(cost(a_JR, a_JR), n, n, gamma), soft_dtw(cost(b_KR, b_KR), m, m, gamma)
     value = soft_dtw(cost(a_JR, b_KR), n, m, gamma) - 0.5 * (self_a + self_b)
-    return jnp.where(some, value / (n + m), 0.0), jnp.float32(1.0), jnp.float32(0.0)
+    return jnp.where(some, value / (n + m - 1), 0.0), jnp.float32(1.0), jnp.float32(0.0)
 
 
 def l2_distance(a_JR, b_KR, mass_J, mass_K):

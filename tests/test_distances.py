@@ -181,11 +181,11 @@ def test_soft_dtw_equals_naive(gamma):
 
 
 def test_soft_dtw_distance_by_naive_parts():
-    """(sdtw(a, b) - sdtw(a, a) / 2 - sdtw(b, b) / 2) / (n + m) on squared distances."""
+    """(sdtw(a, b) - sdtw(a, a) / 2 - sdtw(b, b) / 2) / (n + m - 1) on squared distances."""
     a, b, n, m = unit_points(0), unit_points(1), 4, 3
     sdtw = lambda x, y: naive_soft_dtw(((x[:, None] - y[None]) ** 2).sum(-1).astype(float), 0.1)
     x, y = a[:n], b[:m]
-    expected = (sdtw(x, y) - 0.5 * sdtw(x, x) - 0.5 * sdtw(y, y)) / (n + m)
+    expected = (sdtw(x, y) - 0.5 * sdtw(x, x) - 0.5 * sdtw(y, y)) / (n + m - 1)
     assert distance_and_gradient("soft_dtw")(a, b, steps(n), steps(m))[0] == pytest.approx(expected, abs=1e-5)
 
 

@@ -365,7 +365,7 @@ def test_every_trainable_leaf_moves(space, runs):
 @pytest.mark.slow
 def test_a_critic_that_is_trained_on_moves(space, runs, ablations):
     """Every leaf of it, with --lam_energy; by default it stays as fitted."""
-    for out, moves in (("online", True), ("b5", False)):
+    for out, moves in (("trained", True), ("b5", False)):
         assert runs["b5"]
         directory = run_dir(space, out, "b5_cts")
         early, late = (checkpoint(directory, step)["params"] for step in (2, 3))
@@ -432,12 +432,13 @@ def test_four_devices_equal_one(space, runs, script):
 
 ABLATIONS = {
     "redacted": dict(critique="redacted"),
-    "online": dict(critique="online", align="soft_dtw", lam_energy=0.5),
+    "online": dict(critique="online", align="soft_dtw"),
     "hindsight": dict(target="hindsight", hold=0.0, align_layer=1),
-    "given": dict(target="hindsight", align_reading="revise", lam_energy=0.5),
+    "given": dict(target="hindsight", align_reading="revise"),
+    "trained": dict(align_reading="revise", lam_energy=0.5),
     "locus": dict(target="shuffled_locus", critique="shuffled"),
     "all_steps": dict(target="all_steps", process_credit="from_error"),
-    "frozen": dict(align="l2", target="random", energy="frozen", lam_energy=0.5, kl_coef=0.01, truncated="keep"),
+    "frozen": dict(align="l2", target="random", energy="frozen", kl_coef=0.01, truncated="keep"),
 }
 
 
@@ -684,8 +685,16 @@ def test_not_finite_stops_with_step_and_batch(space, monkeypatch):
         (dict(mesh="2,2"), "--mesh 2,2: 2 x 2 devices asked for, 1 are here"),
         (dict(mesh="two"), "--mesh two: expected two numbers"),
         (dict(temperature=0.0), "--temperature 0.0: must be above 0"),
+        *(
+            (dict(lam_energy=0.5, **more), "--lam_energy: needs a fitted critic, a target that reads it")
+            for more in (
+                dict(energy="frozen"), dict(critique="online"), dict(target="hindsight"), dict(lam_align=0.0),
+            )
+        ),
+        (dict(critique="online", target="ref_only"), "--target ref_only: y1 is not the attempt's"),
+        (dict(critique="online", target="all_steps"), "--target all_steps: y1 is not the attempt's"),
     ],
-)
+)  # fmt: skip
 def test_bad_input_is_one_line_and_writes_no_run(space, changes, words):
     with pytest.raises(InputError, match=words) as error:
         run(space, "b5_cts", "bad", **changes)
