@@ -126,7 +126,7 @@ delete() {
         if run gcloud compute tpus queued-resources delete "$NAME" "${where[@]}" --force --quiet >said 2>&1 ||
             { is_gone && look && [[ $now == NOT_FOUND ]]; }; then
             created=
-            rm -f "$began/$NAME.not-deleted" # of a try before
+            [[ -n ${DRY_RUN:-} ]] || rm -f "$began/$NAME.not-deleted" # of a try before
             return 0
         fi
         cat said >&2 || true

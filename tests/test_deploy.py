@@ -373,6 +373,12 @@ def test_tpu_dry_run_is_what_is_called(place):
     assert "--reserved" in calls[1] and "gcsfuse" in "".join(calls) and steps(calls).count("cell.sh") == 2
 
 
+def test_tpu_dry_run_leaves_the_note_of_a_machine_that_stands(place):
+    (place.folder / "me-cts.not-deleted").write_text("it goes on costing")
+    assert place.bash("tpu.sh", **TPU, DRY_RUN="1").returncode == 0 and place.calls == []
+    assert (place.folder / "me-cts.not-deleted").exists()
+
+
 def test_tpu_runs_the_command_as_it_is_written(place):
     """What the workers' shell makes of the line is the command, quotes, spaces and signs as they were."""
     place.rules(NEW, ACTIVE, ENDED)
