@@ -229,7 +229,7 @@ def main(args: Args) -> dict:
         batch = cts.pack_revise(tokenizer, quads, shapes)
 
         # ---- rollout ----
-        prompts = cts.put((batch["prompt"], batch["prompt_len"]), by_row)
+        prompts = cts.put(cts.rollout_prompts(batch, widths), by_row)
         out = cts.fetch(rollout(params["policy"], *prompts, jax.random.fold_in(rollout_key, step)))
         clock.mark("rollout")
 

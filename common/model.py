@@ -102,11 +102,13 @@ def rotate(x_MTNH, cos, sin):
 def dense(x, w, n_in: int = 1):
     """x [..., *in] times w [*in, *out], with n_in input axes, as one 2-D matmul.
 
-    The same as einsum, but XLA's CPU backend computes the weight gradient of a 2-D matmul 2.5 times as fast.
+    The same as einsum, but XLA's CPU backend computes the weight gradient of a 2-D matmul 2.5 times as fast, and a
+    product of bfloat16 three times as fast where it is asked for in float32.
     """
     n = math.prod(w.shape[:n_in])
-    out = x.reshape(-1, n) @ w.astype(x.dtype).reshape(n, -1)
-    return out.reshape(*x.shape[: x.ndim - n_in], *w.shape[n_in:])
+    out_type = jnp.float32 if jax.default_backend() == "cpu" else x.dtype
+    out = jnp.matmul(x.reshape(-1, n), w.astype(x.dtype).reshape(n, -1), preferred_element_type=out_type)
+    return out.astype(x.dtype).reshape(*x.shape[: x.ndim - n_in], *w.shape[n_in:])
 
 
 def attend(q_MTNH, k_MKHS, v_MKSH, mask, prefix=None):
@@ -320,9 +322,11 @@ class Decoder(nnx.Module):
 
     def unstack(self, prefix: Prefix) -> list[tuple]:
         """[(weights, prompt keys, prompt values)] of every layer: taken apart once, outside the decoding loop, where
-        slicing a stacked array would copy it for every token."""
+        slicing a stacked array would copy it for every token. Keys and values in the type of `cache_dtype`."""
         weights = {name: w[...] for name, w in nnx.state(self.blocks).items()}
-        take = lambda i: ({n: w[i] for n, w in weights.items()}, prefix.k_LBKHP[i], prefix.v_LBKPH[i])
+        dtype = cache_dtype(prefix.k_LBKHP.dtype)
+        k_LBKHP, v_LBKPH = prefix.k_LBKHP.astype(dtype), prefix.v_LBKPH.astype(dtype)
+        take = lambda i: ({n: w[i] for n, w in weights.items()}, k_LBKHP[i], v_LBKPH[i])
         return [take(i) for i in range(self.cfg.n_layers)]
 
     def new_cache(self, M: int, T: int, dtype=jnp.float32) -> list[tuple]:
@@ -330,7 +334,8 @@ class Decoder(nnx.Module):
         a step reads what is written; elsewhere, where a loop inside the loop would wait for the host, in one."""
         K, H, C = self.cfg.n_kv_heads, self.cfg.head_dim, -(-T // CHUNK) if jax.default_backend() == "cpu" else 1
         keys, values = (C, M, K, H, -(-T // C)), (C, M, K, -(-T // C), H)
-        return [(jnp.zeros(keys, dtype), jnp.zeros(values, dtype)) for _ in range(self.cfg.n_layers)]
+        zeros = lambda shape: jnp.zeros(shape, cache_dtype(dtype))
+        return [(zeros(keys), zeros(values)) for _ in range(self.cfg.n_layers)]
 
     def decode(self, input_M, t, cache, layers, len_B, dtype=jnp.float32):
         """One decoding step at time t: (hidden [M, D], cache). `layers` is `unstack(prefix)`, len_B is prefix.len_B."""
@@ -342,6 +347,12 @@ class Decoder(nnx.Module):
             x, own = self._layer(w, x, rope, None, (k, v, len_B), own, t)
             written.append(own)
         return rms_norm(x[:, 0], self.final_norm[...], self.cfg.norm_eps), written
+
+
+def cache_dtype(dtype):
+    """What decoding keeps keys and values in: the compute dtype, but on CPUs float32, whose many small matmuls of
+    bfloat16 take longer than all else of a token."""
+    return jnp.float32 if jax.default_backend() == "cpu" else dtype
 
 
 def last_tokens(prompt_BP, len_B):

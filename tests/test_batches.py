@@ -25,6 +25,7 @@ from common.batches import (
     pack_trajectories,
     prompt_shape,
     right_pad,
+    rollout_prompts,
     update_widths,
 )  # fmt: skip
 from common.prompts import attempt_prompt, revise_prompt
@@ -260,8 +261,23 @@ def test_update_widths(byte_tokenizer):
     shapes = {"P_attempt": 400, "P_revise": 600, "T": 48, "T_replay": 96}
     widths = update_widths(byte_tokenizer, quads, shapes)
     assert widths[-1] == shapes and [w["T"] for w in widths] == [32, 48, 48]
-    assert [w["T_replay"] for w in widths] == [48, 96, 96]
-    for width, share in zip(widths, (1 / 2, 1)):
+    assert [w["T_replay"] for w in widths] == [48, 80, 96]
+    for width, share in zip(widths, (1 / 2, 11 / 12)):
         fits = [len(byte_tokenizer.encode_prompt(revise_prompt(q.x, q.y0, q.f))) <= width["P_revise"] for q in quads]
         assert share <= np.mean(fits) < share + 1 / 3
     assert update_widths(byte_tokenizer, quads[:1], shapes | {"T": 16})[0]["T"] == 16
+
+
+@pytest.mark.parametrize(
+    "longest, widths, cut",
+    [
+        *((200, (240, 368, 624), 368), (368, (240, 368, 624), 368), (369, (240, 368, 624), 624)),
+        *((9, (176, 272, 368), 368), (9, (368, 368, 368), 368), (9, (240, 400, 600), 400), (9, (240, 401, 600), 600)),
+    ],
+)
+def test_rollout_prompts(longest, widths, cut):
+    """Sampling reads prompts in one of two widths: the second of all, if that holds them and saves a third or more."""
+    batch = {"prompt": np.arange(2 * widths[-1]).reshape(2, -1), "prompt_len": np.array([5, longest])}
+    prompt_BP, len_B = rollout_prompts(batch, [{"P_revise": width} for width in widths])
+    assert prompt_BP.shape == (2, cut) and len_B.tolist() == [5, longest]
+    assert (prompt_BP == batch["prompt"][:, :cut]).all()

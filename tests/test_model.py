@@ -268,6 +268,23 @@ def test_bfloat16_is_close():
     assert 0 < np.abs(logp16 - logp).max() < 0.1 and np.abs(entropy16 - entropy).max() < 0.1
 
 
+def test_bfloat16_decodes_what_it_reads():
+    """Step by step, keys and values kept as decoding keeps them: the states of the float32 model but for roundings."""
+    cfg = TINY
+    model = decoder(cfg)
+    prompt_BP, len_B, tokens_MT = batch()
+    (read,) = model([Reading(prompt_BP, len_B, [tokens_MT])])
+    prefix, _ = model.prefill(prompt_BP, len_B, jnp.bfloat16)
+    layers, cache = model.unstack(prefix), model.new_cache(len(tokens_MT), T, jnp.bfloat16)
+    inputs_MT = np.concatenate([np.repeat(last_tokens(prompt_BP, len_B), GROUP)[:, None], tokens_MT[:, :-1]], 1)
+    off = []
+    for t in range(T):
+        hidden_MD, cache = model.decode(inputs_MT[:, t], t, cache, layers, prefix.len_B, jnp.bfloat16)
+        assert hidden_MD.dtype == jnp.bfloat16
+        off.append(np.abs(np.asarray(hidden_MD, np.float32) - read.completions[0][:, t]).max())
+    assert 0 < max(off) < 0.05 * np.abs(read.completions[0]).max()
+
+
 def test_bfloat16_adds_up_the_embedding_gradient_in_float32():
     """One token some 3,700 times: added up in bfloat16, its gradient would stop growing after a few hundred."""
     cfg = dataclasses.replace(TINY, n_layers=1)
