@@ -12,7 +12,7 @@ from common.tokenizer import Tokenizer
 from common.verifier import split_steps
 
 MAX_STEPS = 32  # J: reasoning steps kept of one attempt
-SHARES = (1 / 2, 11 / 12)  # of the training problems, that the widths below a run's fixed shapes hold
+WORTH = 2 / 3  # of the longest prompts: a width above it saves too little to be compiled
 WIDTH = {  # array of a batch -> which of the padded lengths its last axis has
     "prompt": "P_revise", "f_tokens": "P_revise", "y0_given": "P_revise", "attempt_prompt": "P_attempt", "tokens": "T",
     "old_logp": "T", "adv": "T", "mask": "T", "y0": "T_replay", "y1": "T_replay", "y0_steps": "T_replay",
@@ -160,8 +160,8 @@ def data_indices(n: int, batch: int, seed: int, step: int) -> np.ndarray:
 
 def update_widths(tokenizer: Tokenizer, quads: list[Quadruple], shapes: dict[str, int]) -> list[dict[str, int]]:
     """The few sets of padded lengths that an update is computed in, the run's `shapes` the last of them: such that half
-    and eleven of twelve training problems fit the first two, if completions are as long as y1. (Of 8 problems that are
-    drawn all fit the second in half of the steps.)"""
+    of the training problems fit the first, if completions are as long as y1, and the second all, or eleven of twelve
+    where that is WORTH it. (Of 8 problems that are drawn all fit those in half of the steps.)"""
     lengths = lambda ids: np.array([*map(len, ids)])
     prompts = {"P_attempt": [attempt_prompt(q.x) for q in quads]}
     prompts["P_revise"] = [revise_prompt(q.x, q.y0, q.f) for q in quads]
@@ -169,19 +169,22 @@ def update_widths(tokenizer: Tokenizer, quads: list[Quadruple], shapes: dict[str
     answers = [lengths(tokenizer.encode(getattr(q, y)) for q in quads) + 1 for y in ("y0", "y1")]
     needed |= {"T": answers[1], "T_replay": np.maximum(*answers)}
     at = lambda share: {k: min(shapes[k], round_up(int(np.quantile(n, share)), 16)) for k, n in needed.items()}
-    widths = [at(share) for share in SHARES if len(quads)] + [{k: shapes[k] for k in needed}]
+    widths = [{k: shapes[k] for k in needed}]
+    if len(quads):
+        few = at(11 / 12)
+        widths = [at(1 / 2), few if few["P_revise"] <= WORTH * shapes["P_revise"] else at(1), *widths]
     return [width for i, width in enumerate(widths) if width not in widths[:i]]
 
 
 def rollout_prompts(batch: dict[str, np.ndarray], widths: list[dict[str, int]]) -> tuple[np.ndarray, np.ndarray]:
     """(prompts [B, P], their lengths [B]) of a batch for sampling: cut to the second longest P_revise of the `widths`
-    where that holds them and is at most two thirds of the longest. What saves less is not worth compiling.
+    where that holds them and is WORTH it.
 
     Widths of 240, 368 and 624 tokens: a batch whose longest prompt has 350 is cut to 368, as is one with 200.
     """
     prompt_BP, len_B = batch["prompt"], batch["prompt_len"]
     longest, *rest = sorted({width["P_revise"] for width in widths}, reverse=True)
-    cut = [P for P in rest[:1] if len_B.max() <= P <= 2 / 3 * longest]
+    cut = [P for P in rest[:1] if len_B.max() <= P <= WORTH * longest]
     return prompt_BP[:, : cut[0]] if cut else prompt_BP, len_B
 
 

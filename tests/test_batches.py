@@ -256,16 +256,18 @@ def test_micro_batches_keep_every_live_token(seed):
 
 
 def test_update_widths(byte_tokenizer):
-    """Halves of 30 problems whose texts grow by a letter each: each width holds its share, the last what none needs."""
+    """Of 30 problems whose texts grow by a letter each: half, and 11/12 where the longest prompts are far longer
+    than theirs, else all; the last width is what none needs."""
     quads = [Quadruple("x" * (i + 1), "a" * (3 * i), "f", "b" * (2 * i), {}) for i in range(30)]
-    shapes = {"P_attempt": 400, "P_revise": 600, "T": 48, "T_replay": 96}
-    widths = update_widths(byte_tokenizer, quads, shapes)
-    assert widths[-1] == shapes and [w["T"] for w in widths] == [32, 48, 48]
-    assert [w["T_replay"] for w in widths] == [48, 80, 96]
-    for width, share in zip(widths, (1 / 2, 11 / 12)):
-        fits = [len(byte_tokenizer.encode_prompt(revise_prompt(q.x, q.y0, q.f))) <= width["P_revise"] for q in quads]
-        assert share <= np.mean(fits) < share + 1 / 3
-    assert update_widths(byte_tokenizer, quads[:1], shapes | {"T": 16})[0]["T"] == 16
+    for longest, second, shares in ((600, 80, (1 / 2, 11 / 12)), (320, 96, (1 / 2, 1))):
+        shapes = {"P_attempt": 400, "P_revise": longest, "T": 48, "T_replay": 96}
+        widths = update_widths(byte_tokenizer, quads, shapes)
+        assert widths[-1] == shapes and [w["T"] for w in widths] == [32, 48, 48]
+        assert [w["T_replay"] for w in widths] == [48, second, 96]
+        for width, share in zip(widths, shares):
+            needed = [len(byte_tokenizer.encode_prompt(revise_prompt(q.x, q.y0, q.f))) for q in quads]
+            assert share <= np.mean(np.array(needed) <= width["P_revise"]) < share + 1 / 12
+        assert update_widths(byte_tokenizer, quads[:1], shapes | {"T": 16})[0]["T"] == 16
 
 
 @pytest.mark.parametrize(
