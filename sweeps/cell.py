@@ -19,7 +19,7 @@ import sys
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from common.basics import InputError
-from common.cells import EXPECTED
+from common.cells import EXPECTED, HUGE_PAGES
 from common.sweep import ROOT, command_words, make_cell
 
 
@@ -64,7 +64,7 @@ def main(words: list[str]) -> int:
         return 2
     end_with_us = lambda: ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: an agent may kill -9 us
     process = subprocess.Popen(
-        [sys.executable, *command], cwd=ROOT, env={**os.environ, **env},
+        [sys.executable, *command], cwd=ROOT, env={**HUGE_PAGES, **os.environ, **env},
         preexec_fn=end_with_us if sys.platform == "linux" else None,
     )  # fmt: skip
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):

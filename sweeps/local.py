@@ -18,7 +18,7 @@ import time
 from collections import defaultdict
 from typing import Any
 
-from common.cells import EXPECTED, differing, expectation
+from common.cells import EXPECTED, HUGE_PAGES, differing, expectation
 from common.locks import process_start, take, write_in
 from common.sweep import Cell, command_words
 
@@ -143,7 +143,7 @@ class Launcher:
             print(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {p.line}", file=log, flush=True)
             p.process = subprocess.Popen(
                 [sys.executable, *p.words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                pass_fds=[held.fileno()], env={**os.environ, **p.variables, "PYTHONUNBUFFERED": "1"},
+                pass_fds=[held.fileno()], env={**HUGE_PAGES, **os.environ, **p.variables, "PYTHONUNBUFFERED": "1"},
                 preexec_fn=(lambda: os.sched_setaffinity(0, cores)) if cores else None,
             )  # fmt: skip
         p.held, p.tries = held, p.tries + 1
