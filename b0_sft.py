@@ -5,7 +5,7 @@
 so a step learns from as many completions as a step of the methods that sample theirs. `--objective=critique` is
 critique fine-tuning, -log pi(f | x, y0): a model that must say what is wrong learns more than one that copies what is
 right (https://arxiv.org/abs/2501.17703). The loss is taken at temperature 1 and on no prompt token; what is evaluated
-is the same for all methods, the revision.
+is the same for all methods, the revision. Several short examples share a row and do not see each other.
 
 `--temperature` and `--group` set the sampling of the base's pre-check, which all methods share.
 
@@ -59,25 +59,23 @@ class Args(cts.RunArgs):
 
 
 # ---- method pieces ------------------------------------------------------------------------------------------------
-def pack_examples(tokenizer, quads, shapes: dict[str, int], objective: str) -> dict[str, np.ndarray]:
-    """{"prompt" [M, P], "prompt_len" [M], "tokens" [M, T], "mask" [M, T]}: what is given and what is learnt."""
+def make_examples(tokenizer, quads, T: int, objective: str) -> list[cts.Document]:
+    """Of each quadruple the token ids of what is given and of what is learnt, with its end token and cut at T."""
     if objective == "revision":
         prompts, targets = [cts.revise_prompt(q.x, q.y0, q.f) for q in quads], [q.y1 for q in quads]
     else:
         prompts, targets = [cts.critique_prompt(q.x, q.y0) for q in quads], [q.f for q in quads]
-    batch = cts.pack_prompts(tokenizer, prompts, shapes["P_revise"])
-    batch["tokens"], len_M = cts.pack_answers(tokenizer, targets, shapes["T"])
-    batch["mask"] = cts.length_mask(len_M, shapes["T"])
-    return batch
+    learnt = [[*tokenizer.encode(target), tokenizer.eos_id][:T] for target in targets]
+    return list(zip(tokenizer.encode_prompts(prompts), learnt))
 
 
 # ---- loss ---------------------------------------------------------------------------------------------------------
-def sft_loss(logp_MT, mask_MT, denom):
+def sft_loss(logp_RL, mask_RL, denom):
     """Negative log-likelihood of the masked tokens, summed and divided by `denom`.
 
     Log-probs [[-1, -2], [-3, -9]] with mask [[1, 1], [1, 0]] and denom 3: 2.
     """
-    return -(logp_MT * mask_MT).sum() / denom
+    return -(logp_RL * mask_RL).sum() / denom
 
 
 def main(args: Args) -> dict:
@@ -90,8 +88,9 @@ def main(args: Args) -> dict:
     cfg, base_params, tokenizer, base_dir = cts.load_model(args.model, args.task, replay, args.out_dir, mesh)
     max_new_tokens = args.max_new_tokens or cts.TASKS[args.task].max_new_tokens
     shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new_tokens)
-    widths = cts.update_widths(tokenizer, replay["train"], shapes)
     B, G, M, T = args.prompts, args.group, args.prompts * args.group, shapes["T"]
+    examples = make_examples(tokenizer, replay["train"], T, args.objective)
+    L, R = cts.row_shape(examples, M, n_micro, mesh.shape["data"])  # tokens of a row, rows of a micro-batch
     run = cts.Run(args, __file__)
     if run.finished:
         return run.result(cfg, base_params, tokenizer)
@@ -109,17 +108,17 @@ def main(args: Args) -> dict:
 
     # ---- jitted functions -----------------------------------------------------------------------------------------
     def forward(policy, batch):
-        """(log-probs, entropies) [M, T] of the targets."""
+        """(log-probs, entropies) [R, L - 1] of every token but a row's first."""
         model = nnx.merge(graphdef, cts.gather(mesh, policy))
-        (states,) = model([cts.Reading(batch["prompt"], batch["prompt_len"], [batch["tokens"]])], dtype)
-        return cts.token_logp(states.completions[0], batch["tokens"], model.head_VD())
+        hidden_RLD = model.packed(batch["tokens"], batch["segment"], dtype)
+        return cts.token_logp(hidden_RLD[:, :-1], batch["tokens"][:, 1:], model.head_VD())
 
     def loss_fn(params, batch, denom):
-        logp_MT, entropy_MT = forward(params["policy"], batch)
-        mask_MT = batch["mask"]
-        loss = sft_loss(logp_MT, mask_MT, denom)
+        logp_RL, entropy_RL = forward(params["policy"], batch)
+        mask_RL = batch["mask"][:, 1:]
+        loss = sft_loss(logp_RL, mask_RL, denom)
         metrics = {"losses/loss": loss}
-        metrics["losses/entropy"] = ((entropy_MT * mask_MT).sum(), mask_MT.sum())
+        metrics["losses/entropy"] = ((entropy_RL * mask_RL).sum(), mask_RL.sum())
         return loss, metrics
 
     no_grads = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=state_sharding[0])
@@ -151,16 +150,18 @@ def main(args: Args) -> dict:
     clock = cts.StepClock()
     for step in run.steps():
         clock.start()
-        quads = [replay["train"][i] for i in cts.data_indices(len(replay["train"]), M, args.seed, step)]
+        indices = cts.data_indices(len(examples), M, args.seed, step)
+        quads = [replay["train"][i] for i in indices]
 
         # ---- batch ----
-        batch = pack_examples(tokenizer, quads, shapes, args.objective)
+        batch = cts.pack_rows([examples[i] for i in indices], L, R, tokenizer.pad_id)
         denom = np.float32(batch["mask"].sum())
         clock.mark("batch")
 
         # ---- update ----
         grads, sums = no_grads(params), []
-        for micro in cts.micro_batches(batch, n_micro, widths):
+        for i in range(0, len(batch["mask"]), R):
+            micro = {name: array[i : i + R] for name, array in batch.items()}
             grads, one = add_grads(grads, params, cts.put(micro, by_row), denom)
             sums.append(one)
         params, opt_state, norm = train_step(params, opt_state, grads)

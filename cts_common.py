@@ -39,8 +39,8 @@ from common.tasks import TASKS, check_step_credit
 # tokenizer: byte-level tokenizers with byte offsets
 # batches: texts as arrays of fixed shape, what of them an update computes, the order of the data
 from common.batches import (
-    MAX_STEPS, data_indices, decode_rows, fixed_shapes, length_mask, live_rows, micro_batches, pack_answers,
-    pack_prompts, pack_revise, pack_trajectories, rollout_prompts, update_widths,
+    MAX_STEPS, Document, data_indices, decode_rows, fixed_shapes, length_mask, live_rows, micro_batches, pack_answers,
+    pack_prompts, pack_revise, pack_rows, pack_trajectories, rollout_prompts, row_shape, update_widths,
 )  # fmt: skip
 # mistakes: a right solution made wrong
 # mutants: a right program made wrong

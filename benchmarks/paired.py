@@ -42,7 +42,7 @@ TASKS = {  # script, its flags
     "sft": ("b0_sft", {}),
     "dpo": ("b1_dpo", dict(beta=wl.DPO_BETA, nll_coef=0.0)),
 }
-PACK = {"sft": "b0_sft.pack_examples", "dpo": "b1_dpo.pack_pairs"}  # what makes a batch, where nothing is sampled
+PACK = {"sft": "cts_common.pack_rows", "dpo": "b1_dpo.pack_pairs"}  # what makes a batch, where nothing is sampled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +113,10 @@ def batches(task: str, *shape: int):
     for step in itertools.count():
         prompt, *answers = (ids.astype(np.int32) for ids in wl.step_ids(task, step, *shape))
         if task == "sft":  # all of a sequence but its first token is learnt, as in next-token training
-            prompt, answers = np.split(prompt, [1], axis=1)
-        elif task == "dpo":
+            learnt = np.ones(prompt.shape, np.float32) * (np.arange(prompt.shape[1]) > 0)
+            yield {"tokens": prompt, "segment": np.ones_like(prompt), "mask": learnt}
+            continue
+        if task == "dpo":
             answers = np.stack(answers, axis=1)
         learnt = {"tokens": answers, "mask": np.ones(np.shape(answers), np.float32)} if task in PACK else {}
         yield {"prompt": prompt, "prompt_len": np.full(len(prompt), prompt.shape[1], np.int32), **learnt}
@@ -155,6 +157,7 @@ def stand_ins(args: Args, folder: str, B: int, P: int, T: int) -> dict:
         "load_model": lambda *_: (cfg, first_params(args.size), tokenizer, pathlib.Path(folder)),
         "fixed_shapes": lambda *_: shapes,
         "update_widths": lambda *_: [shapes],
+        "row_shape": lambda _, sequences, n_micro, data: (P + T, sequences // n_micro),
         "Evaluator": lambda *_: None,
         "base_report": lambda *_: {"precheck": {}, "summary": {}},
         "pack_trajectories": lambda *_: trajectories(V, B, P, T),
@@ -188,14 +191,12 @@ def run_main(args: Args) -> dict:
     rows = {"sft": B * G, "dpo": B * G // 2}.get(args.task, B)
     shape = (args.task, config_of(args.size).vocab_size, rows, P, T)
     every, before = itertools.islice(batches(*shape), steps), batches(*shape)  # b5 reads some before its first step
-    if args.task == "sft":
-        P, T = 1, P + T - 1
-
     pack = lambda *_: next(before if watch.began is None else every)
     with (
         tempfile.TemporaryDirectory() as folder,
         mock.patch.multiple(cts, StepClock=clock_of(watch), **stand_ins(args, folder, B, P, T)),
         mock.patch(PACK.get(args.task, "cts_common.pack_revise"), pack),
+        mock.patch("b0_sft.make_examples", lambda _, quads, *__: quads),
         mock.patch.object(optax, "adamw", lambda *_, **__: adamw(**wl.ADAMW)),
         mock.patch.dict(os.environ, JAX_COMPILATION_CACHE_DIR=folder),  # no compiled program from before
         contextlib.redirect_stdout(sys.stderr),  # what the script prints is no part of the answer

@@ -17,6 +17,7 @@ from flax import nnx
 from tqdm import tqdm
 
 from common.basics import STREAM_BASE, InputError, from_hub, read_json, sha256, write_atomic
+from common.batches import Document, pack_documents
 from common.chat import load_hf_tokenizer
 from common.checkpoints import load_hf_weights, save_hf
 from common.fingerprint import sources_sha256, weights_sha256
@@ -39,7 +40,7 @@ SHIPPED = pathlib.Path(__file__).parents[1] / "bases"  # a folder for each task 
 
 def base_documents(
     tokenizer: Tokenizer, quads: list[Quadruple], epoch: int, planted: Planted | None = None
-) -> list[tuple[list[int], list[int]]]:
+) -> list[Document]:
     """(prompt ids, completion ids) of one pass over the train split: each problem once as a first attempt, x -> y1, and
     once as a revision.
 
@@ -77,27 +78,6 @@ def flagged_step(q: Quadruple) -> int | None:
     """Index of the step of y0 that the critique flags, and so of y1's step in its place; None where none is located."""
     span = q.meta["error_span"]
     return None if span is None else sum(step.end <= span[0] for step in split_steps(q.y0))
-
-
-def pack_documents(documents: list[tuple[list[int], list[int]]], width: int, pad_id: int, prompt_weight: float):
-    """Documents packed whole into rows, each into the first of the last 12 rows that has room, nearly in order.
-
-    Returns (tokens, segments, loss weights), each [rows, width]. Two documents ([1, 2], [3]) and ([4], [5]) at width 6
-    give tokens [1 2 3 4 5 0], segments [1 1 1 2 2 0] and, with prompt_weight 0, weights [0 0 1 0 1 0]. A document
-    longer than the width is cut.
-    """
-    rows: list[tuple[list, list, list]] = []
-    for prompt, completion in documents:
-        ids = [*prompt, *completion][:width]
-        row = next((r for r in rows[-12:] if len(r[0]) + len(ids) <= width), None)
-        if row is None:
-            row = ([], [], [])
-            rows.append(row)
-        row[1].extend([max(row[1], default=0) + 1] * len(ids))
-        row[0].extend(ids)
-        row[2].extend(([prompt_weight] * len(prompt) + [1.0] * len(completion))[:width])
-    fill = lambda part, value: np.array([row[part] + [value] * (width - len(row[part])) for row in rows])
-    return fill(0, pad_id).astype(np.int32), fill(1, 0).astype(np.int32), fill(2, 0.0).astype(np.float32)
 
 
 def base_optimizer(steps: int) -> optax.GradientTransformation:

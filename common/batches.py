@@ -1,6 +1,7 @@
 """Texts as arrays of fixed shape, the part of them that an update computes, and the order in which a run sees its data.
 NumPy only. Used by the scripts, the evaluation and the sampler of attempts."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,7 +12,10 @@ from common.replay import Quadruple
 from common.tokenizer import Tokenizer
 from common.verifier import split_steps
 
+Document = tuple[list[int], list[int]]  # token ids of a prompt and of what follows it
+
 MAX_STEPS = 32  # J: reasoning steps kept of one attempt
+ATTENDED = 800  # tokens of a row at which attention takes a nano layer as long as all else
 WORTH = 2 / 3  # of the longest prompts: a width above it saves too little to be compiled
 WIDTH = {  # array of a batch -> which of the padded lengths its last axis has
     "prompt": "P_revise", "f_tokens": "P_revise", "y0_given": "P_revise", "attempt_prompt": "P_attempt", "tokens": "T",
@@ -127,6 +131,49 @@ def pack_trajectories(
     out["y1_tokens"] = length_mask(len_B, T)
     out["wrong"] = np.array([not q.meta["y0_correct"] for q in quads], np.float32)
     return out
+
+
+def pack_documents(documents: list[Document], width: int, pad_id: int, prompt_weight: float, among: int = 12):
+    """Documents packed whole into rows, each into the first of the last `among` rows that has room, nearly in order.
+
+    Returns (tokens, segments, loss weights), each [rows, width]. Two documents ([1, 2], [3]) and ([4], [5]) at width 6
+    give tokens [1 2 3 4 5 0], segments [1 1 1 2 2 0] and, with prompt_weight 0, weights [0 0 1 0 1 0]. A document
+    longer than the width is cut.
+    """
+    rows: list[tuple[list, list, list]] = []
+    for prompt, completion in documents:
+        ids = [*prompt, *completion][:width]
+        row = next((r for r in rows[-among:] if len(r[0]) + len(ids) <= width), None)
+        if row is None:
+            row = ([], [], [])
+            rows.append(row)
+        row[1].extend([max(row[1], default=0) + 1] * len(ids))
+        row[0].extend(ids)
+        row[2].extend(([prompt_weight] * len(prompt) + [1.0] * len(completion))[:width])
+    fill = lambda part, value: np.array([row[part] + [value] * (width - len(row[part])) for row in rows])
+    return fill(0, pad_id).astype(np.int32), fill(1, 0).astype(np.int32), fill(2, 0.0).astype(np.float32)
+
+
+def pack_rows(examples: list[Document], width: int, rows: int, pad_id: int) -> dict[str, np.ndarray]:
+    """What is given and what is learnt, several examples a row, the longest first: "tokens", "segment" (which example,
+    from 1; 0 is padding) and "mask" (what is learnt), each [n, width], n a multiple of `rows`: some may be empty."""
+    examples = sorted(examples, key=lambda example: -len(example[0]) - len(example[1]))
+    packed = pack_documents(examples, width, pad_id, 0.0, among=len(examples))
+    more = [(0, -len(packed[0]) % rows), (0, 0)]
+    values = {"tokens": pad_id, "segment": 0, "mask": 0}
+    return {name: np.pad(a, more, constant_values=values[name]) for name, a in zip(values, packed)}
+
+
+def row_shape(examples: list[Document], batch: int, n_micro: int, multiple: int) -> tuple[int, int]:
+    """(width, rows) of a micro-batch of `batch` / `n_micro` packed examples. Rows are one to four times as long as the
+    longest example, whichever computes least: longer ones waste less and attend to more. There are a tenth more of them
+    than such examples fill, divisible by `multiple`."""
+    longest = round_up(max(len(given) + len(learnt) for given, learnt in examples), 16)
+    some = [examples[i] for i in data_indices(len(examples), 8 * batch, 0, 0)]
+    filled = lambda width: len(pack_rows(some, width, 1, 0)["tokens"]) / (8 * n_micro)
+    widths = [times * longest for times in range(1, 5)]
+    shapes = [(width, round_up(math.ceil(1.1 * filled(width)), multiple)) for width in widths]
+    return min(shapes, key=lambda shape: math.prod(shape) * (1 + shape[0] / ATTENDED))
 
 
 def decode_rows(tokenizer: Tokenizer, tokens_MT, len_M) -> list[str]:

@@ -33,7 +33,6 @@ from common.base import (
     load_model,
     make_base,
     nano_base,
-    pack_documents,
     recipe,
     shipped_base,
 )  # fmt: skip
@@ -50,45 +49,6 @@ from common.tokenizer import NO_FRAME, train_tokenizer
 
 
 # ---- the nano base --------------------------------------------------------------------------------------------------
-def test_pack_documents_worked_example():
-    """The docstring's numbers, and a document that is cut."""
-    tokens, segments, weights = pack_documents([([1, 2], [3]), ([4], [5])], 6, 0, 0.0)
-    assert (tokens.tolist(), segments.tolist(), weights.tolist()) == (
-        [[1, 2, 3, 4, 5, 0]],
-        [[1, 1, 1, 2, 2, 0]],
-        [[0, 0, 1, 0, 1, 0]],
-    )
-    tokens, segments, weights = pack_documents([([1, 2, 3], [4, 5])], 4, 0, 0.5)
-    assert (tokens.tolist(), segments.tolist(), weights.tolist()) == (
-        [[1, 2, 3, 4]],
-        [[1, 1, 1, 1]],
-        [[0.5, 0.5, 0.5, 1]],
-    )
-
-
-def test_pack_documents_keeps_every_token_once():
-    """Random documents: each is one contiguous segment somewhere, with its weights; the rest is padding."""
-    rng, next_id, documents = np.random.default_rng(3), 1, []
-    for _ in range(200):
-        n, m = (int(v) for v in rng.integers(1, 15, 2))
-        documents.append((list(range(next_id, next_id + n)), list(range(next_id + n, next_id + n + m))))
-        next_id += n + m
-    tokens, segments, weights = pack_documents(documents, 40, 0, 0.25)
-    assert tokens.shape == segments.shape == weights.shape == (len(tokens), 40)
-    found = []
-    for row, segment, weight in zip(tokens, segments, weights):
-        assert (np.diff(np.append(segment[segment > 0], 10**6)) >= 0).all()
-        for s in range(1, segment.max() + 1):
-            at = np.flatnonzero(segment == s)
-            assert (np.diff(at) == 1).all()
-            found.append((row[at].tolist(), weight[at].tolist()))
-        assert (row[segment == 0] == 0).all()
-        assert (weight[segment == 0] == 0).all()
-    wanted = [(p + c, [0.25] * len(p) + [1.0] * len(c)) for p, c in documents]
-    assert sorted(found) == sorted(wanted)
-    assert len(tokens) < 1.25 * next_id / 40  # and rows are well filled
-
-
 def test_base_documents(tokenizer):
     """Each problem once per prompt format; one revision in two without critique, the other half next epoch, and then
     only the attempt's answer again; BASE_PROSE of the answers are stated in prose."""

@@ -19,13 +19,16 @@ from common.batches import (
     live_rows,
     micro_batches,
     pack_answers,
+    pack_documents,
     pack_prompts,
     pack_revise,
+    pack_rows,
     pack_steps,
     pack_trajectories,
     prompt_shape,
     right_pad,
     rollout_prompts,
+    row_shape,
     update_widths,
 )  # fmt: skip
 from common.prompts import attempt_prompt, revise_prompt
@@ -69,6 +72,94 @@ def test_prompt_shape(tokenizer):
     culprit = names[lengths.index(longest)]
     with pytest.raises(InputError, match=rf"{culprit} has {longest} tokens.*--max_prompt_tokens {longest - 1}"):
         prompt_shape(tokenizer, TEXTS, names, longest - 1)
+
+
+def test_pack_documents_worked_example():
+    """The docstring's numbers, and a document that is cut."""
+    tokens, segments, weights = pack_documents([([1, 2], [3]), ([4], [5])], 6, 0, 0.0)
+    assert (tokens.tolist(), segments.tolist(), weights.tolist()) == (
+        [[1, 2, 3, 4, 5, 0]],
+        [[1, 1, 1, 2, 2, 0]],
+        [[0, 0, 1, 0, 1, 0]],
+    )
+    tokens, segments, weights = pack_documents([([1, 2, 3], [4, 5])], 4, 0, 0.5)
+    assert (tokens.tolist(), segments.tolist(), weights.tolist()) == (
+        [[1, 2, 3, 4]],
+        [[1, 1, 1, 1]],
+        [[0.5, 0.5, 0.5, 1]],
+    )
+
+
+def test_pack_documents_keeps_every_token_once():
+    """Random documents: each is one contiguous segment somewhere, with its weights; the rest is padding."""
+    rng, next_id, documents = np.random.default_rng(3), 1, []
+    for _ in range(200):
+        n, m = (int(v) for v in rng.integers(1, 15, 2))
+        documents.append((list(range(next_id, next_id + n)), list(range(next_id + n, next_id + n + m))))
+        next_id += n + m
+    tokens, segments, weights = pack_documents(documents, 40, 0, 0.25)
+    assert tokens.shape == segments.shape == weights.shape == (len(tokens), 40)
+    found = []
+    for row, segment, weight in zip(tokens, segments, weights):
+        assert (np.diff(np.append(segment[segment > 0], 10**6)) >= 0).all()
+        for s in range(1, segment.max() + 1):
+            at = np.flatnonzero(segment == s)
+            assert (np.diff(at) == 1).all()
+            found.append((row[at].tolist(), weight[at].tolist()))
+        assert (row[segment == 0] == 0).all()
+        assert (weight[segment == 0] == 0).all()
+    wanted = [(p + c, [0.25] * len(p) + [1.0] * len(c)) for p, c in documents]
+    assert sorted(found) == sorted(wanted)
+    assert len(tokens) < 1.25 * next_id / 40  # and rows are well filled
+
+
+def test_pack_rows_worked_example():
+    """By hand at width 6, two rows a micro-batch: the longest example first, a shorter one into the room it leaves."""
+    batch = pack_rows([([1], [2]), ([3, 4, 5], [6]), ([7, 8], [9, 1, 2])], 6, 2, 0)
+    assert batch["tokens"].tolist() == [[7, 8, 9, 1, 2, 0], [3, 4, 5, 6, 1, 2]]
+    assert batch["segment"].tolist() == [[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 2, 2]]
+    assert batch["mask"].tolist() == [[0, 0, 1, 1, 1, 0], [0, 0, 0, 1, 0, 1]]
+    empty = {name: a[2:] for name, a in pack_rows([([1] * 4, [2])] * 3, 6, 2, 9).items()}
+    assert empty["tokens"].tolist() == [[1, 1, 1, 1, 2, 9], [9] * 6]
+    assert empty["segment"][1].tolist() == empty["mask"][1].tolist() == [0] * 6
+
+
+def test_pack_rows_keeps_every_example_once():
+    """Random examples: each is one contiguous segment, only its second part is learnt, and rows are well filled."""
+    rng = np.random.default_rng(5)
+    examples = [([int(i)] * int(rng.integers(1, 120)), [1000 + int(i)] * int(rng.integers(1, 80))) for i in range(200)]
+    batch = pack_rows(examples, 208, 8, 0)
+    assert len(batch["tokens"]) % 8 == 0
+    found = []
+    for tokens, segment, mask in zip(*batch.values()):
+        for s in range(1, segment.max() + 1):
+            at = np.flatnonzero(segment == s)
+            assert (np.diff(at) == 1).all()
+            found.append((tokens[at][mask[at] == 0].tolist(), tokens[at][mask[at] == 1].tolist()))
+        assert not mask[segment == 0].any()
+    assert sorted(found) == sorted(examples)
+    assert (batch["segment"] > 0).mean() > 0.95
+
+
+@pytest.mark.parametrize(("n_micro", "multiple"), [(8, 1), (4, 2), (1, 8)])
+def test_row_shape(n_micro, multiple):
+    """Steps of 64 examples need as many micro-batches as there are, and little of them is padding."""
+    rng = np.random.default_rng(1)
+    short = [([1] * int(n), [2] * int(m)) for n, m in rng.integers(20, 100, (500, 2))]
+    width, rows = row_shape(short, 64, n_micro, multiple)
+    assert width % 16 == 0 and rows % multiple == 0
+    steps = [pack_rows([short[i] for i in data_indices(500, 64, 3, k)], width, rows, 0)["segment"] for k in range(20)]
+    assert max(len(segment) for segment in steps) <= n_micro * rows
+    assert (np.concatenate(steps) > 0).mean() > 0.6
+
+
+@pytest.mark.parametrize(
+    ("lengths", "times"), [([192], 1), ([80, 100, 112], 1), ([60, 70, 112], 2), ([30, 460, 960], 1)]
+)
+def test_row_shape_chooses_the_width(lengths, times):
+    """Rows of one example where that leaves no room; longer ones where it does, unless attention would cost more."""
+    examples = [([1] * (n - 1), [2]) for n in lengths * 40]
+    assert row_shape(examples, 8 * len(lengths), 1, 1)[0] == times * max(lengths)
 
 
 @pytest.mark.parametrize(("n", "batch"), [(10, 4), (7, 7), (5, 12), (64, 1)])

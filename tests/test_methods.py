@@ -281,17 +281,14 @@ def tokenizer():
 
 
 @pytest.mark.parametrize("objective", ["revision", "critique"])
-def test_pack_examples(tokenizer, objective):
-    """What is given and what is learnt, read back from the arrays."""
-    batch = b0.pack_examples(tokenizer, QUADS, {"P_revise": 120, "T": 40}, objective)
-    assert {k: v.shape for k, v in batch.items()} == {
-        "prompt": (2, 120), "prompt_len": (2,), "tokens": (2, 40), "mask": (2, 40)
-    }  # fmt: skip
-    for q, prompt, n, tokens, mask in zip(QUADS, *(batch[k] for k in ("prompt", "prompt_len", "tokens", "mask"))):
-        given, learnt = tokenizer.decode([prompt[:n].tolist(), tokens[mask > 0].tolist()])
-        assert tokens[int(mask.sum()) - 1] == tokenizer.eos_id
+def test_make_examples(tokenizer, objective):
+    """What is given and what is learnt, read back; a target is cut at T."""
+    for q, (given, learnt) in zip(QUADS, b0.make_examples(tokenizer, QUADS, 40, objective)):
+        assert learnt[-1] == tokenizer.eos_id
+        given, learnt = tokenizer.decode([given, learnt[:-1]])
         assert learnt == (q.y1 if objective == "revision" else q.f)
         assert q.x in given and q.y0 in given and (q.f in given) == (objective == "revision") and q.y1 not in given
+    assert [len(learnt) for _, learnt in b0.make_examples(tokenizer, QUADS, 3, objective)] == [3, 3]
 
 
 def test_pack_pairs(tokenizer):
@@ -314,7 +311,7 @@ def sequence_logp(model, prompt, completion):
 
 
 def test_supervised_log_probs_equal_plain_sequences(tokenizer):
-    """b0's and b1's forward share a prompt and pad; the log-probs are those of each sequence by itself."""
+    """b0's examples share a row, b1's a prompt, and both pad; the log-probs are those of each sequence by itself."""
     cfg = ModelConfig(tokenizer.vocab_size, d_model=32, n_layers=2, head_dim=8, d_ff=48)
     model, encode = Decoder(cfg, nnx.Rngs(0)), tokenizer.encode
     batch = b1.pack_pairs(tokenizer, QUADS, {"P_revise": 128, "T": 48})
@@ -325,6 +322,13 @@ def test_supervised_log_probs_equal_plain_sequences(tokenizer):
         for y, row, on in zip((q.y1, q.y0), pair, mask):
             expected = sequence_logp(model, encode(revise_prompt(q.x, q.y0, q.f)), [*encode(y), tokenizer.eos_id])
             np.testing.assert_allclose(np.asarray(row)[on > 0], expected, atol=2e-5)
+    examples = b0.make_examples(tokenizer, QUADS, 48, "revision")
+    batch = cts.pack_rows(examples, 288, 2, tokenizer.pad_id)
+    assert batch["segment"].max(1).tolist() == [2, 0]  # both in one row, and an empty one
+    hidden_RLD = model.packed(batch["tokens"], batch["segment"])
+    logp_RL, _ = token_logp(hidden_RLD[:, :-1], batch["tokens"][:, 1:], model.head_VD())
+    expected = sum(sum(sequence_logp(model, *example)) for example in examples)
+    np.testing.assert_allclose(b0.sft_loss(logp_RL, batch["mask"][:, 1:], 2.0), -expected / 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
