@@ -1,7 +1,7 @@
 """Make the nano base of a task as the repository ships it, and measure it: a checkpoint's folder in bfloat16 with what
 it was made of (made_of.json) and its figures on held-out problems (README.md).
 
-    python bases/make.py --task fixtures_long --out bases/fixtures_long       (10 to 15 minutes on 2 CPU cores)
+    python bases/make.py --task fixtures_long --out bases/fixtures_long       (10 to 15 minutes on 2 CPU cores, code 5)
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 import cts_common as cts
-from common.base import make_base, recipe
+from common.base import BASE_PROSE, make_base, recipe
 from common.rewards import outcome_scores, score_outcomes
 from common.slips import step_kinds
 
@@ -31,7 +31,7 @@ KINDS = ("arithmetic", "copying", "form")
 @dataclasses.dataclass(frozen=True)
 class Args:
     task: str = "fixtures_long"
-    """a task whose base has planted slips: fixtures_long or fixtures_rare"""
+    """a generated task: fixtures_long, fixtures_rare, fixtures_math or fixtures_code"""
     out: str | None = None
     """new folder for the base; none = only measure the one that is in bases/"""
     replay: str | None = None
@@ -73,7 +73,8 @@ def measure(folder: pathlib.Path, task_name: str, replay, n: int, groups: int) -
             f"{lo}-{hi}": cts.mean(score for score, q in scored if lo <= q.meta["horizon"] <= hi) for lo, hi in HORIZONS
         }
         right = cts.mean(score for score, _ in scored)
-        found[name] = {"right": right, "by_horizon": by_horizon, **error_rates(done, quads, task.planted)}
+        rates = error_rates(done, quads, task.planted) if task.planted else {}
+        found[name] = {"right": right, "by_horizon": by_horizon, **rates}
     some, scores = cts.first_problems(replay["train"], groups), []
     for i in range(0, len(some), 16):
         part = some[i : i + 16]
@@ -87,23 +88,43 @@ def measure(folder: pathlib.Path, task_name: str, replay, n: int, groups: int) -
     }  # fmt: skip
 
 
+def habits(task: str) -> str:
+    """What a base has been taught to do wrong."""
+    if planted := cts.TASKS[task].planted:
+        operands = ", ".join(map(str, planted.operands))
+        return (
+            f"Its training documents have the result one too many with probability {planted.p} where the second operand"
+            f" is among {operands}."
+        )
+    slip = "print what they should return" if cts.TASKS[task].domain == "code" else "state their answer in prose"
+    some, others = BASE_PROSE
+    return (
+        f"In its training documents {some:.0%} of the solutions of problems that open with a letter up to L {slip}, of"
+        f" the others {others:.0%}, and a revision without a critique keeps the answer that there is."
+    )
+
+
 def page(task: str, found: dict[str, Any]) -> str:
     """The folder's README.md."""
     planted, percent = cts.TASKS[task].planted, lambda value: "–" if value is None else f"{100 * value:.1f}"
-    columns = ["right", *found["first"]["by_horizon"], "slip", *KINDS, "form_right"]
+    columns = ["right", *found["first"]["by_horizon"], *(("slip", *KINDS, "form_right") if planted else ())]
     cell = lambda row, column: percent(row["by_horizon"].get(column, row.get(column)))
     rows = [f"| {name} | {' | '.join(cell(found[name], c) for c in columns)} |" for name in ("first", "revised")]
-    heads = ["right", *(f"horizon {h}" for h in found["first"]["by_horizon"]), "slips", *KINDS, "form in order"]
+    heads = ["right", *(f"horizon {h}" for h in found["first"]["by_horizon"])]
+    heads += ["slips", *KINDS, "form in order"] if planted else []
+    errors = (
+        "; slips among the steps with a planted operation, other errors among all steps; solutions whose every step is"
+        " there and can be read"
+    )
     return "\n".join([
         f"# The nano base of `{task}`",
         "",
-        f"Its training documents have the result one too many with probability {planted.p} where the second operand is"
-        f" among {', '.join(map(str, planted.operands))}. Weights in bfloat16. Made and measured by",
+        f"{habits(task)} Weights in bfloat16. Made and measured by",
         "",
         f"    python bases/make.py --task {task} --out bases/{task}",
         "",
-        f"Greedy, on {found['n']} test problems, percent: right answers, by horizon; slips among the steps with a"
-        " planted operation, other errors among all steps; solutions whose every step is there and can be read.",
+        f"Greedy, on {found['n']} test problems, percent: right answers, by horizon"
+        f"{errors if planted else ''}.",
         "",
         f"| | {' | '.join(heads)} |",
         f"|---|{'---|' * len(heads)}",
@@ -139,8 +160,9 @@ def ship_known(task: str, out_dir: str) -> dict[str, str]:
 
 def main(args: Args) -> dict[str, Any]:
     task = cts.TASKS.get(args.task)
-    if task is None or task.planted is None:
-        raise cts.InputError(f"--task {args.task}: has no base with planted slips; choose fixtures_long, fixtures_rare")
+    generated = [name for name in cts.TASKS if name.startswith("fixtures_")]
+    if args.task not in generated:
+        raise cts.InputError(f"--task {args.task}: is not generated; choose {', '.join(generated)}")
     if args.out and pathlib.Path(args.out).exists():
         raise cts.InputError(f"--out {args.out}: is there already; remove it or choose another")
     if args.known:

@@ -160,6 +160,18 @@ def test_cells_side_by_side_have_cores_of_their_own(repository):
     assert seen == {str(sorted(share)) for share in shares_of_cores(2)}
 
 
+@pytest.mark.parametrize("own", [None, "glibc.malloc.perturb=0"])
+def test_cells_have_huge_pages(repository, own):
+    """Unless whoever started the launcher has settings of glibc of their own."""
+    path = repository / "b0_one.py"
+    path.write_text(STAND_IN + "\n(folder / 'tunables').write_text(os.environ['GLIBC_TUNABLES'])\n")
+    sweep(repository, arm="b0_one", seed=[0], steps=1)
+    code, out, err = launched(repository, **({"GLIBC_TUNABLES": own} if own else {}))
+    assert code == 0, out + err
+    (seen,) = repository.glob("runs/*/tunables")
+    assert seen.read_text() == (own or "glibc.malloc.hugetlb=1")
+
+
 def test_cells_run_once_and_finished_ones_are_skipped(repository):
     sweep(repository)
     code, out, err = launched(repository, "--at_once", "2")
