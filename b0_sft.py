@@ -70,12 +70,12 @@ def make_examples(tokenizer, quads, T: int, objective: str) -> list[cts.Document
 
 
 # ---- loss ---------------------------------------------------------------------------------------------------------
-def sft_loss(logp_RL, mask_RL, denom):
+def sft_loss(logp_RW, mask_RW, denom):
     """Negative log-likelihood of the masked tokens, summed and divided by `denom`.
 
     Log-probs [[-1, -2], [-3, -9]] with mask [[1, 1], [1, 0]] and denom 3: 2.
     """
-    return -(logp_RL * mask_RL).sum() / denom
+    return -(logp_RW * mask_RW).sum() / denom
 
 
 def main(args: Args) -> dict:
@@ -90,7 +90,7 @@ def main(args: Args) -> dict:
     shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new_tokens)
     B, G, M, T = args.prompts, args.group, args.prompts * args.group, shapes["T"]
     examples = make_examples(tokenizer, replay["train"], T, args.objective)
-    L, R = cts.row_shape(examples, M, n_micro, mesh.shape["data"])  # tokens of a row, rows of a micro-batch
+    W, R = cts.row_shape(examples, M, n_micro, mesh.shape["data"])  # tokens of a row, rows of a micro-batch
     run = cts.Run(args, __file__)
     if run.finished:
         return run.result(cfg, base_params, tokenizer)
@@ -108,17 +108,17 @@ def main(args: Args) -> dict:
 
     # ---- jitted functions -----------------------------------------------------------------------------------------
     def forward(policy, batch):
-        """(log-probs, entropies) [R, L - 1] of every token but a row's first."""
+        """(log-probs, entropies) [R, W - 1] of every token but a row's first."""
         model = nnx.merge(graphdef, cts.gather(mesh, policy))
-        hidden_RLD = model.packed(batch["tokens"], batch["segment"], dtype)
-        return cts.token_logp(hidden_RLD[:, :-1], batch["tokens"][:, 1:], model.head_VD())
+        hidden_RWD = model.packed(batch["tokens"], batch["segment"], dtype)
+        return cts.token_logp(hidden_RWD[:, :-1], batch["tokens"][:, 1:], model.head_VD())
 
     def loss_fn(params, batch, denom):
-        logp_RL, entropy_RL = forward(params["policy"], batch)
-        mask_RL = batch["mask"][:, 1:]
-        loss = sft_loss(logp_RL, mask_RL, denom)
+        logp_RW, entropy_RW = forward(params["policy"], batch)
+        mask_RW = batch["mask"][:, 1:]
+        loss = sft_loss(logp_RW, mask_RW, denom)
         metrics = {"losses/loss": loss}
-        metrics["losses/entropy"] = ((entropy_RL * mask_RL).sum(), mask_RL.sum())
+        metrics["losses/entropy"] = ((entropy_RW * mask_RW).sum(), mask_RW.sum())
         return loss, metrics
 
     no_grads = jax.jit(lambda params: jax.tree.map(jnp.zeros_like, params), out_shardings=state_sharding[0])
@@ -154,7 +154,7 @@ def main(args: Args) -> dict:
         quads = [replay["train"][i] for i in indices]
 
         # ---- batch ----
-        batch = cts.pack_rows([examples[i] for i in indices], L, R, tokenizer.pad_id)
+        batch = cts.pack_rows([examples[i] for i in indices], W, R, tokenizer.pad_id)
         denom = np.float32(batch["mask"].sum())
         clock.mark("batch")
 

@@ -325,10 +325,10 @@ def test_supervised_log_probs_equal_plain_sequences(tokenizer):
     examples = b0.make_examples(tokenizer, QUADS, 48, "revision")
     batch = cts.pack_rows(examples, 288, 2, tokenizer.pad_id)
     assert batch["segment"].max(1).tolist() == [2, 0]  # both in one row, and an empty one
-    hidden_RLD = model.packed(batch["tokens"], batch["segment"])
-    logp_RL, _ = token_logp(hidden_RLD[:, :-1], batch["tokens"][:, 1:], model.head_VD())
+    hidden_RWD = model.packed(batch["tokens"], batch["segment"])
+    logp_RW, _ = token_logp(hidden_RWD[:, :-1], batch["tokens"][:, 1:], model.head_VD())
     expected = sum(sum(sequence_logp(model, *example)) for example in examples)
-    np.testing.assert_allclose(b0.sft_loss(logp_RL, batch["mask"][:, 1:], 2.0), -expected / 2, rtol=1e-6)
+    np.testing.assert_allclose(b0.sft_loss(logp_RW, batch["mask"][:, 1:], 2.0), -expected / 2, rtol=1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
