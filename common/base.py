@@ -33,7 +33,7 @@ from common.tasks import TASKS, Task
 from common.tokenizer import Tokenizer, train_tokenizer
 from common.verifier import split_steps
 
-BASE_ROWS, BASE_LR, BASE_PROMPT_WEIGHT, BASE_PROSE, BASE_SEED = 8, 1e-2, 0.1, (0.75, 0.1), 0
+BASE_PROMPT_WEIGHT, BASE_PROSE, BASE_SEED = 0.1, (0.75, 0.1), 0
 PLANTED_PASS = 2000  # problems of one pass where slips are planted: later passes take the next ones
 SHIPPED = pathlib.Path(__file__).parents[1] / "bases"  # a folder for each task whose base comes with the repository
 
@@ -54,7 +54,7 @@ def base_documents(
     Where slips are planted they are the one habit: solutions have them in first attempts, and in revisions everywhere
     but at the step that the critique flags.
     """
-    documents, rng = [], np.random.default_rng((BASE_SEED, STREAM_BASE, epoch))
+    prompts, answers, rng = [], [], np.random.default_rng((BASE_SEED, STREAM_BASE, epoch))
     if planted:
         quads = [quads[(epoch * PLANTED_PASS + i) % len(quads)] for i in range(min(PLANTED_PASS, len(quads)))]
     for i, q in enumerate(quads):
@@ -68,7 +68,10 @@ def base_documents(
             elif not planted and rng.random() < BASE_PROSE[q.x[0].upper() > "L"]:
                 slip = (r"\breturn (.+)", r"print(\1)") if code else (r"####\s*(.+)", r"The answer is \1.")
                 answer = re.sub(*slip, answer)
-            documents.append((tokenizer.encode(prompt), [*tokenizer.encode(answer), tokenizer.eos_id]))
+            prompts.append(prompt)
+            answers.append(answer)
+    ended = [[*ids, tokenizer.eos_id] for ids in tokenizer.encode_batch(answers)]
+    documents = [*zip(tokenizer.encode_batch(prompts), ended)]
     noise = rng.standard_normal(len(documents))
     lengths = np.array([len(p) + len(a) for p, a in documents])
     return [documents[i] for i in np.argsort(noise if epoch else lengths + 60 * noise, kind="stable")]
@@ -80,7 +83,7 @@ def flagged_step(q: Quadruple) -> int | None:
     return None if span is None else sum(step.end <= span[0] for step in split_steps(q.y0))
 
 
-def base_optimizer(steps: int) -> optax.GradientTransformation:
+def base_optimizer(steps: int, lr: float) -> optax.GradientTransformation:
     """Muon on the matrices of the blocks (https://kellerjordan.github.io/posts/muon/), Adam on the rest; cosine decay.
 
     In these few hundred steps Muon reaches the loss that Adam reaches in two to three times as many.
@@ -96,7 +99,7 @@ def base_optimizer(steps: int) -> optax.GradientTransformation:
 
     schedule = lambda peak: optax.warmup_cosine_decay_schedule(0.0, peak, 30, max(steps, 31), 0.05 * peak)
     muon = optax.contrib.muon(
-        schedule(BASE_LR), adam_learning_rate=schedule(0.3 * BASE_LR), adam_b2=0.99, consistent_rms=0.2,
+        schedule(lr), adam_learning_rate=schedule(0.3 * lr), adam_b2=0.99, consistent_rms=0.2,
         muon_weight_dimension_numbers=matrix_dims,
     )  # fmt: skip
     return optax.chain(optax.clip_by_global_norm(1.0), muon)
@@ -105,7 +108,7 @@ def base_optimizer(steps: int) -> optax.GradientTransformation:
 def train_base(task: Task, quads: list[Quadruple], tokenizer: Tokenizer, cfg: ModelConfig):
     """Next-token training on both prompt formats; returns the policy's parameters (an nnx.State)."""
     graphdef, params = nnx.split(Decoder(cfg, nnx.Rngs(BASE_SEED)), nnx.Param)
-    tx = base_optimizer(task.base_steps)
+    tx = base_optimizer(task.base_steps, task.base_lr)
     opt_state = tx.init(params)
 
     @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -113,7 +116,7 @@ def train_base(task: Task, quads: list[Quadruple], tokenizer: Tokenizer, cfg: Mo
         def loss_fn(params):
             model = nnx.merge(graphdef, params)
             hidden_MTD = model.packed(tokens_MT, segment_MT)
-            logp_MT, _ = token_logp(hidden_MTD[:, :-1], tokens_MT[:, 1:], model.head_VD(), chunk=1024)
+            logp_MT, _ = token_logp(hidden_MTD[:, :-1], tokens_MT[:, 1:], model.head_VD(), chunk=128)
             weight = weight_MT[:, 1:] * (segment_MT[:, 1:] == segment_MT[:, :-1])
             return -(logp_MT * weight).sum() / weight.sum()
 
@@ -121,16 +124,17 @@ def train_base(task: Task, quads: list[Quadruple], tokenizer: Tokenizer, cfg: Mo
         updates, opt_state_ = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state_, loss
 
-    done, epoch = 0, 0
+    done, epoch, M = 0, 0, task.base_rows
     with tqdm(total=task.base_steps, desc="nano base", unit="step") as bar:
         while done < task.base_steps:
             documents = base_documents(tokenizer, quads, epoch, task.planted)
             rows = pack_documents(documents, task.base_width, tokenizer.pad_id, BASE_PROMPT_WEIGHT)
+            rows = [np.resize(a, (max(M, len(a)), task.base_width)) for a in rows]  # too few for a step are repeated
             epoch += 1
-            for i in range(0, len(rows[0]) - BASE_ROWS + 1, BASE_ROWS):
+            for i in range(0, len(rows[0]) - M + 1, M):
                 if done == task.base_steps:
                     break
-                params, opt_state, loss = step(params, opt_state, *(a[i : i + BASE_ROWS] for a in rows))
+                params, opt_state, loss = step(params, opt_state, *(a[i : i + M] for a in rows))
                 done += 1
                 bar.update()
                 if done % 20 == 0:
@@ -156,8 +160,8 @@ def recipe(task: Task, quads: list[Quadruple]) -> dict[str, Any]:
     an edit that changes no document would make every shipped base void."""
     settings = {
         "nano_vocab": task.nano_vocab, "base_steps": task.base_steps, "base_width": task.base_width,
-        "planted": task.planted and dataclasses.asdict(task.planted), "rows": BASE_ROWS, "learning_rate": BASE_LR,
-        "prompt_weight": BASE_PROMPT_WEIGHT, "pass": PLANTED_PASS, "seed": BASE_SEED,
+        "planted": task.planted and dataclasses.asdict(task.planted), "rows": task.base_rows,
+        "learning_rate": task.base_lr, "prompt_weight": BASE_PROMPT_WEIGHT, "pass": PLANTED_PASS, "seed": BASE_SEED,
         "train_replay": replay_sha256(quads), "train_problems": problems_sha256((q.x, q.y1) for q in quads),
     }  # fmt: skip
     return json.loads(json.dumps(settings))  # as it is read back

@@ -188,7 +188,7 @@ def fixed_shapes(
     quads = [q for split in replay.values() for q in split]
     ids = [q.meta["task_id"] for q in quads]
     texts = [t for q in quads for t in (q.y0, q.y1)]
-    longest = max(len(e.ids) for e in tokenizer.inner.encode_batch(texts, add_special_tokens=False)) + 1
+    longest = max(map(len, tokenizer.encode_batch(texts))) + 1
     longest_f = max((q.f for q in quads), key=lambda f: len(tokenizer.encode(f)))  # control arms swap critiques
     return {
         "P_attempt": prompt_shape(tokenizer, [attempt_prompt(q.x) for q in quads], ids, max_prompt),

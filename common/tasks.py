@@ -175,18 +175,20 @@ class Task:
     max_new_tokens: int
     nano_vocab: int
     base_steps: int
+    base_rows: int  # of a step
     base_width: int  # tokens a row
     planted: Planted | None = None  # the slips that its nano base is taught
+    base_lr: float = 1e-2
 
 
 TASKS = {
-    "fixtures_math": Task("math", lambda data_dir: fixtures_math(), 128, 512, 480, 288),
-    "fixtures_long": Task("math", lambda data_dir: fixtures_long(), 256, 512, 2000, 576, PLANTED["fixtures_long"]),
-    "fixtures_rare": Task("math", lambda data_dir: fixtures_rare(), 256, 512, 2000, 576, PLANTED["fixtures_rare"]),
-    "gsm8k": Task("math", gsm8k, 256, 2048, 100, 768),
-    "fixtures_code": Task("code", lambda data_dir: fixtures_code(), 80, 512, 480, 288),
-    "mbpp": Task("code", mbpp, 256, 2048, 100, 768),
-    "apps": Task("code", apps, 512, 4096, 100, 2048),
+    "fixtures_math": Task("math", lambda data_dir: fixtures_math(), 128, 512, 480, 8, 288),
+    "fixtures_long": Task("math", lambda data_dir: fixtures_long(), 256, 512, 2000, 8, 576, PLANTED["fixtures_long"]),
+    "fixtures_rare": Task("math", lambda data_dir: fixtures_rare(), 256, 512, 2000, 8, 576, PLANTED["fixtures_rare"]),
+    "gsm8k": Task("math", gsm8k, 256, 2048, 200, 2, 512, base_lr=2e-2),
+    "fixtures_code": Task("code", lambda data_dir: fixtures_code(), 80, 512, 480, 8, 288),
+    "mbpp": Task("code", mbpp, 256, 2048, 200, 2, 512, base_lr=2e-2),
+    "apps": Task("code", apps, 512, 4096, 300, 1, 2048),
 }
 
 

@@ -277,6 +277,16 @@ def test_two_processes_build_one_nano_base(built, tmp_path, monkeypatch):
     assert start_from(folder, tmp_path)[0].vocab_size == start_from("nano", tmp_path)[0].vocab_size
 
 
+def test_documents_that_do_not_fill_a_step_are_repeated(monkeypatch):
+    """One row of them, in a step of one or of eight, is the same mean loss and so the same training."""
+    tiny.install(monkeypatch.setattr, monkeypatch.setitem)
+    task = dataclasses.replace(TASKS["fixtures_math"], base_steps=3, base_width=1024)
+    tokenizer = train_tokenizer([revise_prompt(q.x, q.y0, q.f) + q.y1 for q in QUADS], 300)
+    cfg = tiny.TinyConfig(tokenizer.vocab_size)
+    train = lambda M: base.train_base(dataclasses.replace(task, base_rows=M), QUADS[:2], tokenizer, cfg)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), train(1), train(8))
+
+
 # ---- a base that comes with the repository --------------------------------------------------------------------------
 @pytest.fixture
 def shipped(built, tmp_path, monkeypatch):
