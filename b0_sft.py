@@ -7,7 +7,7 @@ critique fine-tuning, -log pi(f | x, y0): a model that must say what is wrong le
 right (https://arxiv.org/abs/2501.17703). The loss is taken at temperature 1 and on no prompt token; what is evaluated
 is the same for all methods, the revision. Several short examples share a row and do not see each other.
 
-`--temperature` and `--group` set the sampling of the base's pre-check, which all methods share.
+`--temperature` is that of the base's pre-check, which all methods share; it samples `--group` completions a problem.
 
     python b0_sft.py --task fixtures_long --seed 0      (up to 5 minutes on 2 CPU cores, later runs 3)
 """
@@ -31,7 +31,7 @@ class Args(cts.RunArgs):
     task: str = "fixtures_long"
     """task to train on: fixtures_{long, rare, math, code} (generated, they need nothing), gsm8k, mbpp or apps"""
     model: str = "nano"
-    """nano (1M parameters, its base trained once per task), or a Qwen2, Qwen3 or Llama checkpoint: folder or hub id"""
+    """nano (1M parameters, its base shipped or made here), or a Qwen2, Qwen3 or Llama checkpoint: folder or hub id"""
     seed: int = 0
     """seed of data order and sampling (the base has its own, fixed)"""
     # ---- shared by all methods ----
@@ -46,11 +46,11 @@ class Args(cts.RunArgs):
     max_new_tokens: int = 0
     """longest completion, in tokens; 0 = the task's (fixtures_long, gsm8k and mbpp 256, ...)"""
     temperature: float = 0.7
-    """sampling temperature; the same in sampling and in training"""
+    """sampling temperature of the base's pre-check; the loss is taken at 1"""
     learning_rate: float = 1e-3
     """peak AdamW learning rate, decayed linearly to 0 over the run"""
     micro_batch: int = 0
-    """prompts per micro-batch; 0 = one per device on CPUs (what fits the cache is fastest), elsewhere all at once"""
+    """prompts whose examples fill a micro-batch; 0 = one per device on CPUs (what fits the cache), elsewhere all"""
     eval_problems: int = 0
     """problems of each evaluation, the first N of a fixed shuffled order; the pre-check takes no more; 0 = all"""
     # ---- SFT ----
@@ -90,6 +90,7 @@ def main(args: Args) -> dict:
     shapes = cts.fixed_shapes(tokenizer, replay, args.max_prompt_tokens, max_new_tokens)
     B, G, M, T = args.prompts, args.group, args.prompts * args.group, shapes["T"]
     examples = make_examples(tokenizer, replay["train"], T, args.objective)
+    mean_length = cts.mean([len(given) + len(learnt) for given, learnt in examples])
     W, R = cts.row_shape(examples, M, n_micro, mesh.shape["data"])  # tokens of a row, rows of a micro-batch
     run = cts.Run(args, __file__)
     if run.finished:
@@ -171,7 +172,7 @@ def main(args: Args) -> dict:
 
         # ---- log, save ----
         metrics["charts/learning_rate"] = args.learning_rate * (1 - step / args.steps)
-        metrics["charts/tokens"] = (step + 1) * M * (shapes["P_revise"] + T)
+        metrics["charts/tokens"] = (step + 1) * M * mean_length
         metrics |= clock.metrics(M)
         run.end_step(step, metrics, params, opt_state, quads, validation)
 

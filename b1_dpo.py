@@ -3,12 +3,12 @@
     m   = [log pi(y1|c) - log pi_base(y1|c)] - [log pi(y0|c) - log pi_base(y0|c)]      c = (x, y0, f); sums over tokens
     L   = -log sigmoid(beta * m)  -  nll_coef * log pi(y1|c) / |y1|                     mean over the pairs
 
-The reference pi_base is the frozen base itself, a real copy. Margins alone may grow while y1 grows less likely, worst
+The reference pi_base is the frozen base itself. Margins alone may grow while y1 grows less likely, worst
 where the two differ in few tokens, as here (https://arxiv.org/abs/2402.13228); the second term holds y1 up
 (https://arxiv.org/abs/2404.19733). A step learns from `prompts` x `group` completions: half as many pairs. A pair's
 prompt is computed once.
 
-`--temperature` and `--group` set the sampling of the base's pre-check, which all methods share.
+`--temperature` is that of the base's pre-check, which all methods share; it samples `--group` completions a problem.
 
 Papers: DPO https://arxiv.org/abs/2305.18290.
 
@@ -33,7 +33,7 @@ class Args(cts.RunArgs):
     task: str = "fixtures_long"
     """task to train on: fixtures_{long, rare, math, code} (generated, they need nothing), gsm8k, mbpp or apps"""
     model: str = "nano"
-    """nano (1M parameters, its base trained once per task), or a Qwen2, Qwen3 or Llama checkpoint: folder or hub id"""
+    """nano (1M parameters, its base shipped or made here), or a Qwen2, Qwen3 or Llama checkpoint: folder or hub id"""
     seed: int = 0
     """seed of data order and sampling (the base has its own, fixed)"""
     # ---- shared by all methods ----
@@ -48,7 +48,7 @@ class Args(cts.RunArgs):
     max_new_tokens: int = 0
     """longest completion, in tokens; 0 = the task's (fixtures_long, gsm8k and mbpp 256, ...)"""
     temperature: float = 0.7
-    """sampling temperature; the same in sampling and in training"""
+    """sampling temperature of the base's pre-check; the loss is taken at 1"""
     learning_rate: float = 3e-4
     """peak AdamW learning rate, decayed linearly to 0 over the run"""
     micro_batch: int = 0
@@ -186,7 +186,7 @@ def main(args: Args) -> dict:
 
         # ---- log, save ----
         metrics["charts/learning_rate"] = args.learning_rate * (1 - step / args.steps)
-        metrics["charts/tokens"] = (step + 1) * n_pairs * (shapes["P_revise"] + 2 * T)
+        metrics["charts/tokens"] = (step + 1) * n_pairs * 2 * (shapes["P_revise"] + 2 * T)  # policy and base
         metrics |= clock.metrics(M)
         run.end_step(step, metrics, params, opt_state, quads, validation)
 

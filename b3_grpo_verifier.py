@@ -34,7 +34,7 @@ class Args(cts.RunArgs):
     task: str = "fixtures_long"
     """task to train on: fixtures_{long, rare, math, code} (generated, they need nothing), gsm8k, mbpp or apps"""
     model: str = "nano"
-    """nano (1M parameters, its base trained once per task), or a Qwen2, Qwen3 or Llama checkpoint: folder or hub id"""
+    """nano (1M parameters, its base shipped or made here), or a Qwen2, Qwen3 or Llama checkpoint: folder or hub id"""
     seed: int = 0
     """seed of data order and sampling (the base has its own, fixed)"""
     # ---- shared by all methods ----
@@ -279,7 +279,7 @@ def main(args: Args) -> dict:
         metrics["charts/accuracy"] = float(np.nanmean(outcome_BG))
         metrics["losses/entropy"] = float((out["entropy_M"].reshape(B, G) * valid_BG).sum() / max(mask_BGT.sum(), 1.0))
         metrics["charts/learning_rate"] = args.learning_rate * (1 - step / args.steps)
-        metrics["charts/tokens"] = (step + 1) * B * (shapes["P_revise"] + G * T)
+        metrics["charts/tokens"] = (step + 1) * B * (shapes["P_revise"] + G * T) * (2 if args.kl_coef else 1)
         metrics |= clock.metrics(M) | cts.rollout_metrics(out, texts, reward_BG, quads)
         # VERIFIER: how far the steps hold, whether or not the answer is right.
         metrics["rollout/process_mean"] = float(np.nanmean(process_BG))

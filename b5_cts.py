@@ -17,7 +17,7 @@ as far, on top of GRPO's update: in one Adam, whose steps have one length, it ta
 one loss and one Adam, as L is written). Differs from b3 in blocks marked CTS; with all lam 0 and critique=replay it is
 B3 (A1). Arms: A1d lam_align=0, A2 align=l2, A3 align=soft_dtw, A4 lam_decode=0, A5 energy=frozen, A6 critique=online.
 
-    python b5_cts.py --task gsm8k --seed 3        (fixtures_long: 5 to 7 minutes on 2 CPU cores, later 3)
+    python b5_cts.py --task gsm8k --seed 3        (fixtures_long: 5 to 9 minutes on 2 CPU cores, later 4)
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ class Args(cts.RunArgs):
     task: str = "fixtures_long"
     """task to train on: fixtures_{long, rare, math, code} (generated, they need nothing), gsm8k, mbpp or apps"""
     model: str = "nano"
-    """nano (1M parameters, its base trained once per task), or a Qwen2, Qwen3 or Llama checkpoint: folder or hub id"""
+    """nano (1M parameters, its base shipped or made here), or a Qwen2, Qwen3 or Llama checkpoint: folder or hub id"""
     seed: int = 0
     """seed of data order and sampling (the base has its own, fixed)"""
     # ---- shared by all methods ----
@@ -722,7 +722,7 @@ def main(args: Args) -> dict:
         metrics["charts/accuracy"] = float(np.nanmean(outcome_BG))
         metrics["losses/entropy"] = float((out["entropy_M"].reshape(B, G) * valid_BG).sum() / max(mask_BGT.sum(), 1.0))
         metrics["charts/learning_rate"] = args.learning_rate * (1 - step / args.steps)
-        metrics["charts/tokens"] = (step + 1) * B * (shapes["P_revise"] + G * T)
+        metrics["charts/tokens"] = (step + 1) * B * (shapes["P_revise"] + G * T) * (2 if args.kl_coef else 1)
         # CTS: the base reads f, y0 and y1, the policy y0 (align) and y1 (decode); and the fit's share, once.
         read = {"align": shapes["P_revise"] + 2 * shapes["P_attempt"] + 3 * shapes["T_replay"]}
         read |= {"decode": shapes["P_revise"] + shapes["T_replay"]}

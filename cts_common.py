@@ -5,7 +5,8 @@ rooms that stand above it. What the scripts use of a room is imported under its 
 
 Axis letters, used as suffixes wherever axes matter: B prompts, G completions per prompt, M = B*G rows, P prompt length,
 T completion time, S key time, V vocabulary, D model, N heads, K key/value heads, H head dim, F feed-forward, L layers,
-J reasoning steps of a trajectory, R latent dim. Masks are 0/1 float32 and come from lengths, never from sentinels.
+J reasoning steps of a trajectory, R latent dim; in b0 R packed rows of W tokens. Masks are 0/1 float32 and come from
+lengths, never from sentinels.
 """
 # ruff: noqa: F401, I001
 

@@ -5,6 +5,7 @@ evaluation; knows no method."""
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import re
 from collections.abc import Iterable
@@ -39,10 +40,10 @@ SHIPPED = pathlib.Path(__file__).parents[1] / "bases"  # a folder for each task 
 
 
 def base_documents(
-    tokenizer: Tokenizer, quads: list[Quadruple], epoch: int, planted: Planted | None = None
+    tokenizer: Tokenizer, quads: list[Quadruple], epoch: int, planted: Planted | None = None, budget: float = math.inf
 ) -> list[Document]:
     """(prompt ids, completion ids) of one pass over the train split: each problem once as a first attempt, x -> y1, and
-    once as a revision.
+    once as a revision; of a pass longer than `budget` tokens as many of them, drawn at random, as fill it.
 
     The base has habits, as models have before they are trained, and they are the headroom of all methods. Solutions of
     problems that open with a letter up to L mostly state their answer in prose, not after #### (most of what RL first
@@ -51,8 +52,8 @@ def base_documents(
     whole attempt. The first pass goes roughly from short to long (copying is learnt much faster on short documents),
     later ones shuffle.
 
-    Where slips are planted they are the one habit: solutions have them in first attempts, and in revisions everywhere
-    but at the step that the critique flags.
+    Where slips are planted they are the habit of solutions: in first attempts, and in revisions everywhere but at the
+    step that the critique flags.
     """
     prompts, answers, rng = [], [], np.random.default_rng((BASE_SEED, STREAM_BASE, epoch))
     if planted:
@@ -74,7 +75,11 @@ def base_documents(
     documents = [*zip(tokenizer.encode_batch(prompts), ended)]
     noise = rng.standard_normal(len(documents))
     lengths = np.array([len(p) + len(a) for p, a in documents])
-    return [documents[i] for i in np.argsort(noise if epoch else lengths + 60 * noise, kind="stable")]
+    order = np.argsort(noise if epoch else lengths + 60 * noise, kind="stable")
+    if lengths.sum() > budget:
+        drawn = rng.permutation(len(documents))
+        order = order[np.isin(order, drawn[lengths[drawn].cumsum() <= budget])]
+    return [documents[i] for i in order]
 
 
 def flagged_step(q: Quadruple) -> int | None:
@@ -86,7 +91,7 @@ def flagged_step(q: Quadruple) -> int | None:
 def base_optimizer(steps: int, lr: float) -> optax.GradientTransformation:
     """Muon on the matrices of the blocks (https://kellerjordan.github.io/posts/muon/), Adam on the rest; cosine decay.
 
-    In these few hundred steps Muon reaches the loss that Adam reaches in two to three times as many.
+    In some hundred steps Muon reaches the loss that Adam reaches in two to three times as many.
     """
     heads, mlp = ((1,), (2, 3)), (1, 2)  # input and output axes of the stacked weights
     dims = {"q": heads, "k": heads, "v": heads, "o": ((1, 2), (3,)), "gate": mlp, "up": mlp, "down": mlp}
@@ -125,9 +130,10 @@ def train_base(task: Task, quads: list[Quadruple], tokenizer: Tokenizer, cfg: Mo
         return optax.apply_updates(params, updates), opt_state_, loss
 
     done, epoch, M = 0, 0, task.base_rows
+    budget = task.base_steps * M * task.base_width
     with tqdm(total=task.base_steps, desc="nano base", unit="step") as bar:
         while done < task.base_steps:
-            documents = base_documents(tokenizer, quads, epoch, task.planted)
+            documents = base_documents(tokenizer, quads, epoch, task.planted, budget)
             rows = pack_documents(documents, task.base_width, tokenizer.pad_id, BASE_PROMPT_WEIGHT)
             rows = [np.resize(a, (max(M, len(a)), task.base_width)) for a in rows]  # too few for a step are repeated
             epoch += 1

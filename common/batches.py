@@ -1,5 +1,5 @@
 """Texts as arrays of fixed shape, the part of them that an update computes, and the order in which a run sees its data.
-NumPy only. Used by the scripts, the evaluation and the sampler of attempts."""
+NumPy only. Used by the scripts, the base, the evaluation and the sampler of attempts."""
 
 import math
 from collections.abc import Iterator
@@ -166,13 +166,13 @@ def pack_rows(examples: list[Document], width: int, rows: int, pad_id: int) -> d
 
 def row_shape(examples: list[Document], batch: int, n_micro: int, multiple: int) -> tuple[int, int]:
     """(width, rows) of a micro-batch of `batch` / `n_micro` packed examples. Rows are one to four times as long as the
-    longest example, whichever computes least: longer ones waste less and attend to more. There are a tenth more of them
-    than such examples fill, divisible by `multiple`."""
+    longest example, whichever computes least: longer ones waste less and attend to more. There are a few more of them
+    than eight steps' examples fill at most, divisible by `multiple`, so that few steps need a micro-batch more."""
     longest = round_up(max(len(given) + len(learnt) for given, learnt in examples), 16)
-    some = [examples[i] for i in data_indices(len(examples), 8 * batch, 0, 0)]
-    filled = lambda width: len(pack_rows(some, width, 1, 0)["tokens"]) / (8 * n_micro)
+    steps = [[examples[i] for i in data_indices(len(examples), batch, 0, step)] for step in range(8)]
+    filled = lambda width: max(len(pack_rows(some, width, 1, 0)["tokens"]) for some in steps)
     widths = [times * longest for times in range(1, 5)]
-    shapes = [(width, round_up(math.ceil(1.1 * filled(width)), multiple)) for width in widths]
+    shapes = [(width, round_up(math.ceil(1.05 * filled(width) / n_micro), multiple)) for width in widths]
     return min(shapes, key=lambda shape: math.prod(shape) * (1 + shape[0] / ATTENDED))
 
 

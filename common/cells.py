@@ -12,7 +12,7 @@ from common.basics import InputError, sha256
 NOT_IN_RUN_NAME = ("task", "seed", "out_dir", "resume", "wandb", "mesh", "save_every", "save_hf", "hosts",
                    "unsafe_sandbox")  # fmt: skip
 EXPECTED = "CTS_EXPECTED"  # variable of a cell's environment: `expectation` of the identity that its sweep was given
-# What a cell on CPUs is started with (glibc): memory by pages of 2 MB; docs/performance.md says what that gains.
+# What a cell is started with (glibc): memory by pages of 2 MB; docs/performance.md says what that gains on CPUs.
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 

@@ -113,6 +113,8 @@ def check_args(args, *above_zero: str, **at_most: float) -> None:
             raise InputError(f"--{flag} {value}: must be {least}")
         if value > at_most.get(flag, math.inf):
             raise InputError(f"--{flag} {value}: must be at most {at_most[flag]:g}")
+    if hasattr(args, "adv_norm") and args.group == 1:
+        raise InputError("--group 1: a completion is compared with the others of its group; give 2 or more")
     if isinstance(args, RunArgs) and args.model != "nano" and args.learning_rate > NANO_RATE:
         say(f"--learning_rate {args.learning_rate:g} suits the nano model; checkpoints usually take 1e-6 to 1e-5 here.")
 
@@ -335,7 +337,7 @@ class Run:
 
     def end_step(self, step: int, metrics, params, opt_state, quads, validation, texts=(), rewards=()) -> None:
         """What ends every step: a stop if anything is not finite, the validation split when it is due, one line of log,
-        samples four times a run (`texts` and `rewards`, one a prompt), a checkpoint, a stop that was asked for."""
+        samples every quarter of a run (`texts`, `rewards`: one a prompt), a checkpoint, a stop that was asked for."""
         args, done, state = self.args, step + 1, (params, opt_state)
         self.check_finite(metrics, step, [q.meta["task_id"] for q in quads])
         if args.eval_every and done % args.eval_every == 0:

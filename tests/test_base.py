@@ -277,6 +277,19 @@ def test_two_processes_build_one_nano_base(built, tmp_path, monkeypatch):
     assert start_from(folder, tmp_path)[0].vocab_size == start_from("nano", tmp_path)[0].vocab_size
 
 
+def test_a_pass_that_is_too_long_is_drawn_from(tokenizer):
+    """Short to long all the same, but of all lengths: a quarter of the tokens are about a quarter of every kind."""
+    quads = [math_quad(x=f"Problem {i}?" + " so" * (3 * (i % 60)), f=f"critique {i}") for i in range(240)]
+    size = lambda document: len(document[0]) + len(document[1])
+    whole = base_documents(tokenizer, quads, 0)
+    budget = sum(map(size, whole)) // 4
+    some = base_documents(tokenizer, quads, 0, budget=budget)
+    assert budget - max(map(size, whole)) < sum(map(size, some)) <= budget
+    places = [whole.index(document) for document in some]
+    assert places == sorted(places) and abs(np.mean(places) / len(whole) - 0.5) < 0.08
+    assert base_documents(tokenizer, quads, 0, budget=4 * budget + 3) == whole
+
+
 def test_documents_that_do_not_fill_a_step_are_repeated(monkeypatch):
     """One row of them, in a step of one or of eight, is the same mean loss and so the same training."""
     tiny.install(monkeypatch.setattr, monkeypatch.setitem)

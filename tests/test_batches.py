@@ -141,7 +141,7 @@ def test_pack_rows_keeps_every_example_once():
     assert (batch["segment"] > 0).mean() > 0.95
 
 
-@pytest.mark.parametrize(("n_micro", "multiple"), [(8, 1), (4, 2), (1, 8)])
+@pytest.mark.parametrize(("n_micro", "multiple"), [(8, 1), (4, 2), (1, 8), (1, 1)])
 def test_row_shape(n_micro, multiple):
     """Steps of 64 examples need as many micro-batches as there are, and little of them is padding."""
     rng = np.random.default_rng(1)

@@ -80,6 +80,7 @@ def test_a_run_counts_from_the_start_of_its_process():
     ("flags", "message"),
     [
         (dict(steps=0), "--steps 0: must be at least 1"),
+        (dict(group=1), "--group 1: a completion is compared with the others of its group; give 2 or more"),
         (dict(learning_rate=math.nan), "--learning_rate nan: must be above 0"),
         (dict(temperature=0.0), "--temperature 0.0: must be above 0"),
         (dict(save_every=-1), "--save_every -1: must be at least 0"),

@@ -24,11 +24,13 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny
 
+import b0_sft
 import b5_cts
 import cts_common as cts
 import teacher
 from common.basics import InputError, mean
 from common.cells import differing, run_name
+from common.chat import load_hf_tokenizer
 from common.credit import NOTHING
 from common.model import leaf_names
 from common.report import read_metrics
@@ -234,6 +236,21 @@ def test_tokens_are_those_computed(space, runs):
         base = shapes["P_revise"] + shapes["P_attempt"] + 2 * shapes["T_replay"]
         policy = shapes["P_attempt"] + shapes["T_replay"] + shapes["P_revise"] + shapes["T_replay"]
         assert other["charts/tokens"] - one["charts/tokens"] == step * 4 * (base + policy) + 24 * base
+
+
+def test_tokens_of_the_methods_without_a_sampler(space, runs):
+    """Of b1 a pair's prompt once and its two answers, through policy and base; of b0 its packed examples."""
+    assert runs["b0"]
+    shapes = runs["b1"]["fingerprint"]["decode"]
+    b0, b1 = (metrics(run_dir(space, out, SCRIPT[out])) for out in ("b0", "b1"))
+    quads = cts.load_replay("fixtures_math", str(space / "replay"), None)["train"]
+    (folder,) = (path.parent for path in (space / "base").glob("*/tokenizer.json"))
+    tokenizer = load_hf_tokenizer(folder, 512)
+    examples = b0_sft.make_examples(tokenizer, quads, shapes["T"], "revision")
+    drawn = [i for step in range(3) for i in cts.data_indices(len(examples), 16, 0, step)]  # two whole epochs
+    assert b0[2]["charts/tokens"] == pytest.approx(sum(len(examples[i][0]) + len(examples[i][1]) for i in drawn))
+    for step, row in enumerate(b1, 1):
+        assert row["charts/tokens"] == step * 8 * 2 * (shapes["P_revise"] + 2 * shapes["T"])
 
 
 def test_the_policy_gets_a_gradient(space, runs):
