@@ -170,10 +170,12 @@ def row_shape(examples: list[Document], batch: int, n_micro: int, multiple: int)
     than eight steps' examples fill at most, divisible by `multiple`, so that few steps need a micro-batch more."""
     longest = round_up(max(len(given) + len(learnt) for given, learnt in examples), 16)
     steps = [[examples[i] for i in data_indices(len(examples), batch, 0, step)] for step in range(8)]
-    filled = lambda width: max(len(pack_rows(some, width, 1, 0)["tokens"]) for some in steps)
-    widths = [times * longest for times in range(1, 5)]
-    shapes = [(width, round_up(math.ceil(1.05 * filled(width) / n_micro), multiple)) for width in widths]
-    return min(shapes, key=lambda shape: math.prod(shape) * (1 + shape[0] / ATTENDED))
+    filled = {
+        times * longest: [len(pack_rows(some, times * longest, 1, 0)["tokens"]) for some in steps]
+        for times in range(1, 5)
+    }
+    width = min(filled, key=lambda width: sum(filled[width]) * width * (1 + width / ATTENDED))
+    return width, round_up(math.ceil(1.05 * max(filled[width]) / n_micro), multiple)
 
 
 def decode_rows(tokenizer: Tokenizer, tokens_MT, len_M) -> list[str]:
