@@ -12,6 +12,7 @@ docs/statistics.md says how the numbers are made. Needs no JAX.
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import shlex
@@ -19,10 +20,11 @@ import shutil
 import sys
 import tempfile
 
+import numpy as np
 import tyro
 
 from common.basics import InputError, writable, write_atomic
-from common.claims import answer, compare, default_family, measure_all, plain, question, read_family
+from common.claims import answer, compare, default_family, measure_all, not_compared, plain, question, read_family
 from common.page import write_page
 from common.replay import Quadruple, read_replay, replay_sha256
 from common.results import Task, fetch_wandb, find_runs, read_runs, script_defaults
@@ -44,7 +46,7 @@ class Args:
     replay: str | None = None
     """folder with the test.jsonl of the task, for the page's problems; none = where the runs had it from"""
     allow_partial: bool = False
-    """leave out unfinished runs, missing seeds and problems without a score, and say so in the tables"""
+    """leave out what is missing (runs, seeds, arms of a task, scores of problems), and say so in the tables"""
     wandb: str | None = None
     """read the result artifacts of entity/project instead of folders; they hold no learning curves"""
     group: str | None = None
@@ -67,12 +69,14 @@ def tested_problems(task: Task, given: str | None) -> list[Quadruple]:
 
 
 def page_problems(task: Task, quads: list[Quadruple], most: int) -> list[dict]:
-    """The `most` problems whose outcomes differ most between arms, ordered by name, as the page takes them."""
+    """The `most` problems whose outcomes differ most between arms, ordered by name, as the page takes them; without
+    those that a run has no score of."""
     shares = {arm: task.scores(arm, "revised", task.seeds(arm)).mean(0) for arm in task.arms}
     at = {name: i for i, name in enumerate(task.first.ids)}
-    spread = {name: max(s[i] for s in shares.values()) - min(s[i] for s in shares.values()) for name, i in at.items()}
+    spread = {name: float(np.ptp([s[i] for s in shares.values()])) for name, i in at.items()}  # NaN if one is
     rank = lambda q: (-spread[q.meta["task_id"]], q.meta["task_id"])
-    some = sorted((q for q in quads if q.meta["task_id"] in at), key=rank)[:most]
+    known = [q for q in quads if not math.isnan(spread.get(q.meta["task_id"], math.nan))]
+    some = sorted(known, key=rank)[:most]
     texts = {arm: next(iter(cells.values())).texts for arm, cells in task.arms.items()}
     found = []
     for q in sorted(some, key=lambda q: q.meta["task_id"]):
@@ -120,13 +124,14 @@ def write_report(folder: pathlib.Path, args: Args, tasks: list[Task]) -> str:
 
     base = args.base if any(args.base in task.arms for task in tasks) else None
     family = read_family(args.family) if args.family else default_family(tasks, args.base)
+    absent = not_compared(tasks, family)
     if base is None and not args.family and any(len(task.arms) > 1 for task in tasks):
         arms = sorted({arm for task in tasks for arm in task.arms})
         raise InputError(f"--base {args.base}: there is no such arm in {tasks[0].name}; there are {', '.join(arms)}")
-    comparisons = compare(tasks, family) if base or args.family else []
+    comparisons = compare(tasks, family, args.allow_partial)
     rows = measure_all(tasks, base)
-    verdict, sentence = answer(comparisons, family)
-    tables = all_tables(tasks, rows, comparisons, family, base)
+    verdict, sentence = answer(comparisons, family, absent)
+    tables = all_tables(tasks, rows, comparisons, family, base, absent)
     plots = all_plots(tasks, rows, comparisons, family)
     share = max(1, PAGE_PROBLEMS // len(tasks))
     problems, notes = [], []
@@ -134,11 +139,15 @@ def write_report(folder: pathlib.Path, args: Args, tasks: list[Task]) -> str:
         quads = tested_problems(task, args.replay)
         problems += page_problems(task, quads, share)
         if quads:
-            n, seed = min(share, len(quads)), min(next(iter(task.arms.values())))
-            notes.append(f"{task.name}: the {n} problems on which methods differ most; texts are of seed {seed}.")
+            seeds = {arm: next(iter(cells)) for arm, cells in task.arms.items()}
+            alike = len(set(seeds.values())) == 1
+            of = ", ".join(map(str, {*seeds.values()} if alike else (f"{arm} {seed}" for arm, seed in seeds.items())))
+            n = sum(problem["task"] == task.name for problem in problems)
+            notes.append(f"{task.name}: the {n} problems on which methods differ most; texts are of seed {of}.")
         else:
             notes.append(f"{task.name}: its test.jsonl is not here, so no problems are shown (--replay DIR).")
     facts = {**about(tasks), "note": " ".join(notes)}
+    place = lambda cell: cell.path.name if args.wandb else str(cell.path)
     write_atomic(folder / "table.md", as_markdown(question(family), sentence, tables))
     write_atomic(folder / "table.csv", as_csv(rows))
     write_atomic(folder / "table.tex", as_latex(tables))
@@ -148,7 +157,7 @@ def write_report(folder: pathlib.Path, args: Args, tasks: list[Task]) -> str:
     report = {
         "schema_version": 1, "question": question(family), "verdict": verdict, "answer": sentence,
         "family": {**plain(family), "digest": family.digest}, "comparisons": plain(comparisons),
-        "cells": [{"arm": arm, "task": task.name, "seed": seed, "path": str(cell.path)}
+        "cells": [{"arm": arm, "task": task.name, "seed": seed, "path": place(cell)}
                   for task in tasks for arm, seeds in task.arms.items() for seed, cell in seeds.items()],
         "missing": [{"arm": arm, "task": task.name, "seed": seed, "why": why}
                     for task in tasks for (arm, seed), why in task.missing.items()],

@@ -33,6 +33,7 @@ SCORED = ("revised", "attempt", "delta_critique", "wrong_to_right", "right_to_wr
 RATES = (*SCORED, *KINDS)  # shown in percent
 MEASURES = (*RATES, "tokens", *CREDIT)
 GROUPED = ("revised", "attempt")  # measured by horizon, edit distance and tag too
+Absent = dict[tuple[str, str, str], str]  # {(task, arm, arm it is compared with): why there is no comparison}
 FAMILY_MEASURES = ("revised", "attempt", "delta_critique", "wrong_to_right", "format")  # of which more is better
 
 
@@ -44,6 +45,10 @@ class Family:
     measure: str = "revised"
     margin: float = 1.0  # percentage points: the smallest advantage that would matter
     source: str = "default"
+
+    @property
+    def title(self) -> str:
+        return "Comparisons of methods" if self.source == "default" else "The declared comparisons"
 
     @property
     def digest(self) -> str:
@@ -83,6 +88,7 @@ class Comparison:
     difference: float
     found: Estimate | None  # None for one seed
     p_holm: float | None
+    among: int  # comparisons that Holm's method counts: all of the family on all tasks, run or not
     percentile: tuple[float, float] | None
     wilcoxon: float
     mcnemar: dict[int, float]
@@ -90,7 +96,7 @@ class Comparison:
     seeds: list[int]
     problems: int
     verdict: str
-    detectable: float | None  # at ALPHA / rows, so that Holm's method cannot undo it
+    detectable: float | None  # at ALPHA / among, so that Holm's method cannot undo it
     seeds_needed: int | None  # to detect `target`; None: more problems are needed
     target: float
     least: float | None  # what MOST_SEEDS seeds could detect
@@ -98,8 +104,9 @@ class Comparison:
 
 # ---- the family -----------------------------------------------------------------------------------------------------
 def default_family(tasks: list[Task], base: str) -> Family:
-    """Every arm against `base`; METHOD's comparison is the primary one, without it that of the last arm by name."""
-    arms = sorted({arm for task in tasks for arm in task.arms} - {base})
+    """Every arm against `base`; METHOD's comparison is the primary one, without it that of the last arm by name. None
+    where no task has `base`."""
+    arms = sorted({arm for task in tasks if base in task.arms for arm in task.arms} - {base})
     first = [METHOD] if METHOD in arms else arms[-1:]
     return Family(tuple((arm, base) for arm in [*first, *(arm for arm in arms if arm not in first)]))
 
@@ -193,34 +200,49 @@ def scaled(found: Estimate | None, by: float) -> Estimate | None:
     return dataclasses.replace(found, mean=found.mean * by, se=found.se * by, squares=squares, parts=parts)
 
 
-def compare(tasks: list[Task], family: Family) -> list[Comparison]:
-    """The comparisons of the family on every task, Holm over all of them together. InputError if an arm is missing."""
-    rows = []
+def not_compared(tasks: list[Task], family: Family) -> Absent:
+    """The comparisons of the family that these runs do not allow."""
+    why: Absent = {}
     for task in tasks:
         for arm, base in family.comparisons:
-            for name in (arm, base):
-                if name not in task.arms:
-                    raise InputError(f"{task.name}: no runs of {name!r}; there are {', '.join(task.arms)}")
-            seeds = task.seeds(arm, base)
-            if not seeds:
-                raise InputError(f"{task.name}: {arm} and {base} share no 'seed'; run both with the same ones")
-            a_SN, b_SN = (task.scores(name, family.measure, seeds) for name in (arm, base))
-            known = complete(a_SN, b_SN)
-            if not known.any():
-                raise InputError(f"{task.name}: no problem has {family.measure!r} in {arm} and {base}")
-            rows.append((task, arm, base, seeds, a_SN[:, known], b_SN[:, known]))
+            lacks = [name for name in (arm, base) if name not in task.arms]
+            if lacks:
+                why[task.name, arm, base] = f"no runs of {lacks[0]!r}"
+            elif not task.seeds(arm, base):
+                why[task.name, arm, base] = f"{arm} and {base} share no 'seed'"
+            elif not complete(*(task.scores(a, family.measure, task.seeds(arm, base)) for a in (arm, base))).any():
+                why[task.name, arm, base] = f"no problem has {family.measure!r} in {arm} and {base}"
+    return why
+
+
+def compare(tasks: list[Task], family: Family, allow_partial: bool = False) -> list[Comparison]:
+    """The comparisons of the family on every task, Holm over all of them together: one that cannot be made, or not be
+    tested for want of seeds, counts as one that shows nothing. InputError if one cannot be made, with `allow_partial`
+    if none can."""
+    absent, rows = not_compared(tasks, family), []
+    if absent and (not allow_partial or len(absent) == len(tasks) * len(family.comparisons)):
+        (name, *_), why = next(iter(absent.items()))
+        arms = ", ".join(next(task.arms for task in tasks if task.name == name))
+        raise InputError(f"{name}: {why}; there are {arms}; run what is missing, or --allow_partial compares the rest")
+    for task in tasks:
+        for arm, base in family.comparisons:
+            if (task.name, arm, base) not in absent:
+                seeds = task.seeds(arm, base)
+                a_SN, b_SN = (task.scores(name, family.measure, seeds) for name in (arm, base))
+                known = complete(a_SN, b_SN)
+                rows.append((task, arm, base, seeds, a_SN[:, known], b_SN[:, known]))
     found = [scaled(estimate(a - b), 100) for *_, a, b in rows]
-    tested = [i for i, one in enumerate(found) if one]
-    adjusted = dict(zip(tested, holm([found[i].p for i in tested])))
-    out, alpha = [], ALPHA / max(1, len(tested))
+    p = [*(one.p if one else 1.0 for one in found), *(1.0 for _ in absent)]
+    adjusted = [q if one else None for one, q in zip(found, holm(p))]
+    out, among, alpha = [], len(p), ALPHA / max(1, len(p))
     for i, (task, arm, base, seeds, a_SN, b_SN) in enumerate(rows):
         D_SN, one, interval = a_SN - b_SN, found[i], bootstrap(a_SN - b_SN)
         difference = 100 * float(D_SN.mean())
         target = max(abs(difference), family.margin)
         out.append(Comparison(
-            task.name, arm, base, difference, one, adjusted.get(i), interval and tuple(100 * v for v in interval),
+            task.name, arm, base, difference, one, adjusted[i], among, interval and tuple(100 * v for v in interval),
             wilcoxon(D_SN), {seed: mcnemar(a, b) for seed, a, b in zip(seeds, a_SN, b_SN)}, improvement(a_SN, b_SN),
-            seeds, D_SN.shape[1], judge(one, adjusted.get(i), family.margin),
+            seeds, D_SN.shape[1], judge(one, adjusted[i], family.margin),
             one and one.detectable_at(alpha), one and seeds_to_detect(one, target, alpha), target,
             one and with_seeds(one, MOST_SEEDS, alpha),
         ))  # fmt: skip
@@ -245,7 +267,7 @@ def what_would_decide(c: Comparison) -> str:
     return f"{could}, and about {max(c.seeds_needed, len(c.seeds) + 1)} seeds would find one of {c.target:.1f}"
 
 
-def say_comparison(c: Comparison, family: Family, n: int) -> str:
+def say_comparison(c: Comparison, family: Family) -> str:
     """One comparison in words."""
     more = "more" if c.difference >= 0 else "fewer"
     text = f"on {c.task} {c.arm} {VERBS[family.measure]} {abs(c.difference):.1f} points {more} than {c.base}"
@@ -253,7 +275,7 @@ def say_comparison(c: Comparison, family: Family, n: int) -> str:
     if c.found is None:
         return f"{text} ({size}); {what_would_decide(c)}"
     low, high = c.found.interval
-    text += f" (95 % interval {low:+.1f} to {high:+.1f}, p = {c.p_holm:.2g} after Holm over {n}, {size})"
+    text += f" (95 % interval {low:+.1f} to {high:+.1f}, p = {c.p_holm:.2g} after Holm over {c.among}, {size})"
     if c.verdict == "undecided":
         return f"{text}; {what_would_decide(c)}"
     if c.verdict == "not supported" and c.p_holm > ALPHA:
@@ -261,16 +283,18 @@ def say_comparison(c: Comparison, family: Family, n: int) -> str:
     return text
 
 
-def answer(comparisons: list[Comparison], family: Family) -> tuple[str, str]:
+def answer(comparisons: list[Comparison], family: Family, absent: Absent) -> tuple[str, str]:
     """(verdict, sentence) of the primary comparison: supported if on every task it is, not supported if on one it is
     not, else undecided."""
     if not family.comparisons:
         return "undecided", "Undecided: there is one arm alone, nothing to compare it with."
-    primary = [c for c in comparisons if (c.arm, c.base) == family.comparisons[0]]
-    verdicts = {c.verdict for c in primary}
+    first = family.comparisons[0]
+    primary = [c for c in comparisons if (c.arm, c.base) == first]
+    lacks = [f"on {task} nothing: {why}" for (task, *pair), why in absent.items() if tuple(pair) == first]
+    verdicts = {c.verdict for c in primary} | {"undecided" for _ in lacks}
     whole = "not supported" if "not supported" in verdicts else "undecided" if "undecided" in verdicts else "supported"
     head = {"undecided": "Undecided at this power"}.get(whole, whole.capitalize())
-    parts = "; and ".join(say_comparison(c, family, len(comparisons)) for c in primary)
+    parts = "; and ".join([*(say_comparison(c, family) for c in primary), *lacks])
     return whole, f"{head}: {parts}."
 
 

@@ -129,7 +129,7 @@ def by_horizon(tasks: Sequence[Task], rows: Index) -> bytes:
 
 
 def forest(comparisons: Sequence[Comparison], family: Family) -> bytes:
-    """The declared comparisons: difference and interval, the bootstrap's percentiles behind it, the margin."""
+    """The family's comparisons: difference and interval, the bootstrap's percentiles behind it, the margin."""
     figure, ax = plt.subplots(figsize=(7.6, 1.3 + 0.34 * len(comparisons)), layout="constrained")
     tone = {"supported": "tab:green", "not supported": "tab:red", "undecided": "tab:gray"}
     for i, c in enumerate(comparisons):
@@ -148,7 +148,7 @@ def forest(comparisons: Sequence[Comparison], family: Family) -> bytes:
 
 
 def improvement_plot(comparisons: Sequence[Comparison]) -> bytes:
-    """Probability of improvement of each declared comparison."""
+    """Probability of improvement of each comparison of the family."""
     figure, ax = plt.subplots(figsize=(7.6, 1.3 + 0.34 * len(comparisons)), layout="constrained")
     for i, c in enumerate(comparisons):
         poi = c.improvement
@@ -168,7 +168,7 @@ def all_plots(tasks: list[Task], rows: list[Row], comparisons: list[Comparison],
     """{caption: PNG}, in the order of the report; a plot that would be empty is not there."""
     at = index(rows)
     plots = {
-        "The declared comparisons: difference in points with its 95 % interval over seeds and problems; broad: the"
+        f"{family.title}: difference in points with its 95 % interval over seeds and problems; broad: the"
         " bootstrap's percentiles; dotted: the smallest advantage that matters":
             comparisons and forest(comparisons, family),
         "Probability of improvement: of all pairs of runs, the share in which the first method's is better, with its"

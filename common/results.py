@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from common.basics import InputError, parse_python
+from common.basics import InputError, parse_python, read_json
 from common.cells import flat
 from common.slips import KINDS
 
@@ -65,6 +65,17 @@ class Cell:
     @property
     def seed(self) -> int:
         return self.args["seed"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Started:
+    """A run without a result: what its directory's name and its args.json say; seed -1 where it has another name."""
+
+    method: str
+    task: str | None
+    seed: int
+    args: dict[str, Any]
+    why: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,6 +273,13 @@ def read_cell(directory: pathlib.Path, allow_partial: bool = False) -> Cell:
     )  # fmt: skip
 
 
+def read_started(directory: pathlib.Path, why: str) -> Started:
+    """An unfinished run. Its method is the whole name of its directory where nothing tells its flags."""
+    named, args = RUN_NAME.fullmatch(directory.name), read_json(directory / "args.json", {})
+    method, task, seed = named.groups() if named else (directory.name, None, "-1")
+    return Started(method if args else directory.name, task, int(seed), args, why)
+
+
 # ---- arms -----------------------------------------------------------------------------------------------------------
 def script_defaults(method: str) -> dict[str, Any] | None:
     """Defaults of a script's flags, read and not run (that takes seconds); None where the script is not here."""
@@ -276,13 +294,13 @@ def script_defaults(method: str) -> dict[str, Any] | None:
     return found
 
 
-def changed_flags(cell: Cell, defaults: dict[str, Any]) -> dict[str, Any]:
+def changed_flags(cell: Cell | Started, defaults: dict[str, Any]) -> dict[str, Any]:
     """The flags of a run that make its arm: those that differ from the defaults; one that the script no longer has
     differs."""
     return {k: v for k, v in cell.args.items() if k not in NO_ARM and (k not in defaults or defaults[k] != v)}
 
 
-def common_flags(cells: list[Cell]) -> set[str]:
+def common_flags(cells: list[Cell | Started]) -> set[str]:
     """The flags that all runs of several methods have, and have alike: they tell no arm from another."""
     if len({cell.method for cell in cells}) == 1:
         return set()
@@ -290,7 +308,7 @@ def common_flags(cells: list[Cell]) -> set[str]:
     return {k for k in first if all(k in cell.args and cell.args[k] == first[k] for cell in cells)}
 
 
-def name_arms(cells: list[Cell]) -> list[str]:
+def name_arms(cells: list[Cell | Started]) -> list[str]:
     """The arm of each cell of a task. Where a method's script is not here, what all of its runs share are its
     defaults."""
     names, defaults = [], {}
@@ -338,21 +356,27 @@ def check_problems(task: str, cells: list[Cell]) -> None:
             )
 
 
-def put_together(cells: list[Cell]) -> dict[str, dict[str, dict[int, Cell]]]:
-    """{task: {arm: {seed: cell}}}; InputError if two runs are one cell."""
-    found: dict[str, dict[str, dict[int, Cell]]] = {}
-    pairs = []
-    for task in {cell.task for cell in cells}:
+def put_together(cells: list[Cell], started: list[Started]) -> dict[str, tuple[dict, dict]]:
+    """{task: ({arm: {seed: cell}}, {(arm, seed): why it is missing})}; InputError if two runs are one cell."""
+    found = {}
+    for task in sorted({cell.task for cell in cells}):
         own = [cell for cell in cells if cell.task == task]
-        pairs += zip(own, name_arms(own))
-    for cell, arm in sorted(pairs, key=lambda pair: (pair[0].task, pair[1], pair[0].seed)):
-        seeds = found.setdefault(cell.task, {}).setdefault(arm, {})
-        if cell.seed in seeds:
-            raise InputError(
-                f"{arm}, {cell.task}, 'seed' {cell.seed} is there twice: {seeds[cell.seed].path} and {cell.path};"
-                " give one of them"
-            )
-        seeds[cell.seed] = cell
+        begun = [run for run in started if run.task in (task, None)]  # None may be of any: shown with each
+        names, arms, missing = name_arms([*own, *(run for run in begun if run.args)]), {}, {}
+        for arm, cell in sorted(zip(names, own), key=lambda pair: (pair[0], pair[1].seed)):
+            seeds = arms.setdefault(arm, {})
+            if cell.seed in seeds:
+                raise InputError(
+                    f"{arm}, {task}, 'seed' {cell.seed} is there twice: {seeds[cell.seed].path} and {cell.path};"
+                    " give one of them"
+                )
+            seeds[cell.seed] = cell
+        known = iter(names[len(own) :])
+        for run in begun:
+            arm = next(known) if run.args else run.method
+            if run.seed not in arms.get(arm, {}):
+                missing[arm, run.seed] = run.why
+        found[task] = arms, missing
     return found
 
 
@@ -372,10 +396,11 @@ def read_runs(directories: list[pathlib.Path], allow_partial: bool = False) -> l
     cells = [read_cell(path, allow_partial) for path in directories if path not in unfinished]
     if not cells:
         raise InputError(f"none of these runs has finished, e.g. {directories[0]}: {unfinished[directories[0]]}")
-    for path, why in unfinished.items():
-        if not any(f"__{cell.task}__" in path.name for cell in cells):
-            print(f"{path}: {why}; no run of its task has, so it stands in no table")
-    return [make_task(name, arms, unfinished, allow_partial) for name, arms in put_together(cells).items()]
+    started = [read_started(path, why) for path, why in unfinished.items()]
+    for path, run in zip(unfinished, started):
+        if run.task not in (None, *(cell.task for cell in cells)):
+            print(f"{path}: {run.why}; no run of its task has, so it stands in no table")
+    return [make_task(name, *found, allow_partial) for name, found in put_together(cells, started).items()]
 
 
 def read_version(directory: pathlib.Path) -> Any:
@@ -385,16 +410,12 @@ def read_version(directory: pathlib.Path) -> Any:
     return found[1] if found else str(SCHEMA_VERSION)  # what is wrong with it, `read_result` says
 
 
-def make_task(name: str, arms: dict, unfinished: dict[pathlib.Path, str], allow_partial: bool) -> Task:
+def make_task(name: str, arms: dict, missing: dict[tuple[str, int], str], allow_partial: bool) -> Task:
     """One task of `put_together`, checked."""
     cells = [cell for seeds in arms.values() for cell in seeds.values()]
     check_fingerprints(name, cells)
     check_problems(name, cells)
-    wanted, missing = sorted({seed for seeds in arms.values() for seed in seeds}), {}
-    for path, why in unfinished.items():
-        method, task, seed = m.groups() if (m := RUN_NAME.fullmatch(path.name)) else (path.name, name, -1)
-        if task == name and not any(cell.method == method and cell.seed == int(seed) for cell in cells):
-            missing[method, int(seed)] = why
+    wanted = sorted({seed for seeds in arms.values() for seed in seeds})
     for arm, seeds in arms.items():
         lacks = [seed for seed in wanted if seed not in seeds]
         if lacks and not allow_partial:

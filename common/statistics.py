@@ -181,12 +181,13 @@ def improvement(a_SN: np.ndarray, b_SN: np.ndarray, seed: int = 0, n: int = REPL
 
 # ---- classical tests ------------------------------------------------------------------------------------------------
 def mcnemar(a_N: np.ndarray, b_N: np.ndarray) -> float:
-    """Exact two-sided p of McNemar's test on right and wrong answers of two runs; 1 where they never differ.
+    """Exact two-sided p of McNemar's test on right and wrong answers of two runs, of other scores of the sign test on
+    which is higher; 1 where they never differ.
 
     >>> mcnemar(np.array([1, 1, 1, 0]), np.array([0, 0, 0, 0]))
     0.25
     """
-    only_a, only_b = int(((a_N > 0.5) & (b_N <= 0.5)).sum()), int(((a_N <= 0.5) & (b_N > 0.5)).sum())
+    only_a, only_b = int((a_N > b_N).sum()), int((a_N < b_N).sum())
     if only_a + only_b == 0:
         return 1.0
     return float(scipy.stats.binomtest(min(only_a, only_b), only_a + only_b, 0.5).pvalue)

@@ -5,7 +5,7 @@ import csv
 import io
 import re
 
-from common.claims import RATES, SCORED, Comparison, Family, Row
+from common.claims import RATES, SCORED, Absent, Comparison, Family, Row
 from common.page import Table
 from common.results import CREDIT, Task
 from common.slips import KINDS
@@ -68,7 +68,7 @@ def p_value(p: float | None) -> str:
 def seeds_of(task: Task, arm: str) -> str:
     """The seeds that an arm has, and which of the others it lacks."""
     lacks = sorted(seed for (name, seed) in task.missing if name == arm and seed >= 0)
-    text = str(len(task.arms[arm]))
+    text = str(len(task.arms.get(arm, {})))
     return text + (f" (without {', '.join(map(str, lacks))})" if lacks else "")
 
 
@@ -82,14 +82,19 @@ def main_table(task: Task, rows: Index) -> Table:
         rate, tokens = per_token(task, arm, cells[0].mean)
         sd = NOTHING if cells[0].sd is None else f"{100 * cells[0].sd:.1f}"
         lines.append([arm, seeds_of(task, arm), *map(with_interval, cells), sd, rate + tokens])
+    head = ["method", "seeds", *(TITLES[m] for m in SCORED), "SD", "points per M tokens"]
+    for arm in sorted({arm for arm, seed in task.missing if arm not in task.arms and seed >= 0}):
+        lines.append([arm, seeds_of(task, arm), *[NOTHING] * (len(head) - 2)])
     note = (
         f"Percent of {len(task.first.ids):,} test problems, mean over seeds ± half of the 95 % interval over seeds and"
         " problems; SD: of the runs' revised accuracy. Last column: points of revised accuracy won over the untrained"
         " base for each million tokens that training computed, prompts included."
     )
-    lost = sorted({f"{arm} seed {seed}: {why}" for (arm, seed), why in task.missing.items() if seed >= 0})
+    counts = {arm: rows[task.name, arm, "revised", "all"].problems for arm in task.arms}
+    if fewer := [f"{arm} {n:,}" for arm, n in counts.items() if n < len(task.first.ids)]:
+        note += f" A problem without a score in one run is left out of its arm; measured are of {', '.join(fewer)}."
+    lost = sorted(f"{arm}{'' if seed < 0 else f' seed {seed}'}: {why}" for (arm, seed), why in task.missing.items())
     note += f" Incomplete: {'; '.join(lost)}." if lost else ""
-    head = ["method", "seeds", *(TITLES[m] for m in SCORED), "SD", "points per M tokens"]
     return Table(f"{task.name}: accuracy", head, [first, *lines], note)
 
 
@@ -105,7 +110,7 @@ def per_token(task: Task, arm: str, revised: float | None) -> tuple[str, str]:
     return (f"{100 * (revised - before) / (tokens / 1e6):+.1f}", mark) if tokens else (NOTHING, "")
 
 
-def family_table(comparisons: list[Comparison], family: Family) -> Table:
+def family_table(comparisons: list[Comparison], family: Family, absent: Absent) -> Table:
     """What was declared: effect, interval, p, what could have been detected."""
     lines = []
     for c in comparisons:
@@ -128,14 +133,18 @@ def family_table(comparisons: list[Comparison], family: Family) -> Table:
             "P(improvement)"]  # fmt: skip
     note = (
         f"Points of {TITLES[family.measure]} on the same seeds and problems; t over seeds and problems. Holm over all"
-        f" {len(comparisons)} rows. MDE: the true effect that this test, at 5 % divided by the number of rows,"
+        f" {comparisons[0].among} comparisons. MDE: the true effect that this test, at 5 % divided by their number,"
         " finds in 80 % of repetitions, beside rows that decide nothing; beside it the shares of the variance that more"
         " seeds, more problems, and either of them would shrink. Seeds to decide: to find what was seen, or the margin."
         f" An advantage below {family.margin:g} points, the margin, does not matter. Percentiles: of the bootstrap over"
         " seeds and problems."
         f" Wilcoxon and McNemar know problems alone. Family {family.digest[:16]} ({family.source})."
     )
-    return Table("The declared comparisons", head, lines, note)
+    note += " None was declared beforehand: these are all that there are." if family.source == "default" else ""
+    if absent:
+        reasons = (f"{task}, {arm} − {base}: {why}" for (task, arm, base), why in absent.items())
+        note += f" Not compared, and counted as showing nothing: {'; '.join(reasons)}."
+    return Table(family.title, head, lines, note)
 
 
 def shares(c: Comparison) -> str:
@@ -181,10 +190,10 @@ def credit_table(task: Task, rows: Index) -> Table | None:
 
 
 def all_tables(
-    tasks: list[Task], rows: list[Row], comparisons: list[Comparison], family: Family, base: str | None
+    tasks: list[Task], rows: list[Row], comparisons: list[Comparison], family: Family, base: str | None, absent: Absent
 ) -> list[Table]:
     """Those of a report, in order."""
-    found, at = [family_table(comparisons, family)] if comparisons else [], index(rows)
+    found, at = [family_table(comparisons, family, absent)] if comparisons else [], index(rows)
     for task in tasks:
         found.append(main_table(task, at))
         found += [group_table(task, at, "horizon", measure, base) for measure in ("revised", "attempt")]

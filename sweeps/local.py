@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from typing import Any
 
+from common.basics import InputError
 from common.cells import EXPECTED, HUGE_PAGES, differing, expectation
 from common.locks import process_start, take, write_in
 from common.sweep import Cell, command_words
@@ -57,7 +58,11 @@ class Planned:
         return (self.dir / "result.json").is_file()
 
     def result(self) -> dict[str, Any]:
-        return json.loads((self.dir / "result.json").read_text(encoding="utf-8"))
+        path = self.dir / "result.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as e:
+            raise InputError(f"{path}: cut off or damaged ({e}); remove it, and its run goes on") from None
 
     def changed(self) -> str:
         """The fields in which its result's fingerprint is not the planned one."""

@@ -9,6 +9,7 @@ import pathlib
 import numpy as np
 
 from common.basics import sha256
+from common.cells import NOT_IN_RUN_NAME
 from common.replay import Quadruple, replay_sha256, write_replay
 from common.results import SCHEMA_VERSION, script_defaults
 
@@ -79,7 +80,8 @@ def made_run(
         change(result)
     name = f"{method}__{task}__s{seed}__{sha256(json.dumps(flags or {}))[:8]}"
     (folder / name).mkdir(parents=True)
-    (folder / name / "args.json").write_text("{}")
+    settings = {k: v for k, v in args.items() if k not in NOT_IN_RUN_NAME}
+    (folder / name / "args.json").write_text(json.dumps(settings))
     (folder / name / "result.json").write_text(json.dumps(result, indent=1))
     accuracy = lambda step: 0.3 + step / 200 + 0.1 * rng.random()
     curve = [{"step": s, "charts/accuracy": accuracy(s), "charts/tokens": 14000 * (s + 1)} for s in range(50)]

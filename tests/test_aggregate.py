@@ -205,6 +205,59 @@ def test_one_method_alone_has_tables_and_no_claim(runs):
     assert found["verdict"] == "undecided" and found["comparisons"] == [] and found["rows"]
 
 
+def test_one_arm_that_is_not_the_base_is_no_claim_either(runs):
+    for path in runs.glob("b3*"):
+        shutil.rmtree(path)
+    found = report(runs)
+    assert found["verdict"] == "undecided" and found["answer"].startswith("Undecided: there is one arm alone")
+    assert found["question"] == "What do these runs show?" and found["comparisons"] == []
+
+
+def test_a_task_without_the_base_is_named_or_said(runs):
+    """Complete runs of six methods on one task, of one on another."""
+    made_matrix(runs, (B5,), ("gsm8k",), n=20)
+    with pytest.raises(InputError, match=r"gsm8k: no runs of 'b3_grpo_verifier'; there are b5_cts; run what is"):
+        report(runs)
+    found = report(runs, allow_partial=True)
+    assert found["answer"].endswith("on gsm8k nothing: no runs of 'b3_grpo_verifier'.")
+    assert found["verdict"] == "undecided"
+    note = "Not compared, and counted as showing nothing: gsm8k, b5_cts − b3_grpo_verifier: no runs of"
+    assert note in (runs.parent / "report" / "table.md").read_text()
+
+
+def test_an_arm_whose_runs_have_not_finished_stands_in_the_table(runs):
+    for seed in range(3):
+        (made_run(runs, B5, "fixtures_math", seed, 40, flags={"lam_align": 0.0}) / "result.json").unlink()
+    found = report(runs, allow_partial=True)
+    assert [(m["arm"], m["seed"]) for m in found["missing"]] == [(f"{B5} lam_align=0", seed) for seed in range(3)]
+    text = (runs.parent / "report" / "table.md").read_text()
+    assert f"| {B5} | 3 |" in text and f"| {B5} lam_align=0 | 0 (without 0, 1, 2) | n/a |" in text
+
+
+def test_a_run_under_another_name_is_not_lost(runs):
+    path = next(runs.glob("b5*s2*"))
+    (path / "result.json").unlink()
+    path.rename(runs / "mine")
+    found = report(runs, allow_partial=True)
+    assert {"arm": B5, "task": "fixtures_math", "seed": 2, "why": "no run"} in found["missing"]
+    assert "mine: has not finished" in (runs.parent / "report" / "table.md").read_text()
+
+
+def test_problems_without_a_score_are_counted(runs):
+    spoil_score(runs)
+    found = report(runs, allow_partial=True)
+    text = (runs.parent / "report" / "table.md").read_text()
+    assert "Percent of 40 test problems" in text and "left out of its arm; measured are of b5_cts 39." in text
+    assert found["comparisons"][0]["problems"] == 39
+    assert "39 problems" in found["answer"] and "fixtures_math: the 39 problems" in found["note"]
+
+
+def test_texts_are_said_to_be_of_the_seed_that_they_are_of(runs):
+    shutil.rmtree(next(runs.glob("b5*s0*")))
+    note = report(runs, allow_partial=True)["note"]
+    assert note.endswith("texts are of seed b3_grpo_verifier 0, b5_cts 1.")
+
+
 def test_commands_say_how_the_runs_were_made(runs):
     made_run(runs, B5, "fixtures_math", 0, 40, flags={"lam_align": 0.0})
     found = report(runs, allow_partial=True)

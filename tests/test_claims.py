@@ -21,6 +21,7 @@ from common.claims import (
     judge,
     measure_all,
     measure_row,
+    not_compared,
     plain,
     question,
     read_family,
@@ -121,7 +122,7 @@ def test_a_comparison_has_all_tests_and_holm_over_tasks_too(tasks):
     family = Family(((B5, B3), (B4, B3)))
     found = compare(both, family)
     assert [(c.task, c.arm) for c in found] == [(t, a) for t in ("gsm8k", "apps") for a in (B5, B4)]
-    assert [c.p_holm for c in found] == holm([c.found.p for c in found])
+    assert [c.p_holm for c in found] == holm([c.found.p for c in found]) and {c.among for c in found} == {4}
     a, b = (tasks["gsm8k"].scores(arm, "revised", [0, 1, 2]) for arm in (B5, B3))
     first = found[0]
     assert first.difference == pytest.approx(100 * (a - b).mean())
@@ -135,6 +136,32 @@ def test_a_comparison_has_all_tests_and_holm_over_tasks_too(tasks):
 def test_an_arm_that_is_not_there_is_named(tasks):
     with pytest.raises(InputError, match=r"gsm8k: no runs of 'b6_mine'; there are b3_grpo_verifier, b4"):
         compare([tasks["gsm8k"]], Family((("b6_mine", B3),)))
+
+
+def test_what_cannot_be_compared_counts_as_showing_nothing(tasks):
+    """Beside the rest, under allow_partial: Holm's method counts it, and the primary one on another task decides alone
+    no longer."""
+    family = Family(((B5, B3), ("b6_mine", B3)))
+    absent = not_compared([tasks["gsm8k"]], family)
+    assert absent == {("gsm8k", "b6_mine", B3): "no runs of 'b6_mine'"}
+    (one,) = compare([tasks["gsm8k"]], family, allow_partial=True)
+    assert one.p_holm == pytest.approx(2 * one.found.p) and one.among == 2
+    assert one.detectable == one.found.detectable_at(0.025)
+    assert answer([one], family, absent)[0] == "supported"
+    lacks = {**absent, ("apps", B5, B3): "no runs of 'b5_cts'"}
+    verdict, text = answer([one], family, lacks)
+    end = "after Holm over 2, 3 seeds, 60 problems); and on apps nothing: no runs of 'b5_cts'."
+    assert verdict == "undecided" and text.endswith(end)
+    with pytest.raises(InputError, match=r"gsm8k: no runs of 'b7'; there are b3_grpo_verifier, b4"):
+        compare([tasks["gsm8k"]], Family((("b7", B3),)), allow_partial=True)
+
+
+def test_one_shared_seed_has_no_p_and_counts(tmp_path):
+    made_matrix(tmp_path, (B3, B5), ("apps",), (0, 1), 30)
+    made_run(tmp_path, B4, "apps", 0, 30)
+    tested, single = compare(read_runs(find_runs([tmp_path]), allow_partial=True), Family(((B5, B3), (B4, B3))))
+    assert tested.p_holm == pytest.approx(min(1, 2 * tested.found.p)) and single.p_holm is single.found is None
+    assert {tested.among, single.among} == {2}
 
 
 def test_arms_without_a_common_seed_are_named(tmp_path):
@@ -155,7 +182,7 @@ def made(mean, se, verdict=None, p_holm=None, needed=9, task="gsm8k", seeds=5):
     """A comparison in which these numbers were found."""
     one = Estimate(mean, se, 50.0, (se**2, 0.0, 0.0), (1.0, 1.0, 1.0), seeds, 605)
     p = one.p if p_holm is None else p_holm
-    return Comparison(task, B5, B3, mean, one, p, (0.0, 0.0), 0.5, {}, {}, [*range(seeds)], 605,
+    return Comparison(task, B5, B3, mean, one, p, 1, (0.0, 0.0), 0.5, {}, {}, [*range(seeds)], 605,
                       verdict or judge(one, p, 1.0), 4.1, needed, max(abs(mean), 1.0), 2.5)  # fmt: skip
 
 
@@ -181,7 +208,7 @@ def test_one_seed_is_undecided_whatever_it_shows():
 
 
 def test_sentence_supported():
-    verdict, text = answer([made(3.0, 0.5, p_holm=0.001)], FAMILY)
+    verdict, text = answer([made(3.0, 0.5, p_holm=0.001)], FAMILY, {})
     assert verdict == "supported"
     assert text == (
         "Supported: on gsm8k b5_cts revises 3.0 points more than b3_grpo_verifier (95 % interval +2.0 to +4.0,"
@@ -190,39 +217,39 @@ def test_sentence_supported():
 
 
 def test_sentence_worse():
-    verdict, text = answer([made(-3.0, 0.5, p_holm=0.001)], FAMILY)
+    verdict, text = answer([made(-3.0, 0.5, p_holm=0.001)], FAMILY, {})
     assert verdict == "not supported"
     assert text.startswith("Not supported: on gsm8k b5_cts revises 3.0 points fewer than b3_grpo_verifier")
     assert "ruled out" not in text
 
 
 def test_sentence_ruled_out():
-    verdict, text = answer([made(0.1, 0.3)], FAMILY)
+    verdict, text = answer([made(0.1, 0.3)], FAMILY, {})
     assert verdict == "not supported"
     assert text.endswith("5 seeds, 605 problems); an advantage of 1 point is ruled out.")
 
 
 def test_sentence_undecided_and_how_many_seeds_would_decide():
-    verdict, text = answer([made(1.9, 1.5)], FAMILY)
+    verdict, text = answer([made(1.9, 1.5)], FAMILY, {})
     assert verdict == "undecided" and text.startswith("Undecided at this power: ")
     assert text.endswith("; an effect of 4.1 points would be found in 80 % of repetitions, and about 9 seeds would find"
                          " one of 1.9.")  # fmt: skip
 
 
 def test_sentence_undecided_says_more_seeds_than_there_are():
-    _, text = answer([made(1.9, 1.0, p_holm=0.3, needed=4)], FAMILY)
+    _, text = answer([made(1.9, 1.0, p_holm=0.3, needed=4)], FAMILY, {})
     assert "about 6 seeds would find" in text
 
 
 def test_sentence_undecided_where_problems_are_too_few():
-    _, text = answer([made(0.2, 1.5, needed=None)], FAMILY)
+    _, text = answer([made(0.2, 1.5, needed=None)], FAMILY, {})
     least = "(the least is 2.5): more problems are needed."
     assert text.endswith(f"no number of seeds finds one of 1.0 with 605 problems {least}")
 
 
 def test_sentence_of_one_seed():
     one = dataclasses.replace(made(1.9, 1.0, seeds=1), found=None, p_holm=None, verdict="undecided", detectable=None)
-    verdict, text = answer([one], FAMILY)
+    verdict, text = answer([one], FAMILY, {})
     assert verdict == "undecided"
     assert text.endswith("(1 seed, 605 problems); one seed says nothing of runs: two seeds at least, better five.")
 
@@ -230,22 +257,22 @@ def test_sentence_of_one_seed():
 def test_sentence_of_several_tasks_is_the_weakest():
     good, open_ = made(3.0, 0.5, p_holm=0.001), made(1.9, 1.5, task="apps")
     bad = made(-3.0, 0.5, p_holm=0.001, task="mbpp")
-    assert answer([good, dataclasses.replace(good, task="mbpp")], FAMILY)[0] == "supported"
-    assert answer([good, open_], FAMILY)[0] == "undecided"
-    assert answer([good, open_, bad], FAMILY)[0] == "not supported"
-    assert "; and on apps b5_cts" in answer([good, open_], FAMILY)[1]
+    assert answer([good, dataclasses.replace(good, task="mbpp")], FAMILY, {})[0] == "supported"
+    assert answer([good, open_], FAMILY, {})[0] == "undecided"
+    assert answer([good, open_, bad], FAMILY, {})[0] == "not supported"
+    assert "; and on apps b5_cts" in answer([good, open_], FAMILY, {})[1]
 
 
 def test_sentence_of_nothing_to_compare():
-    assert answer([], Family(())) == ("undecided", "Undecided: there is one arm alone, nothing to compare it with.")
+    assert answer([], Family(()), {}) == ("undecided", "Undecided: there is one arm alone, nothing to compare it with.")
     assert question(Family(())) == "What do these runs show?"
     assert question(FAMILY) == "Does b5_cts revise more flawed attempts to right ones than b3_grpo_verifier?"
 
 
 def test_the_runs_of_a_known_truth_get_the_right_sentence(tasks):
     family = Family(((B5, B3),))
-    assert answer(compare([tasks["gsm8k"]], family), family)[0] == "supported"
-    assert answer(compare([tasks["apps"]], family), family)[0] == "undecided"
+    assert answer(compare([tasks["gsm8k"]], family), family, {})[0] == "supported"
+    assert answer(compare([tasks["apps"]], family), family, {})[0] == "undecided"
 
 
 def test_plain_is_json_without_nan(tasks):

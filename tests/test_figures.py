@@ -28,7 +28,7 @@ def test_six_pictures_each_small_and_the_same_every_time(tasks):
     make = lambda: all_plots(tasks, measure_all(tasks, B3), compare(tasks, family), family)
     plots = make()
     assert [caption.split(":")[0].split(" of ")[0] for caption in plots] == [
-        "The declared comparisons", "Probability", "delta_critique", "Accuracy", "Credit", "Learning curves",
+        "Comparisons", "Probability", "delta_critique", "Accuracy", "Credit", "Learning curves",
     ]  # fmt: skip
     for image in plots.values():
         pixels = matplotlib.image.imread(io.BytesIO(image))

@@ -308,6 +308,9 @@ def test_a_result_of_other_code_is_refused(repository):
     path.write_text(json.dumps(result))
     code, _, err = launched(repository)
     assert code == 2 and f"{path.parent.relative_to(repository)} has finished with another decode.T" in err
+    path.write_text("{")
+    code, _, err = launched(repository)
+    assert code == 2 and f"{path.relative_to(repository)}: cut off or damaged" in err and "Traceback" not in err
 
 
 def test_a_run_that_is_not_as_planned_refuses_itself(repository):

@@ -53,6 +53,12 @@ def test_mcnemar_of_runs_that_never_differ_is_1():
     assert mcnemar(A[0], A[0]) == 1.0
 
 
+def test_mcnemar_of_other_scores_is_the_sign_test():
+    """One method keeps six right attempts right (0), the other breaks them (-1): 2 / 2^6."""
+    assert mcnemar(np.zeros(6), -np.ones(6)) == near(0.03125)
+    assert mcnemar(np.array([0.5, 1.0, 0.2]), np.array([0.25, 0.0, 0.2])) == near(0.5)
+
+
 def test_holm_is_that_of_statsmodels():
     assert holm([0.01, 0.04, 0.03, 0.005, 0.9, 0.04]) == near([0.05, 0.12, 0.12, 0.03, 0.9, 0.12])
     assert holm([]) == []

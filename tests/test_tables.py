@@ -81,7 +81,7 @@ def test_points_per_token_are_of_all_tokens_computed_else_of_completions(task, t
 
 def test_family_table_has_the_detectable_effect_beside_what_decides_nothing(task):
     family = default_family([task], B3)
-    table = family_table(compare([task], family), family)
+    table = family_table(compare([task], family), family, {})
     row = {name: dict(zip(table.head, line)) for name, line in zip(("b5", "control"), table.rows)}
     assert row["b5"]["verdict"] == "supported" and row["b5"]["MDE"] == "–"
     assert row["b5"]["comparison"] == f"{B5} − {B3} (primary)"
@@ -96,7 +96,7 @@ def test_an_open_row_says_what_seeds_and_what_problems_would_shrink(tmp_path):
     folder = made_matrix(tmp_path, (B3, B5), n=60)
     tasks = read_runs(find_runs([folder]))
     family = default_family(tasks, B3)
-    table = family_table(compare(tasks, family), family)
+    table = family_table(compare(tasks, family), family, {})
     row = dict(zip(table.head, table.rows[0]))
     assert row["verdict"] == "undecided" and float(row["MDE"]) > 0
     shares = re.findall(r"(\d+) %", row["of it seeds / problems / either"])
@@ -106,9 +106,9 @@ def test_an_open_row_says_what_seeds_and_what_problems_would_shrink(tmp_path):
 
 def test_all_tables_are_rectangular_and_credit_stands_beside_its_null(task, rows):
     family = default_family([task], B3)
-    tables = all_tables([task], rows, compare([task], family), family, B3)
+    tables = all_tables([task], rows, compare([task], family), family, B3, {})
     assert [t.title.rpartition(": ")[2] for t in tables] == [
-        "The declared comparisons", "accuracy", "revised by horizon", "first attempt by horizon",
+        "Comparisons of methods", "accuracy", "revised by horizon", "first attempt by horizon",
         "revised by edit distance", "revised by error tag", "credit",
     ]  # fmt: skip
     assert all(len(row) == len(table.head) for table in tables for row in table.rows)
