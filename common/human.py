@@ -61,14 +61,14 @@ class Pair:
 
 
 def find_results(runs: Iterable[str], methods: tuple[str, str]) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """{(method, task, seed): result.json} of two methods; each of `runs` is a run's folder or holds such folders.
-    InputError names a run that has not finished, cannot be read, or is there twice."""
+    """{(method, task, seed): result.json} of two methods; each of `runs` is a run's folder or holds such folders, two
+    levels down at most. InputError names a run that has not finished, cannot be read, or is there twice."""
     found, folders, stood = {}, [], {}
     for given in map(pathlib.Path, runs):
         if not given.is_dir():
             raise InputError(f"{given}: no such folder; give folders of runs, or one that holds them")
         is_run = (given / "args.json").is_file() or (given / "result.json").is_file()
-        folders += [given] if is_run else sorted(given.glob("*__*__s*__*"))
+        folders += [given] if is_run else sorted(hit for deep in ("", "*/") for hit in given.glob(f"{deep}*__*__s*__*"))
     for folder in folders:
         if folder.name.partition("__")[0] not in methods:
             continue

@@ -80,6 +80,7 @@ def test_pairs_of_two_methods(runs):
     assert [(p.seed, p.quad.meta["task_id"]) for p in pairs] == [(s, f"own/{i}") for s in (0, 1) for i in range(12)]
     assert pairs[1] == Pair("own", 0, QUADS[1], "#### 1", "no 1")
     assert read_pairs([str(path) for path in runs.iterdir()], METHOD, AGAINST) == pairs
+    assert read_pairs([str(runs.parent)], METHOD, AGAINST) == pairs  # one level further up
 
 
 def test_runs_that_make_no_pairs(runs, tmp_path):
