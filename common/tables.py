@@ -22,6 +22,8 @@ TITLES = {
 BASE_KEYS = {"revised": "accuracy_revised", "attempt": "accuracy", "delta_critique": "delta_critique",
              "wrong_to_right": "wrong_to_right", "right_to_wrong": "right_to_wrong", "format": "format_frac",
              "tokens": "tokens_mean"}  # fmt: skip
+BASE_GROUPS = {"horizon": "by_horizon", "edit": "by_edit_distance", "tag": "by_tag"}
+BASE = "untrained base"
 Index = dict[tuple[str, str, str, str], Row]  # by task, arm, measure, group
 
 
@@ -75,7 +77,7 @@ def seeds_of(task: Task, arm: str) -> str:
 def main_table(task: Task, rows: Index) -> Table:
     """Every arm and the untrained base: the rates, and what a million trained tokens win."""
     base = task.first.base
-    first = ["untrained base", NOTHING, *(number(m, base.get(BASE_KEYS[m])) for m in SCORED), NOTHING, NOTHING]
+    first = [BASE, NOTHING, *(number(m, base.get(BASE_KEYS[m])) for m in SCORED), NOTHING, NOTHING]
     lines = []
     for arm in task.arms:
         cells = [rows[task.name, arm, m, "all"] for m in SCORED]
@@ -153,13 +155,27 @@ def shares(c: Comparison) -> str:
     return " / ".join(f"{100 * part / total:.0f} %" for part in c.found.parts) if total else NOTHING
 
 
+def base_value(task: Task, measure: str, group: str) -> float | None:
+    """The untrained base's accuracy in a group of problems; None where its report has none.
+
+    Groups of edit distance are called "edit 3-5" and "edit 11+" here, "<=5" and ">10" there.
+    """
+    kind, _, name = group.partition(" ")
+    if kind == "edit":
+        low, _, high = name.partition("-")
+        name = f"<={high}" if high else f">{int(low.rstrip('+')) - 1}"
+    return task.first.base.get(BASE_GROUPS[kind], {}).get(name, {}).get(BASE_KEYS[measure])
+
+
 def group_table(task: Task, rows: Index, kind: str, measure: str, base: str | None) -> Table:
     """An accuracy by horizon, edit distance or tag."""
     groups = [group for group in task.first.groups if group.startswith(f"{kind} ")]
     counts = [int(task.first.groups[group].sum()) for group in groups]
     name = {"horizon": "h=", "edit": "", "tag": ""}[kind]
     head = ["method", *(f"{name}{group.partition(' ')[2]} (n={n})" for group, n in zip(groups, counts))]
-    lines = [[arm, *(with_effect(rows.get((task.name, arm, measure, group))) for group in groups)] for arm in task.arms]
+    lines = [[BASE, *(number(measure, base_value(task, measure, group)) for group in groups)]]
+    for arm in task.arms:
+        lines.append([arm, *(with_effect(rows.get((task.name, arm, measure, group))) for group in groups)])
     what = {"horizon": "horizon", "edit": "edit distance", "tag": "error tag"}[kind]
     beside = f"; in brackets the difference from {base} ± half of its interval, not adjusted" if base else ""
     return Table(f"{task.name}: {TITLES[measure]} by {what}", head, lines, f"Percent{beside}.")
@@ -170,7 +186,9 @@ def errors_table(task: Task, rows: Index, base: str | None) -> Table | None:
     known = [kind for kind in KINDS if any(rows[task.name, arm, kind, "all"].mean is not None for arm in task.arms)]
     if not known:
         return None
-    lines = [[arm, *(with_effect(rows[task.name, arm, kind, "all"]) for kind in known)] for arm in task.arms]
+    kinds = task.first.base.get("attempt_kinds") or {}
+    lines = [[BASE, *(number(kind, kinds.get(kind)) for kind in known)]]
+    lines += [[arm, *(with_effect(rows[task.name, arm, kind, "all"]) for kind in known)] for arm in task.arms]
     beside = f"; in brackets the difference from {base} ± half of its interval, not adjusted" if base else ""
     note = f"Percent of an attempt's steps, slips of its planted ones, mean over attempts{beside}."
     return Table(f"{task.name}: errors of first attempts", ["method", *(TITLES[kind] for kind in known)], lines, note)

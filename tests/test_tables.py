@@ -4,6 +4,7 @@ pytest tests/test_tables.py
 """
 
 import csv
+import dataclasses
 import io
 import re
 
@@ -20,6 +21,7 @@ from common.tables import (
     as_markdown,
     credit_table,
     family_table,
+    group_table,
     index,
     main_table,
     number,
@@ -141,3 +143,19 @@ def test_csv_has_every_row_in_full_and_nothing_for_nothing(rows):
         assert (float(line["mean"]) if line["mean"] else None) == row.mean
         assert (float(line["p"]) if line["p"] else None) == row.against["p"]
     assert {line["mean"] for line in read if line["measure"] == "value_excess"} == {""}
+
+
+def test_the_base_stands_in_the_tables_of_groups(task, rows):
+    """As its report names them; n/a where it has none."""
+    base = {
+        "by_horizon": {"2": {"accuracy_revised": 0.25, "accuracy": 0.125}},
+        "by_edit_distance": {"<=2": {"accuracy_revised": 0.5}, ">10": {"accuracy_revised": 0.75}},
+        "by_tag": {"missing_case": {"accuracy_revised": 1.0}},
+    }
+    (arm, cells), *_ = task.arms.items()
+    seed, cell = next(iter(cells.items()))
+    task = dataclasses.replace(task, arms={arm: {seed: dataclasses.replace(cell, base=base)}})
+    row = lambda kind, measure="revised": group_table(task, index(rows), kind, measure, B3).rows[0]
+    assert row("horizon") == ["untrained base", "25.0", *["n/a"] * 4] and row("horizon", "attempt")[1] == "12.5"
+    assert row("edit") == ["untrained base", "50.0", "n/a", "n/a", "75.0"]
+    assert sorted(row("tag")[1:]) == ["100.0", "n/a", "n/a"]
