@@ -143,7 +143,7 @@ def write_report(folder: pathlib.Path, args: Args, tasks: list[Task]) -> str:
             alike = len(set(seeds.values())) == 1
             of = ", ".join(map(str, {*seeds.values()} if alike else (f"{arm} {seed}" for arm, seed in seeds.items())))
             n = sum(problem["task"] == task.name for problem in problems)
-            notes.append(f"{task.name}: the {n} problems on which methods differ most; texts are of seed {of}.")
+            notes.append(f"{task.name}: the {n} problems on which methods differ most; texts: seed {of}.")
         else:
             notes.append(f"{task.name}: its test.jsonl is not here, so no problems are shown (--replay DIR).")
     facts = {**about(tasks), "note": " ".join(notes)}

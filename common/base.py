@@ -91,7 +91,7 @@ def flagged_step(q: Quadruple) -> int | None:
 def base_optimizer(steps: int, lr: float) -> optax.GradientTransformation:
     """Muon on the matrices of the blocks (https://kellerjordan.github.io/posts/muon/), Adam on the rest; cosine decay.
 
-    In some hundred steps Muon reaches the loss that Adam reaches in two to three times as many.
+    In a few hundred steps Muon reaches the loss that Adam reaches in two to three times as many.
     """
     heads, mlp = ((1,), (2, 3)), (1, 2)  # input and output axes of the stacked weights
     dims = {"q": heads, "k": heads, "v": heads, "o": ((1, 2), (3,)), "gate": mlp, "up": mlp, "down": mlp}

@@ -104,9 +104,10 @@ class Comparison:
 
 # ---- the family -----------------------------------------------------------------------------------------------------
 def default_family(tasks: list[Task], base: str) -> Family:
-    """Every arm against `base`; METHOD's comparison is the primary one, without it that of the last arm by name. None
-    where no task has `base`."""
-    arms = sorted({arm for task in tasks if base in task.arms for arm in task.arms} - {base})
+    """Every arm against `base`; METHOD's comparison is the primary one, without it that of the last arm by name. No
+    comparison for one arm alone."""
+    arms = sorted({arm for task in tasks for arm in task.arms})
+    arms = [arm for arm in arms if arm != base] if len(arms) > 1 else []
     first = [METHOD] if METHOD in arms else arms[-1:]
     return Family(tuple((arm, base) for arm in [*first, *(arm for arm in arms if arm not in first)]))
 
@@ -207,7 +208,7 @@ def not_compared(tasks: list[Task], family: Family) -> Absent:
         for arm, base in family.comparisons:
             lacks = [name for name in (arm, base) if name not in task.arms]
             if lacks:
-                why[task.name, arm, base] = f"no runs of {lacks[0]!r}"
+                why[task.name, arm, base] = f"no runs of {' and '.join(map(repr, lacks))}"
             elif not task.seeds(arm, base):
                 why[task.name, arm, base] = f"{arm} and {base} share no 'seed'"
             elif not complete(*(task.scores(a, family.measure, task.seeds(arm, base)) for a in (arm, base))).any():
@@ -223,7 +224,8 @@ def compare(tasks: list[Task], family: Family, allow_partial: bool = False) -> l
     if absent and (not allow_partial or len(absent) == len(tasks) * len(family.comparisons)):
         (name, *_), why = next(iter(absent.items()))
         arms = ", ".join(next(task.arms for task in tasks if task.name == name))
-        raise InputError(f"{name}: {why}; there are {arms}; run what is missing, or --allow_partial compares the rest")
+        way_out = "run what is missing" + ("" if allow_partial else ", or --allow_partial compares the rest")
+        raise InputError(f"{name}: {why}; there are {arms}; {way_out}")
     for task in tasks:
         for arm, base in family.comparisons:
             if (task.name, arm, base) not in absent:
@@ -293,7 +295,7 @@ def answer(comparisons: list[Comparison], family: Family, absent: Absent) -> tup
     lacks = [f"on {task} nothing: {why}" for (task, *pair), why in absent.items() if tuple(pair) == first]
     verdicts = {c.verdict for c in primary} | {"undecided" for _ in lacks}
     whole = "not supported" if "not supported" in verdicts else "undecided" if "undecided" in verdicts else "supported"
-    head = {"undecided": "Undecided at this power"}.get(whole, whole.capitalize())
+    head = "Undecided at this power" if primary and whole == "undecided" else whole.capitalize()
     parts = "; and ".join([*(say_comparison(c, family) for c in primary), *lacks])
     return whole, f"{head}: {parts}."
 

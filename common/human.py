@@ -68,7 +68,9 @@ def find_results(runs: Iterable[str], methods: tuple[str, str]) -> dict[tuple[st
         if not given.is_dir():
             raise InputError(f"{given}: no such folder; give folders of runs, or one that holds them")
         is_run = (given / "args.json").is_file() or (given / "result.json").is_file()
-        folders += [given] if is_run else sorted(hit for deep in ("", "*/") for hit in given.glob(f"{deep}*__*__s*__*"))
+        folders += [given] if is_run else sorted(
+            hit for deep in ("", "*/") for hit in given.glob(f"{deep}*__*__s*__*") if hit.is_dir()
+        )  # fmt: skip
     for folder in folders:
         if folder.name.partition("__")[0] not in methods:
             continue

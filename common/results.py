@@ -274,10 +274,10 @@ def read_cell(directory: pathlib.Path, allow_partial: bool = False) -> Cell:
 
 
 def read_started(directory: pathlib.Path, why: str) -> Started:
-    """An unfinished run. Its method is the whole name of its directory where nothing tells its flags."""
+    """An unfinished run; where no args.json tells its flags (W&B's runs have none) they pass for the defaults."""
     named, args = RUN_NAME.fullmatch(directory.name), read_json(directory / "args.json", {})
     method, task, seed = named.groups() if named else (directory.name, None, "-1")
-    return Started(method if args else directory.name, task, int(seed), args, why)
+    return Started(method, task, int(seed), args, why)
 
 
 # ---- arms -----------------------------------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def changed_flags(cell: Cell | Started, defaults: dict[str, Any]) -> dict[str, A
     return {k: v for k, v in cell.args.items() if k not in NO_ARM and (k not in defaults or defaults[k] != v)}
 
 
-def common_flags(cells: list[Cell | Started]) -> set[str]:
+def common_flags(cells: list[Cell]) -> set[str]:
     """The flags that all runs of several methods have, and have alike: they tell no arm from another."""
     if len({cell.method for cell in cells}) == 1:
         return set()
@@ -308,17 +308,17 @@ def common_flags(cells: list[Cell | Started]) -> set[str]:
     return {k for k in first if all(k in cell.args and cell.args[k] == first[k] for cell in cells)}
 
 
-def name_arms(cells: list[Cell | Started]) -> list[str]:
-    """The arm of each cell of a task. Where a method's script is not here, what all of its runs share are its
-    defaults."""
-    names, defaults = [], {}
+def name_arms(cells: list[Cell], started: Iterable[Started] = ()) -> list[str]:
+    """The arm of each cell of a task, then of each run that has no result, which change no other's name. Where a
+    method's script is not here, what all of its runs share are its defaults."""
+    names, defaults = [], {run.method: script_defaults(run.method) or run.args for run in started}
     for method in {cell.method for cell in cells}:
         own = [cell.args for cell in cells if cell.method == method]
         shared = {k: v for k, v in own[0].items() if all(args.get(k) == v for args in own)}
         known = script_defaults(method)
         defaults[method] = shared if known is None else known
     text, alike = lambda value: f"{value:g}" if isinstance(value, float) else str(value), common_flags(cells)
-    for cell in cells:
+    for cell in [*cells, *started]:
         flags = {k: v for k, v in changed_flags(cell, defaults[cell.method]).items() if k not in alike}
         names.append(" ".join([cell.method, *(f"{k}={text(v)}" for k, v in sorted(flags.items()))]))
     return names
@@ -362,7 +362,7 @@ def put_together(cells: list[Cell], started: list[Started]) -> dict[str, tuple[d
     for task in sorted({cell.task for cell in cells}):
         own = [cell for cell in cells if cell.task == task]
         begun = [run for run in started if run.task in (task, None)]  # None may be of any: shown with each
-        names, arms, missing = name_arms([*own, *(run for run in begun if run.args)]), {}, {}
+        names, arms, missing = name_arms(own, begun), {}, {}
         for arm, cell in sorted(zip(names, own), key=lambda pair: (pair[0], pair[1].seed)):
             seeds = arms.setdefault(arm, {})
             if cell.seed in seeds:
@@ -371,9 +371,7 @@ def put_together(cells: list[Cell], started: list[Started]) -> dict[str, tuple[d
                     " give one of them"
                 )
             seeds[cell.seed] = cell
-        known = iter(names[len(own) :])
-        for run in begun:
-            arm = next(known) if run.args else run.method
+        for arm, run in zip(names[len(own) :], begun):
             if run.seed not in arms.get(arm, {}):
                 missing[arm, run.seed] = run.why
         found[task] = arms, missing

@@ -92,9 +92,10 @@ def main_table(task: Task, rows: Index) -> Table:
         " problems; SD: of the runs' revised accuracy. Last column: points of revised accuracy won over the untrained"
         " base for each million tokens that training computed, prompts included."
     )
-    counts = {arm: rows[task.name, arm, "revised", "all"].problems for arm in task.arms}
-    if fewer := [f"{arm} {n:,}" for arm, n in counts.items() if n < len(task.first.ids)]:
-        note += f" A problem without a score in one run is left out of its arm; measured are of {', '.join(fewer)}."
+    scored = ("revised", "attempt", "delta_critique")
+    measured = lambda arm: min(rows[task.name, arm, m, "all"].problems for m in scored)
+    if fewer := [f"{arm} {n:,}" for arm in task.arms if (n := measured(arm)) < len(task.first.ids)]:
+        note += f" A problem without a score in one run is left out of its arm; problems left: {', '.join(fewer)}."
     lost = sorted(f"{arm}{'' if seed < 0 else f' seed {seed}'}: {why}" for (arm, seed), why in task.missing.items())
     note += f" Incomplete: {'; '.join(lost)}." if lost else ""
     return Table(f"{task.name}: accuracy", head, [first, *lines], note)
@@ -134,15 +135,16 @@ def family_table(comparisons: list[Comparison], family: Family, absent: Absent) 
             "of it seeds / problems / either", "seeds to decide", "Wilcoxon", "McNemar by seed",
             "P(improvement)"]  # fmt: skip
     note = (
-        f"Points of {TITLES[family.measure]} on the same seeds and problems; t over seeds and problems. Holm over all"
-        f" {comparisons[0].among} comparisons. MDE: the true effect that this test, at 5 % divided by their number,"
+        f"Points of {TITLES[family.measure]} on the same seeds and problems; t over seeds and problems. Holm over"
+        f" {comparisons[0].among} of them. MDE: the true effect that this test, at 5 % divided by that number,"
         " finds in 80 % of repetitions, beside rows that decide nothing; beside it the shares of the variance that more"
         " seeds, more problems, and either of them would shrink. Seeds to decide: to find what was seen, or the margin."
         f" An advantage below {family.margin:g} points, the margin, does not matter. Percentiles: of the bootstrap over"
         " seeds and problems."
         f" Wilcoxon and McNemar know problems alone. Family {family.digest[:16]} ({family.source})."
     )
-    note += " None was declared beforehand: these are all that there are." if family.source == "default" else ""
+    if family.source == "default":
+        note += f" No family was declared: every arm is compared with {family.comparisons[0][1]}."
     if absent:
         reasons = (f"{task}, {arm} − {base}: {why}" for (task, arm, base), why in absent.items())
         note += f" Not compared, and counted as showing nothing: {'; '.join(reasons)}."
@@ -186,9 +188,7 @@ def errors_table(task: Task, rows: Index, base: str | None) -> Table | None:
     known = [kind for kind in KINDS if any(rows[task.name, arm, kind, "all"].mean is not None for arm in task.arms)]
     if not known:
         return None
-    kinds = task.first.base.get("attempt_kinds") or {}
-    lines = [[BASE, *(number(kind, kinds.get(kind)) for kind in known)]]
-    lines += [[arm, *(with_effect(rows[task.name, arm, kind, "all"]) for kind in known)] for arm in task.arms]
+    lines = [[arm, *(with_effect(rows[task.name, arm, kind, "all"]) for kind in known)] for arm in task.arms]
     beside = f"; in brackets the difference from {base} ± half of its interval, not adjusted" if base else ""
     note = f"Percent of an attempt's steps, slips of its planted ones, mean over attempts{beside}."
     return Table(f"{task.name}: errors of first attempts", ["method", *(TITLES[kind] for kind in known)], lines, note)

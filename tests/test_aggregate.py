@@ -234,6 +234,27 @@ def test_an_arm_whose_runs_have_not_finished_stands_in_the_table(runs):
     assert f"| {B5} | 3 |" in text and f"| {B5} lam_align=0 | 0 (without 0, 1, 2) | n/a |" in text
 
 
+def test_an_unfinished_run_with_other_flags_renames_no_arm(runs):
+    """All that have finished share a flag, which therefore names none of them; one that has not lacks it."""
+    for path in runs.glob("*/result.json"):
+        result = json.loads(path.read_text())
+        result["args"]["kl_coef"] = 0.05
+        path.write_text(json.dumps(result))
+    (made_run(runs, "b2_grpo", "fixtures_math", 0, 40) / "result.json").unlink()
+    found = report(runs, allow_partial=True)
+    assert {cell["arm"] for cell in found["cells"]} == {B3, B5}
+    assert [(m["arm"], m["seed"]) for m in found["missing"]] == [("b2_grpo", 0)]
+
+
+def test_arms_that_share_no_task_are_no_report_of_one_arm(runs):
+    for path in runs.glob("b5*"):
+        shutil.rmtree(path)
+    made_matrix(runs, (B5,), ("gsm8k",), n=20)
+    for flags in ({}, {"allow_partial": True}):
+        with pytest.raises(InputError, match="no runs of 'b"):
+            report(runs, **flags)
+
+
 def test_a_run_under_another_name_is_not_lost(runs):
     path = next(runs.glob("b5*s2*"))
     (path / "result.json").unlink()
@@ -247,7 +268,7 @@ def test_problems_without_a_score_are_counted(runs):
     spoil_score(runs)
     found = report(runs, allow_partial=True)
     text = (runs.parent / "report" / "table.md").read_text()
-    assert "Percent of 40 test problems" in text and "left out of its arm; measured are of b5_cts 39." in text
+    assert "Percent of 40 test problems" in text and "left out of its arm; problems left: b5_cts 39." in text
     assert found["comparisons"][0]["problems"] == 39
     assert "39 problems" in found["answer"] and "fixtures_math: the 39 problems" in found["note"]
 
@@ -255,7 +276,7 @@ def test_problems_without_a_score_are_counted(runs):
 def test_texts_are_said_to_be_of_the_seed_that_they_are_of(runs):
     shutil.rmtree(next(runs.glob("b5*s0*")))
     note = report(runs, allow_partial=True)["note"]
-    assert note.endswith("texts are of seed b3_grpo_verifier 0, b5_cts 1.")
+    assert note.endswith("texts: seed b3_grpo_verifier 0, b5_cts 1.")
 
 
 def test_commands_say_how_the_runs_were_made(runs):

@@ -80,7 +80,9 @@ def test_pairs_of_two_methods(runs):
     assert [(p.seed, p.quad.meta["task_id"]) for p in pairs] == [(s, f"own/{i}") for s in (0, 1) for i in range(12)]
     assert pairs[1] == Pair("own", 0, QUADS[1], "#### 1", "no 1")
     assert read_pairs([str(path) for path in runs.iterdir()], METHOD, AGAINST) == pairs
-    assert read_pairs([str(runs.parent)], METHOD, AGAINST) == pairs  # one level further up
+    (runs / "cells").mkdir()  # where a sweep keeps a log of each run
+    (runs / "cells" / f"{METHOD}__fixtures_math__s0__01234567.log").write_text("")
+    assert read_pairs([str(runs.parent)], METHOD, AGAINST) == read_pairs([str(runs)], METHOD, AGAINST) == pairs
 
 
 def test_runs_that_make_no_pairs(runs, tmp_path):

@@ -325,3 +325,5 @@ def test_a_wandb_run_without_a_result_is_unfinished(service, runs, tmp_path, mon
     monkeypatch.setattr(service.Api, "runs", one_going)
     with pytest.raises(InputError, match="b3_grpo_verifier__fixtures_math__s0__44136fa3: has not finished"):
         read_runs(fetch_wandb("me/project", None, tmp_path / "down"))
+    (task,) = read_runs(fetch_wandb("me/project", None, tmp_path / "again"), allow_partial=True)
+    assert task.missing == {("b3_grpo_verifier", 0): "has not finished (no result.json)"}
