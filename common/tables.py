@@ -134,13 +134,13 @@ def family_table(comparisons: list[Comparison], family: Family, absent: Absent) 
     head = ["task", "comparison", "points", "95 % interval", "percentiles", "p", "p, Holm", "verdict", "MDE",
             "of it seeds / problems / either", "seeds to decide", "Wilcoxon", "McNemar by seed",
             "P(improvement)"]  # fmt: skip
+    n, margin = comparisons[0].among, f"{family.margin:g} point{'s' * (family.margin != 1)}"
     note = (
-        f"Points of {TITLES[family.measure]} on the same seeds and problems; t over seeds and problems. Holm over"
-        f" {(n := comparisons[0].among)} comparison{'s' * (n > 1)}. MDE: the true effect that this test, at 5 % divided by that number,"
-        " finds in 80 % of repetitions, beside rows that decide nothing; beside it the shares of the variance that more"
-        " seeds, more problems, and either of them would shrink. Seeds to decide: to find what was seen, or the margin."
-        f" An advantage below the margin, {family.margin:g} point{'s' * (family.margin != 1)}, does not matter. Percentiles: of the bootstrap over"
-        " seeds and problems."
+        f"Points of {TITLES[family.measure]} on the same seeds and problems; t over seeds and problems. Holm over {n}"
+        f" comparison{'s' * (n > 1)}. MDE: the true effect that this test, at 5 % divided by that number, finds in 80 %"
+        " of repetitions, beside rows that decide nothing; beside it the shares of the variance that more seeds, more"
+        " problems, and either of them would shrink. Seeds to decide: to find what was seen, or the margin. An advantage"
+        f" below the margin, {margin}, does not matter. Percentiles: of the bootstrap over seeds and problems."
         f" Wilcoxon and McNemar know problems alone. Family {family.digest[:16]} ({family.source})."
     )
     if family.source == "default":
