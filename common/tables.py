@@ -139,9 +139,9 @@ def family_table(comparisons: list[Comparison], family: Family, absent: Absent) 
         f"Points of {TITLES[family.measure]} on the same seeds and problems; t over seeds and problems. Holm over {n}"
         f" comparison{'s' * (n > 1)}. MDE: the true effect that this test, at 5 % divided by that number, finds in 80 %"
         " of repetitions, beside rows that decide nothing; beside it the shares of the variance that more seeds, more"
-        " problems, and either of them would shrink. Seeds to decide: to find what was seen, or the margin. An advantage"
-        f" below the margin, {margin}, does not matter. Percentiles: of the bootstrap over seeds and problems."
-        f" Wilcoxon and McNemar know problems alone. Family {family.digest[:16]} ({family.source})."
+        " problems, and either of them would shrink. Seeds to decide: to find what was seen, or the margin. An"
+        f" advantage below the margin, {margin}, does not matter. Percentiles: of the bootstrap over seeds and"
+        f" problems. Wilcoxon and McNemar know problems alone. Family {family.digest[:16]} ({family.source})."
     )
     if family.source == "default":
         note += f" No family was declared: every arm is compared with {family.comparisons[0][1]}."
