@@ -137,13 +137,14 @@ def write_report(folder: pathlib.Path, args: Args, tasks: list[Task]) -> str:
     problems, notes = [], []
     for task in tasks:
         quads = tested_problems(task, args.replay)
-        problems += page_problems(task, quads, share)
+        found = page_problems(task, quads, share)
+        problems += found
         if quads:
             seeds = {arm: next(iter(cells)) for arm, cells in task.arms.items()}
-            alike = len(set(seeds.values())) == 1
-            of = ", ".join(map(str, {*seeds.values()} if alike else (f"{arm} {seed}" for arm, seed in seeds.items())))
-            n = sum(problem["task"] == task.name for problem in problems)
-            notes.append(f"{task.name}: the {n} problems on which methods differ most; texts: seed {of}.")
+            mixed = len({*seeds.values()}) > 1
+            of = [f"{arm} {seed}" for arm, seed in seeds.items()] if mixed else [str(task.first.seed)]
+            shown = f"the {len(found)} problems on which methods differ most; texts: seed {', '.join(of)}"
+            notes.append(f"{task.name}: {shown}.")
         else:
             notes.append(f"{task.name}: its test.jsonl is not here, so no problems are shown (--replay DIR).")
     facts = {**about(tasks), "note": " ".join(notes)}
