@@ -196,7 +196,7 @@ def run_main(args: Args) -> dict:
         tempfile.TemporaryDirectory() as folder,
         mock.patch.multiple(cts, StepClock=clock_of(watch), **stand_ins(args, folder, B, P, T)),
         mock.patch(PACK.get(args.task, "cts_common.pack_revise"), pack),
-        mock.patch("b0_sft.make_examples", lambda _, quads, *__: quads),
+        mock.patch("b0_sft.make_examples", lambda _, quads, *__: [([0] * P, [0] * T)] * len(quads)),  # their lengths
         mock.patch.object(optax, "adamw", lambda *_, **__: adamw(**wl.ADAMW)),
         mock.patch.dict(os.environ, JAX_COMPILATION_CACHE_DIR=folder),  # no compiled program from before
         contextlib.redirect_stdout(sys.stderr),  # what the script prints is no part of the answer
