@@ -24,7 +24,17 @@ import numpy as np
 import tyro
 
 from common.basics import InputError, writable, write_atomic
-from common.claims import answer, compare, default_family, measure_all, not_compared, plain, question, read_family
+from common.claims import (
+    Family,
+    answer,
+    compare,
+    default_family,
+    measure_all,
+    not_compared,
+    plain,
+    question,
+    read_family,
+)
 from common.page import write_page
 from common.replay import Quadruple, read_replay, replay_sha256
 from common.results import Task, fetch_wandb, find_runs, read_runs, script_defaults
@@ -40,7 +50,8 @@ class Args:
     base: str = "b3_grpo_verifier"
     """the arm that others are compared with"""
     family: str | None = None
-    """file that declares the comparisons (docs/statistics.md), e.g. a sweep file; none = every arm against --base"""
+    """file that declares the comparisons (docs/statistics.md); of a sweep file tasks and seeds have to be there, too;
+    none = every arm against --base"""
     out: str = "report"
     """folder for what is written; an earlier report there is replaced"""
     replay: str | None = None
@@ -118,12 +129,12 @@ def about(tasks: list[Task]) -> dict:
     }
 
 
-def write_report(folder: pathlib.Path, args: Args, tasks: list[Task]) -> str:
+def write_report(folder: pathlib.Path, args: Args, tasks: list[Task], declared: Family | None) -> str:
     """Everything into a folder; the sentence."""
     from common.figures import all_plots  # it takes a second to import, and refusals need none
 
     base = args.base if any(args.base in task.arms for task in tasks) else None
-    family = read_family(args.family) if args.family else default_family(tasks, args.base)
+    family = declared or default_family(tasks, args.base)
     absent = not_compared(tasks, family)
     if base is None and not args.family and any(len(task.arms) > 1 for task in tasks):
         arms = sorted({arm for task in tasks for arm in task.arms})
@@ -185,14 +196,15 @@ def main(args: Args) -> str:
         raise InputError(f"--out {args.out}: is there and holds no report; choose another folder")
     if bool(args.runs) == bool(args.wandb) or (args.group and not args.wandb):
         raise InputError("give folders of runs, e.g. runs, or --wandb entity/project, with or without --group")
+    declared = read_family(args.family) if args.family else None
     with tempfile.TemporaryDirectory() as space:
         folders = find_runs(args.runs) if args.runs else fetch_wandb(args.wandb, args.group, space)
-        tasks = read_runs(folders, args.allow_partial)
+        tasks = read_runs(folders, args.allow_partial, declared.seeds if declared else ())
     writable(target.parent, "out")
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as space:
         new = pathlib.Path(space) / "report"
         new.mkdir()
-        sentence = write_report(new, args, tasks)
+        sentence = write_report(new, args, tasks, declared)
         replace_folder(new, target)
     print(f"{sentence}\n\nwritten to {args.out}/: report.html, table.md, table.csv, table.tex, report.json, plots/")
     return sentence

@@ -39,12 +39,15 @@ FAMILY_MEASURES = ("revised", "attempt", "delta_critique", "wrong_to_right", "fo
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """The comparisons that were declared, first the primary one; which are (arm, arm that it is compared with)."""
+    """The comparisons that were declared, first the primary one; which are (arm, arm that it is compared with). A
+    sweep's file declares tasks and seeds too: to stop at a seed that suits one would be another experiment."""
 
     comparisons: tuple[tuple[str, str], ...]
     measure: str = "revised"
     margin: float = 1.0  # percentage points: the smallest advantage that would matter
     source: str = "default"
+    tasks: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
 
     @property
     def title(self) -> str:
@@ -121,6 +124,7 @@ def read_family(path: str) -> Family:
         text = pathlib.Path(path).read_text(encoding="utf-8")
         line = re.search(r"^# family:(.*)$", text, re.MULTILINE)
         given = yaml.safe_load(line[1] if line else text)
+        sweep = yaml.safe_load(text) if line else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise InputError(f"--family {path}: cannot be read ({' '.join(str(e).split())[:120]})") from None
 
@@ -142,7 +146,21 @@ def read_family(path: str) -> Family:
     measure, margin = given.get("measure", "revised"), given.get("margin", 1.0)
     need(measure in FAMILY_MEASURES, "measure", f"must be one of {', '.join(FAMILY_MEASURES)}")
     need(type(margin) in (int, float) and 0 < margin < 100, "margin", "must be percentage points above 0")
-    return Family(tuple(tuple(pair) for pair in pairs), measure, float(margin), pathlib.Path(path).name)
+    tasks, seeds = (grid_values(sweep, name) for name in ("task", "seed"))
+    return Family(tuple(tuple(pair) for pair in pairs), measure, float(margin), pathlib.Path(path).name, tasks, seeds)
+
+
+def grid_values(sweep: Any, name: str) -> tuple:
+    """What a sweep, as read from its file, gives to a parameter; empty where it has none.
+
+    >>> grid_values({"parameters": {"seed": {"values": [0, 1]}, "task": {"value": "gsm8k"}}}, "task")
+    ('gsm8k',)
+    """
+    try:
+        given = sweep["parameters"][name]
+        return tuple(given.get("values", [*given.values()]))
+    except (KeyError, TypeError, AttributeError):
+        return ()
 
 
 # ---- measures -------------------------------------------------------------------------------------------------------
@@ -203,7 +221,8 @@ def scaled(found: Estimate | None, by: float) -> Estimate | None:
 
 def not_compared(tasks: list[Task], family: Family) -> Absent:
     """The comparisons of the family that these runs do not allow."""
-    why: Absent = {}
+    lost = [name for name in family.tasks if name not in {task.name for task in tasks}]
+    why: Absent = {(name, *pair): "no runs" for name in lost for pair in family.comparisons}
     for task in tasks:
         for arm, base in family.comparisons:
             lacks = [name for name in (arm, base) if name not in task.arms]
@@ -221,11 +240,11 @@ def compare(tasks: list[Task], family: Family, allow_partial: bool = False) -> l
     tested for want of seeds, counts as one that shows nothing. InputError if one cannot be made, with `allow_partial`
     if none can."""
     absent, rows = not_compared(tasks, family), []
-    if absent and (not allow_partial or len(absent) == len(tasks) * len(family.comparisons)):
+    arms = {task.name: f"there are {', '.join(task.arms)}" for task in tasks}
+    if absent and (not allow_partial or len(absent) == len({*arms, *family.tasks}) * len(family.comparisons)):
         (name, *_), why = next(iter(absent.items()))
-        arms = ", ".join(next(task.arms for task in tasks if task.name == name))
         way_out = "run what is missing" + ("" if allow_partial else ", or --allow_partial compares the rest")
-        raise InputError(f"{name}: {why}; there are {arms}; {way_out}")
+        raise InputError(f"{name}: {why}; {arms.get(name, f'{family.source} declares it')}; {way_out}")
     for task in tasks:
         for arm, base in family.comparisons:
             if (task.name, arm, base) not in absent:
@@ -273,7 +292,8 @@ def say_comparison(c: Comparison, family: Family) -> str:
     """One comparison in words."""
     more = "more" if c.difference >= 0 else "fewer"
     text = f"on {c.task} {c.arm} {VERBS[family.measure]} {abs(c.difference):.1f} points {more} than {c.base}"
-    size = f"{len(c.seeds)} seed{'s' * (len(c.seeds) > 1)}, {c.problems:,} problems"
+    early = f" of {len(family.seeds)} declared" if {*family.seeds} - {*c.seeds} else ""  # somebody looks before the end
+    size = f"{len(c.seeds)}{early} seed{'s' * (len(c.seeds) > 1 or bool(early))}, {c.problems:,} problems"
     if c.found is None:
         return f"{text} ({size}); {what_would_decide(c)}"
     low, high = c.found.interval

@@ -378,9 +378,9 @@ def put_together(cells: list[Cell], started: list[Started]) -> dict[str, tuple[d
     return found
 
 
-def read_runs(directories: list[pathlib.Path], allow_partial: bool = False) -> list[Task]:
+def read_runs(directories: list[pathlib.Path], allow_partial: bool = False, seeds: Iterable[int] = ()) -> list[Task]:
     """The tasks of these runs, checked: finished, of one schema, one fingerprint and one set of problems a task, no
-    cell twice, every arm with every seed. With `allow_partial` unfinished runs and missing seeds are noted in them."""
+    cell twice, every arm with each of `seeds` and of any other arm's. With `allow_partial` what is missing is noted."""
     versions = {}
     for directory in directories:
         if (why := state(directory)) and not allow_partial:
@@ -398,7 +398,7 @@ def read_runs(directories: list[pathlib.Path], allow_partial: bool = False) -> l
     for path, run in zip(unfinished, started):
         if run.task not in (None, *(cell.task for cell in cells)):
             print(f"{path}: {run.why}; no run of its task has, so it stands in no table")
-    return [make_task(name, *found, allow_partial) for name, found in put_together(cells, started).items()]
+    return [make_task(name, *found, seeds, allow_partial) for name, found in put_together(cells, started).items()]
 
 
 def read_version(directory: pathlib.Path) -> Any:
@@ -408,19 +408,19 @@ def read_version(directory: pathlib.Path) -> Any:
     return found[1] if found else str(SCHEMA_VERSION)  # what is wrong with it, `read_result` says
 
 
-def make_task(name: str, arms: dict, missing: dict[tuple[str, int], str], allow_partial: bool) -> Task:
+def make_task(name: str, arms: dict, missing: dict, declared: Iterable[int], allow_partial: bool) -> Task:
     """One task of `put_together`, checked."""
     cells = [cell for seeds in arms.values() for cell in seeds.values()]
     check_fingerprints(name, cells)
     check_problems(name, cells)
-    wanted = sorted({seed for seeds in arms.values() for seed in seeds})
+    wanted = sorted({*declared, *(seed for seeds in arms.values() for seed in seeds)})
     for arm, seeds in arms.items():
         lacks = [seed for seed in wanted if seed not in seeds]
         if lacks and not allow_partial:
             fullest = max(arms, key=lambda other: len(arms[other]))
-            has = next(other for other in (fullest, *arms) if lacks[0] in arms[other])
+            has = next((f"{other} has" for other in (fullest, *arms) if lacks[0] in arms[other]), "was declared")
             raise InputError(
-                f"{name}: {arm} lacks 'seed' {', '.join(map(str, lacks))}, which {has} has; run what is missing,"
+                f"{name}: {arm} lacks 'seed' {', '.join(map(str, lacks))}, which {has}; run what is missing,"
                 " or --allow_partial shows it in the table"
             )
         for seed in lacks:

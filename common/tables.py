@@ -4,6 +4,7 @@ aggregate.py; measures nothing."""
 import csv
 import io
 import re
+from collections import defaultdict
 
 from common.claims import RATES, SCORED, Absent, Comparison, Family, Row
 from common.page import Table
@@ -74,6 +75,15 @@ def seeds_of(task: Task, arm: str) -> str:
     return text + (f" (without {', '.join(map(str, lacks))})" if lacks else "")
 
 
+def what_is_missing(task: Task) -> list[str]:
+    """A line for each arm and reason, with the seeds."""
+    seeds = defaultdict(list)
+    for (arm, seed), why in sorted(task.missing.items()):
+        seeds[arm, why] += [str(seed)] * (seed >= 0)
+    word = {0: "", 1: " seed "}
+    return [f"{arm}{word.get(len(some), ' seeds ')}{', '.join(some)}: {why}" for (arm, why), some in seeds.items()]
+
+
 def main_table(task: Task, rows: Index) -> Table:
     """Every arm and the untrained base: the rates, and what a million trained tokens win."""
     base = task.first.base
@@ -96,8 +106,7 @@ def main_table(task: Task, rows: Index) -> Table:
     measured = lambda arm: min(rows[task.name, arm, m, "all"].problems for m in scored)
     if fewer := [f"{arm} {n:,}" for arm in task.arms if (n := measured(arm)) < len(task.first.ids)]:
         note += f" A problem without a score in one run is left out of its arm; problems left: {', '.join(fewer)}."
-    lost = sorted(f"{arm}{'' if seed < 0 else f' seed {seed}'}: {why}" for (arm, seed), why in task.missing.items())
-    note += f" Incomplete: {'; '.join(lost)}." if lost else ""
+    note += f" Incomplete: {'; '.join(what_is_missing(task))}." if task.missing else ""
     return Table(f"{task.name}: accuracy", head, [first, *lines], note)
 
 

@@ -264,6 +264,26 @@ def test_a_run_under_another_name_is_not_lost(runs):
     assert "mine: has not finished" in (runs.parent / "report" / "table.md").read_text()
 
 
+def test_what_a_sweep_declares_has_to_be_there(runs):
+    """Who looks after three seeds of four, or at one task of two, does not have what was declared."""
+    (runs.parent / "mine.yaml").write_text(
+        f"# family: {{primary: [{B5}, {B3}]}}\n"
+        "parameters: {seed: {values: [0, 1, 2, 3]}, task: {values: [fixtures_math, gsm8k]}}\n"
+    )
+    family = str(runs.parent / "mine.yaml")
+    with pytest.raises(InputError, match=f"fixtures_math: {B3} lacks 'seed' 3, which was declared; run what is"):
+        report(runs, family=family)
+    found = report(runs, family=family, allow_partial=True)
+    assert [(m["arm"], m["seed"], m["why"]) for m in found["missing"]] == [(B3, 3, "no run"), (B5, 3, "no run")]
+    end = "after Holm over 2, 3 of 4 declared seeds, 40 problems); and on gsm8k nothing: no runs."
+    assert found["verdict"] == "undecided" and found["answer"].endswith(end)
+    table = (runs.parent / "report" / "table.md").read_text()
+    assert f"gsm8k, {B5} − {B3}: no runs" in table and f"| {B5} | 3 (without 3) |" in table
+    made_run(runs, B3, "fixtures_math", 3, 40), made_run(runs, B5, "fixtures_math", 3, 40)
+    with pytest.raises(InputError, match=r"gsm8k: no runs; mine\.yaml declares it; run what is missing, or --allow"):
+        report(runs, family=family)
+
+
 def test_problems_without_a_score_are_counted(runs):
     spoil_score(runs)
     found = report(runs, allow_partial=True)

@@ -60,6 +60,14 @@ def test_a_family_is_read_from_a_file_or_from_a_sweep_s_comment(tmp_path):
     assert (a.source, b.source) == ("family.json", "sweep.yaml")
 
 
+def test_a_sweep_declares_its_tasks_and_seeds_too(tmp_path):
+    grid = "parameters: {seed: {values: [0, 1]}, task: {value: gsm8k}}"
+    (tmp_path / "sweep.yaml").write_text(f"# family: {{primary: [a, b]}}\n{grid}\n")
+    assert (family := read_family(str(tmp_path / "sweep.yaml"))).seeds == (0, 1) and family.tasks == ("gsm8k",)
+    (tmp_path / "family.json").write_text("{primary: [a, b]}")
+    assert (family := read_family(str(tmp_path / "family.json"))).seeds == family.tasks == ()
+
+
 @pytest.mark.parametrize(
     ("text", "field"),
     [

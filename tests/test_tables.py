@@ -69,7 +69,7 @@ def test_main_table_has_the_untrained_base_every_arm_and_what_is_missing(task, r
     assert [row[0] for row in table.rows] == ["untrained base", B3, B5, CONTROL]
     assert [row[1] for row in table.rows] == ["n/a", "3", "3", "1 (without 1, 2)"]
     assert table.rows[0][2] == "23.0" and {len(row) for row in table.rows} == {len(table.head)}
-    assert f"Incomplete: {CONTROL} seed 1: no run; {CONTROL} seed 2: no run." in table.note
+    assert f"Incomplete: {CONTROL} seeds 1, 2: no run." in table.note
 
 
 def test_points_per_token_are_of_all_tokens_computed_else_of_completions(task, tmp_path):
