@@ -616,7 +616,7 @@ def main(args: Args) -> dict:
             "replay": lambda q, other: q, "shuffled": cts.with_critique_of,
             "redacted": lambda q, other: cts.with_critique(q, cts.redact(q.f), None),
         }[args.critique]  # fmt: skip
-        return [changed(q, replay["train"][i]) for q, i in zip(quads, others)]
+        return [changed(q, replay["train"][i - (replay["train"][i] is q)]) for q, i in zip(quads, others)]
 
     base = cts.base_report(base_dir, evaluator, base_params, replay["train"], B, G, args.temperature)
 

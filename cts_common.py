@@ -78,8 +78,10 @@ from common.evaluation import Evaluator, base_report, first_problems, summarize
 # locks: one process at a time in a run's directory
 # tracking: W&B, in a process of its own that cannot stop a run
 # buckets: a run's folder in a bucket, sent and brought by the run's own order
-# run: command line, run directory, checkpoints, signals, the clock
-from common.run import Run, RunArgs, StepClock, check_args, cli, open_out_dir, pick_dtype, rollout_metrics
+# stepmetrics: the clock, and what a rollout looks like
+from common.stepmetrics import StepClock, rollout_metrics
+# run: command line, run directory, checkpoints, signals
+from common.run import Run, RunArgs, check_args, cli, open_out_dir, pick_dtype
 # sampled: replay whose flawed attempts a model made
 from common.sampled import sample_replay
 # page: the report as one HTML file

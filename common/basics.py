@@ -24,8 +24,10 @@ class InputError(Exception):
 class DiskError(InputError):
     """The disk took no more: one line, too, but exit code 1, for started again it may go well."""
 
-    def __init__(self, path: str | os.PathLike, e: OSError):
-        super().__init__(f"{path}: cannot be written ({e.strerror}); make room and start again")
+    @classmethod
+    def at(cls, path: str | os.PathLike, e: OSError) -> "DiskError":
+        """Of what could not be written."""
+        return cls(f"{path}: cannot be written ({e.strerror}); make room and start again")
 
 
 def parse_line(line: str, where: str) -> Any:
@@ -79,7 +81,7 @@ def write_atomic(path: str | os.PathLike, text: str) -> None:
     """Write to a temporary name beside `path`, then rename: a reader sees the old file or the whole new one. DiskError
     where that cannot be; the temporary file is gone then."""
     path, data = pathlib.Path(path), text.encode()
-    tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f".{path.name}.{os.urandom(4).hex()}.tmp")  # a process id may be another container's, too
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp.write_bytes(data)
@@ -87,7 +89,7 @@ def write_atomic(path: str | os.PathLike, text: str) -> None:
     except OSError as e:
         with contextlib.suppress(OSError):
             tmp.unlink()
-        raise DiskError(path, e) from None
+        raise DiskError.at(path, e) from None
 
 
 def pack_arrays(arrays: list[np.ndarray], about: dict[str, Any]) -> str:
@@ -108,7 +110,7 @@ def writable(directory: str | os.PathLike, flag: str) -> pathlib.Path:
     path = pathlib.Path(directory).absolute()
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".{os.getpid()}.tmp"
+        probe = path / f".{os.urandom(4).hex()}.tmp"
         probe.touch()
         probe.unlink()
     except OSError as e:

@@ -192,9 +192,10 @@ def fixed_shapes(
     texts = [t for q in quads for t in (q.y0, q.y1)]
     longest = max(map(len, tokenizer.encode_batch(texts))) + 1
     longest_f = max((q.f for q in quads), key=lambda f: len(tokenizer.encode(f)))  # control arms swap critiques
+    prompt_shape(tokenizer, [revise_prompt(q.x, q.y0, q.f) for q in quads], ids, max_prompt)  # refuses their own alone
     return {
         "P_attempt": prompt_shape(tokenizer, [attempt_prompt(q.x) for q in quads], ids, max_prompt),
-        "P_revise": prompt_shape(tokenizer, [revise_prompt(q.x, q.y0, longest_f) for q in quads], ids, max_prompt),
+        "P_revise": prompt_shape(tokenizer, [revise_prompt(q.x, q.y0, longest_f) for q in quads], ids, math.inf),
         "T": max_new,
         "T_replay": round_up(longest, 8),
     }

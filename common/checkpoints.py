@@ -4,6 +4,7 @@ directory that `transformers` loads. Used by base, which reads every model and k
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from common.basics import InputError, read_json
+from common.basics import DiskError, InputError, read_json
 from common.hf_config import hf_config, read_hf_config, refuse_hf
 from common.hosts import fetch, leads, shard_rule
 from common.model import Decoder, ModelConfig, leaf_name, leaf_names
@@ -214,6 +215,9 @@ _HF_TOKENIZER_FILES = (
 )  # fmt: skip
 
 
+MADE_BY = "made_by.txt"  # in a checkpoint's directory: the run that wrote it
+
+
 def check_save_hf(directory: pathlib.Path) -> None:
     """InputError if there is something at `--save_hf` already; to be called before training, too."""
     if directory.is_dir() and not any(directory.iterdir()):
@@ -277,12 +281,13 @@ def save_hf(
     max_shard_bytes: int = 4 * 10**9,
     flag: str = "--save_hf",
     dtype: str = "float32",
+    made_by: str = "",
 ) -> None:
     """Write a directory that `transformers` loads with the same logits: weights of `dtype`, config and tokenizer.
 
     `source` is the checkpoint that training began with, whose config and tokenizer files are copied; None for nano. All
     or nothing: written beside `directory` and renamed. The host's memory holds one file's tensors at a time. `flag` is
-    what an error tells the user to change.
+    what an error tells the user to change; `made_by` stands in the directory, as MADE_BY.
     """
     import safetensors
 
@@ -297,8 +302,12 @@ def save_hf(
         tmp.mkdir(parents=True)
         write_hf_meta(tmp, cfg, tokenizer, source, dtype)
         write_hf_weights(tmp, params, max_shard_bytes, jnp.dtype(dtype))
+        if made_by:
+            (tmp / MADE_BY).write_text(made_by, encoding="utf-8")
         os.replace(tmp, directory)
     except (OSError, safetensors.SafetensorError) as e:
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskError.at(f"{flag} {directory}", e) from None
         raise InputError(f"{flag} {directory}: cannot be written ({e}); choose another directory") from None
     finally:
         shutil.rmtree(tmp, ignore_errors=True)

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from common.basics import InputError, write_atomic
+from common.basics import DiskError, InputError, write_atomic
 from common.replay import Quadruple
 
 
@@ -83,16 +83,16 @@ def broadcast(value: str) -> str:
 
 
 def on_leader(f, *args) -> None:
-    """Run f on process 0 while the others wait; its InputError is raised on all of them."""
+    """Run f on process 0 while the others wait; its InputError or DiskError is raised on all of them."""
     error = ""
     if leads():
         try:
             f(*args)
         except InputError as e:
-            error = str(e)
-    error = broadcast(error)
-    if error:
-        raise InputError(error)
+            error = f"{'disk' if isinstance(e, DiskError) else 'input'}:{e}"
+    kind, _, text = broadcast(error).partition(":")
+    if kind:
+        raise (DiskError if kind == "disk" else InputError)(text)
 
 
 def kept(path: pathlib.Path, make: Callable[[], str]) -> str:

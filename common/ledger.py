@@ -128,7 +128,7 @@ class Ledger:
         except OSError as e:
             with contextlib.suppress(OSError):
                 os.ftruncate(self.file, before)
-            raise DiskError(self.path, e) from None
+            raise DiskError.at(self.path, e) from None
 
     def close(self) -> None:
         os.close(self.file)

@@ -47,7 +47,7 @@ def lock(path: pathlib.Path) -> None:
     try:
         write_in(file, f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}")
     except OSError as e:
-        raise DiskError(path, e) from None
+        raise DiskError.at(path, e) from None
     _LOCKS[path] = file
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from common.answers import score_math
-from common.basics import InputError, normalize_x, writable, write_atomic
+from common.basics import InputError, normalize_x, read_json, writable, write_atomic
 from common.critique import check_critique, describe_call, write_code_critique
 from common.hosts import on_leader, say
 from common.mistakes import TAG_OF_KIND, attempts, count_steps, equations_in, lines_of
@@ -40,6 +40,16 @@ MOST_MUTANTS = 48  # tried on one problem
 BATCH = 128  # problems whose programs run together
 
 
+def check_source(task: str, data_dir: str, directory: pathlib.Path) -> None:
+    """InputError if the replay that is there was made of other problems than those in `data_dir`."""
+    made_of = read_json(directory / "report.json", {}).get("source_sha256")
+    if load_problems(task, data_dir)[2] != made_of:
+        raise InputError(
+            f"--data_dir {data_dir}: {directory} is what is read, and it was made of other problems; remove that"
+            " folder, or leave --data_dir out"
+        )
+
+
 def load_replay(task: str, replay_dir: str | None, data_dir: str | None, unsafe_sandbox: str = "refuse"):
     """{"train", "val", "test"} quadruples of a task; where none exist yet they are made with the keyless teacher. For a
     code task InputError where its programs cannot be confined, unless `unsafe_sandbox` is "allow"."""
@@ -53,6 +63,8 @@ def load_replay(task: str, replay_dir: str | None, data_dir: str | None, unsafe_
     if missing:
         say(f"No replay for {task} in {directory} yet: making it with the keyless perturb teacher (teacher.py --help).")
         on_leader(lambda: make_replay(task, data_dir=data_dir, out=str(directory), unsafe_sandbox=unsafe_sandbox))
+    elif data_dir:
+        on_leader(check_source, task, data_dir, directory)
     replay = {split: read_replay(directory / f"{split}.jsonl") for split in ("train", "val", "test")}
     domains = sorted({q.meta["domain"] for quads in replay.values() for q in quads})
     if domains != [TASKS[task].domain]:

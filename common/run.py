@@ -1,5 +1,5 @@
-"""Run plumbing: command line, run directory and its lock, metrics.jsonl, Orbax checkpoints, signals, the clock. Used by
-all scripts."""
+"""Run plumbing: command line, run directory and its lock, metrics.jsonl, Orbax checkpoints, signals. Used by all
+scripts."""
 
 import dataclasses
 import json
@@ -8,7 +8,6 @@ import os
 import pathlib
 import signal
 import sys
-import time
 from typing import Any, Literal
 
 import jax
@@ -17,20 +16,18 @@ import numpy as np
 import tyro
 from jax.experimental import multihost_utils
 
-from common.answers import has_unread
 from common.base import model_source
 from common.basics import TRACES, DiskError, InputError, writable, write_atomic
 from common.buckets import begin, is_url, look, mirrored
 from common.cells import EXPECTED, check_expected, run_name, run_settings
-from common.checkpoints import check_save_hf, save_hf
+from common.checkpoints import MADE_BY, check_save_hf, save_hf
 from common.evaluation import summarize
 from common.fingerprint import count_budgets
 from common.hosts import broadcast, leads, on_leader, progress, say, start_hosts
 from common.locks import lock, unlock
 from common.prompts import revise_prompt
 from common.replay import Quadruple
-from common.report import PROCESS_START, make_result, peak_memory, plot_curves, print_summary
-from common.rewards import format_valid
+from common.report import make_result, plot_curves, print_summary
 from common.tracking import STOP_WAIT, Tracker, wandb_mode
 
 
@@ -67,6 +64,7 @@ class RunArgs:
 
 
 NANO_RATE = 1e-4  # a peak learning rate above it has to do with small models
+AT_MOST = {"seed": 2**32 - 1}  # more would be cut to 32 bits by jax.random.key
 ABOVE_ZERO = ("steps", "prompts", "group", "max_prompt_tokens", "temperature", "learning_rate")
 
 
@@ -104,6 +102,7 @@ def open_out_dir(args: RunArgs) -> None:
 def check_args(args, *above_zero: str, **at_most: float) -> None:
     """InputError unless every number is finite and not below 0; those of ABOVE_ZERO and `above_zero` are above it, and
     those of `at_most` no larger than it says."""
+    at_most = AT_MOST | at_most
     for flag, value in dataclasses.asdict(args).items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
@@ -112,7 +111,7 @@ def check_args(args, *above_zero: str, **at_most: float) -> None:
             least = "at least 0" if not positive else "at least 1" if isinstance(value, int) else "above 0"
             raise InputError(f"--{flag} {value}: must be {least}")
         if value > at_most.get(flag, math.inf):
-            raise InputError(f"--{flag} {value}: must be at most {at_most[flag]:g}")
+            raise InputError(f"--{flag} {value}: must be at most {at_most[flag]}")
     if hasattr(args, "adv_norm") and args.group == 1:
         raise InputError("--group 1: a completion is compared with the others of its group; give 2 or more")
     if isinstance(args, RunArgs) and args.model != "nano" and args.learning_rate > NANO_RATE:
@@ -136,7 +135,7 @@ class Run:
         self.method = pathlib.Path(script).stem
         self.name = run_name(args, self.method)
         self.dir = pathlib.Path(args.out_dir).absolute() / self.name
-        self.args, self.stopped_by = args, None
+        self.args, self.stopped_by, self.stepping, self.tracker = args, None, False, None
         on_leader(self._open, run_settings(args))
         self._ocp = ocp
         options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
@@ -145,12 +144,13 @@ class Run:
             signal.signal(number, self._on_signal)
 
     def _open(self, settings: dict[str, Any]) -> None:
-        """Make and lock the directory; InputError if another process holds it, if it holds another run, or none where
-        --resume asks for one."""
+        """Make and lock the directory; InputError if another process holds it, if a run is there already and --resume
+        is not, or if --resume would begin a run beside an unfinished one."""
         begin(self.dir)
         launched = os.environ.get(EXPECTED) or "CTS_LAUNCHER" in os.environ  # others stand beside it, or it starts here
         if self.args.resume and not self.dir.exists() and not launched:
             self._refuse_other_flags(settings)
+            say(f"--resume: there is no run with these flags in {self.dir.parent}; this one begins at step 0.")
         if self.args.save_hf and not self._exported():
             check_save_hf(pathlib.Path(self.args.save_hf))
         self.dir.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,8 @@ class Run:
         for other in sorted(self.dir.parent.glob(f"{self.name.rpartition('__')[0]}__*")):
             if (other / "args.json").is_file() and not (other / "result.json").is_file():
                 then = json.loads((other / "args.json").read_text())
-                changed = [f"--{k} {then.get(k)} (now {v})" for k, v in settings.items() if then.get(k) != v]
+                names = [k for k in {**then, **settings} if then.get(k) != settings.get(k)]
+                changed = [f"--{k} {then.get(k)} (now {settings.get(k)})" for k in names]
                 raise InputError(
                     f"--resume: {other} was started with {', '.join(changed)}; give the same flags, or drop --resume to"
                     " start another run"
@@ -176,6 +177,11 @@ class Run:
 
     def _on_signal(self, number, _frame) -> None:
         self.stopped_by = number  # a flag only: the loop saves at the end of its step
+        if not self.stepping:  # before the first step there is nothing to save, after the last all is saved
+            os.write(2, f"stopped by signal {number} outside of the steps; continue with --resume\n".encode())
+            if self.tracker:
+                self.tracker.close(128 + number, STOP_WAIT)
+            sys.exit(128 + number)
 
     @property
     def finished(self) -> bool:
@@ -192,10 +198,10 @@ class Run:
         return result
 
     def _exported(self) -> bool:
-        """Whether what is at `--save_hf` is this run's export."""
+        """Whether what is at `--save_hf` is this run's export: it says so, and the run has said so before."""
         record, target = self.dir / "exports", pathlib.Path(self.args.save_hf).absolute()
         ours = record.is_file() and str(target) in record.read_text().splitlines()
-        return ours and (target / "config.json").is_file()
+        return ours and (target / MADE_BY).is_file() and (target / MADE_BY).read_text() == self.name
 
     def _export(self, cfg, policy, tokenizer) -> None:
         """Make the checkpoint of `--save_hf`, if it was asked for and is not there, of what `policy()` returns."""
@@ -208,7 +214,7 @@ class Run:
         if self.args.save_hf and not broadcast("there" if leads() and self._exported() else ""):
             target = pathlib.Path(self.args.save_hf)
             on_leader(announce)
-            save_hf(target, cfg, policy(), tokenizer, model_source(self.args.model))
+            save_hf(target, cfg, policy(), tokenizer, model_source(self.args.model), made_by=self.name)
 
     def start(self, identity: dict[str, Any], params, opt_state):
         """(params, opt_state): goes on from the newest checkpoint, if there is one, and opens W&B. `identity` is
@@ -239,8 +245,11 @@ class Run:
     def _append(self, name: str, rows: list[dict[str, Any]]) -> None:
         """Lines at the end of one of the two files that W&B's process follows."""
         if leads():
-            with open(self.dir / name, "a", encoding="utf-8") as f:
-                f.write("".join(json.dumps(row) + "\n" for row in rows))
+            try:
+                with open(self.dir / name, "a", encoding="utf-8") as f:
+                    f.write("".join(json.dumps(row) + "\n" for row in rows))
+            except OSError as e:
+                raise DiskError.at(self.dir / name, e) from None
 
     def save(self, step: int, state) -> None:
         """Checkpoint after `step` finished steps: parameters, optimizer and the run's identity. Data order and PRNG are
@@ -259,20 +268,22 @@ class Run:
         """
         as_args, done, damaged = self._ocp.args, 0, []
         abstract = jax.tree.map(self._ocp.utils.to_shape_dtype_struct, state)
-        parts = as_args.Composite(state=as_args.StandardRestore(abstract), identity=as_args.JsonRestore())
+        named, whole = as_args.Composite(identity=as_args.JsonRestore()), as_args.StandardRestore(abstract)
         for step in sorted(self.checkpoints.all_steps(), reverse=True):
             try:
-                saved = self.checkpoints.restore(step, args=parts)
+                then = self.checkpoints.restore(step, args=named)["identity"]
+                changed = [k for k, v in self.identity.items() if k != "digest" and then.get(k) != v]
+                if not changed:  # else the shapes may be others, too
+                    state = self.checkpoints.restore(step, args=as_args.Composite(state=whole))["state"]
             except Exception as e:  # a cut-off data file makes Orbax raise plain Exception
                 reason = " ".join(str(e).split())[:80]
                 say(f"checkpoint {step} in {self.dir} is damaged ({type(e).__name__}: {reason}); trying the one before")
                 damaged.append(step)
                 continue
-            changed = [k for k, v in self.identity.items() if k != "digest" and saved["identity"].get(k) != v]
             if changed:
                 what = ", ".join(changed)
                 raise InputError(f"--resume: {self.dir} was started with another {what}; choose another --out_dir")
-            state, done = saved["state"], step
+            done = step
             break
         if damaged and not done:
             folder = self.dir / "checkpoints"
@@ -283,10 +294,18 @@ class Run:
         return state, done
 
     def _truncate(self, step: int) -> None:
+        """Both logs without what comes after `step` finished steps, and without lines that were cut off."""
+
+        def kept(line: str) -> bool:
+            try:
+                return json.loads(line)["step"] < step
+            except ValueError:
+                return False
+
         for path in (self.dir / "metrics.jsonl", self.dir / "samples.jsonl"):
             if path.is_file():
-                whole = [line for line in path.read_text().split("\n") if line.endswith("}")]
-                write_atomic(path, "".join(line + "\n" for line in whole if json.loads(line)["step"] < step))
+                lines = path.read_text(errors="replace").split("\n")
+                write_atomic(path, "".join(line + "\n" for line in lines if kept(line)))
 
     def _restore_policy(self, like, tokenizer):
         """The trained policy of a finished run, and nothing else of its last checkpoint; InputError if that cannot be
@@ -320,18 +339,21 @@ class Run:
             sys.exit(128 + number)
 
     def check_finite(self, metrics: dict[str, float], step: int, ids: list[str]) -> None:
-        """Stop on a NaN or infinite loss or gradient, naming the step, the batch and the last good checkpoint."""
-        if not (math.isfinite(metrics["losses/loss"]) and math.isfinite(metrics["losses/grad_norm"])):
+        """Stop on a NaN or infinite loss or gradient, of any term, naming the step, the batch and the last good
+        checkpoint."""
+        told = [k for k, v in metrics.items() if k.endswith(("loss", "grad_norm")) and not math.isfinite(v)]
+        if told:
             self.tracker.close(1)
             good = max(self.checkpoints.all_steps(), default=None)
             raise FloatingPointError(
-                f"loss or gradient is not finite at step {step} (batch {', '.join(ids)});"
+                f"loss or gradient is not finite at step {step} ({', '.join(told)}; batch {', '.join(ids)});"
                 f" last good checkpoint: {good} in {self.dir}"
             )
 
     def steps(self):
         """The numbers of the steps that are left, behind a progress bar."""
         first, total = self.first_step, self.args.steps
+        self.stepping = first < total
         self.bar = progress(range(first, total), initial=first, total=total, desc=self.method)
         return self.bar
 
@@ -351,6 +373,7 @@ class Run:
         if done == args.steps or (args.save_every and done % args.save_every == 0):
             self.save(done, state)
         self.stop_if_asked(done, state)
+        self.stepping = done < args.steps
 
     def finish(self, replay, shapes, base, records, final, clock, trained) -> dict[str, Any]:
         """The result of a run: curves.png and result.json (written last, atomically), the summary in print, the
@@ -367,56 +390,3 @@ class Run:
         self.tracker.close(0)
         unlock(self.dir / "lock")
         return result
-
-
-class StepClock:
-    """Wall time of the parts of a step; the first step holds the compilation and stays out of rates and medians."""
-
-    def __init__(self):
-        self.times: dict[str, list[float]] = {"step": []}
-
-    @property
-    def steps(self) -> int:
-        return len(self.times["step"])
-
-    def start(self) -> None:
-        self.began = self.last = time.perf_counter()
-
-    def mark(self, name: str) -> None:
-        """End of the part `name`; `update` ends the step."""
-        now = time.perf_counter()
-        self.times.setdefault(name, []).append(now - self.last)
-        self.last = now
-        if name == "update":
-            self.times["step"].append(now - self.began)
-
-    def metrics(self, completions: int) -> dict[str, float]:
-        """time/*, memory/*, and charts/SPS (completions a second) of the last step; time/compile in place of it in the
-        first."""
-        parts = {f"time/{name}": t[-1] for name, t in self.times.items()}
-        first = {"time/compile": self.times["step"][0]} if self.steps == 1 else {}
-        rate = {"charts/SPS": completions / self.times["step"][-1]} if self.steps > 1 else {}
-        return {**parts, **first, **rate, **{f"memory/{kind}": mib for kind, mib in peak_memory().items()}}
-
-    def summary(self) -> dict[str, float]:
-        """Medians over the steps after the first, the first, and the whole process, imports included, in seconds."""
-        steady = {name: float(np.median(t[1:] or t or [0.0])) for name, t in self.times.items()}
-        return {**steady, "first_step": (self.times["step"] or [0.0])[0], "total": time.time() - PROCESS_START}
-
-
-def rollout_metrics(
-    out: dict[str, np.ndarray], texts: list[str], reward_BG: np.ndarray, quads: list[Quadruple]
-) -> dict[str, float]:
-    """rollout/*: completion length, share cut off, share of groups without variance, share well-formed, share with an
-    answer that was not read (math alone), completions that the harness failed to score (their reward is NaN)."""
-    G, unscored_BG = reward_BG.shape[1], np.isnan(reward_BG)
-    domains = [quads[m // G].meta["domain"] for m in range(len(texts))]
-    well_formed = [format_valid(text, domain) for text, domain in zip(texts, domains)]
-    unread = [has_unread(text) for text, domain in zip(texts, domains) if domain == "math"]
-    spread_B = np.where(unscored_BG, -np.inf, reward_BG).max(1) - np.where(unscored_BG, np.inf, reward_BG).min(1)
-    return {
-        "rollout/len_mean": float(out["len_M"].mean()), "rollout/truncated_frac": float(out["truncated_M"].mean()),
-        "rollout/zero_std_frac": float((spread_B <= 0).mean()), "rollout/format_frac": float(np.mean(well_formed)),
-        "rollout/harness_errors": float(unscored_BG.sum()),
-        **({"rollout/unread_frac": float(np.mean(unread))} if unread else {}),
-    }  # fmt: skip

@@ -91,7 +91,7 @@ class Tracker:
     def close(self, exit_code: int, wait: float = END_WAIT) -> None:
         """End the W&B run with the exit code of ours, above 128 for a signal; after `wait` seconds without it."""
         self.look()
-        if self.process is None:
+        if self.process is None or self.process.stdin.closed:
             return
         with contextlib.suppress(BrokenPipeError):  # it has just died, and is looked at below
             self.process.stdin.write(b"%d\n" % exit_code)
@@ -160,7 +160,8 @@ class Attempt:
         self.lock.acquire()  # for good: the watch and the main thread may both come here
         for task in pathlib.Path("/proc/self/task").glob("*/children"):  # W&B's own processes
             for child in map(int, task.read_text().split()):
-                os.kill(child, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                    os.kill(child, signal.SIGKILL)
         failures = "; ".join(filter(None, (self.failures, f"{self.modes[0]} failed ({why})")))
         if self.modes[1:]:
             arguments = [str(self.directory), " ".join(self.modes[1:]), failures, self.exit_code]
@@ -256,7 +257,7 @@ class Attempt:
 
         path = self.directory / "result.json"
         result = json.loads(path.read_text())
-        run.summary.update({f"eval/{k}": v for k, v in result["summary"].items() if isinstance(v, float)})
+        run.summary.update({f"eval/{k}": v for k, v in result["summary"].items() if isinstance(v, int | float)})
         run.summary["fingerprint"] = result["fingerprint"]["digest"]
         run.log({"curves": wandb.Image(str(self.directory / "curves.png"))})
         artifact = wandb.Artifact(re.sub(r"[^A-Za-z0-9_.-]", "-", self.about["name"])[:120], type="result")

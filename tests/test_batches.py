@@ -4,17 +4,19 @@ pytest tests/test_batches.py
 """
 
 import copy
+import dataclasses
 import unicodedata
 
 import numpy as np
 import pytest
 import tokenizers
-from examples import TEXTS
+from examples import TEXTS, math_quad
 
-from common.basics import InputError
+from common.basics import InputError, round_up
 from common.batches import (
     MAX_STEPS,
     data_indices,
+    fixed_shapes,
     length_mask,
     live_rows,
     micro_batches,
@@ -60,6 +62,18 @@ def test_pack_prompts_and_answers(tokenizer):
     assert lengths.tolist() == [1, len(ids[0])]  # the second is cut: its end token has no room
     assert tokens[0, 0] == tokenizer.eos_id
     assert tokens[1].tolist() == ids[0]
+
+
+def test_prompts_are_refused_by_what_they_hold(tokenizer):
+    """The shape leaves room for a swap of critiques; no problem is refused for a critique that is not its own."""
+    short, long = math_quad(0), dataclasses.replace(math_quad(1), f="Step 1 is wrong. " * 20, y0="7")
+    length = lambda q: len(tokenizer.encode_prompts([revise_prompt(q.x, q.y0, q.f)])[0])
+    limit = max(length(short), length(long))
+    swapped = length(dataclasses.replace(short, f=long.f))
+    assert swapped > limit
+    assert fixed_shapes(tokenizer, {"train": [short, long]}, limit, 8)["P_revise"] == round_up(swapped, 16)
+    with pytest.raises(InputError, match=rf"has {limit} tokens, more than --max_prompt_tokens {limit - 1};"):
+        fixed_shapes(tokenizer, {"train": [short, long]}, limit - 1, 8)
 
 
 def test_prompt_shape(tokenizer):

@@ -12,8 +12,16 @@ import pytest
 from jax.sharding import AbstractMesh
 from naive_decoder import CONFIGS, decoder, split
 
-from common.basics import InputError
-from common.hosts import by_host, count_micro_batches, make_mesh, shard_rule, start_hosts
+from common.basics import DiskError, InputError
+from common.hosts import by_host, count_micro_batches, make_mesh, on_leader, shard_rule, start_hosts
+
+
+def test_what_the_leader_raises_keeps_its_kind():
+    """A full disk is no bad input: it ends with another exit code, and launchers try again."""
+    for kind in (InputError, DiskError):
+        with pytest.raises(InputError, match=r"^--out: a:b$") as error:
+            on_leader(lambda kind=kind: (_ for _ in ()).throw(kind("--out: a:b")))
+        assert type(error.value) is kind
 
 
 def specs(mesh, tree, **options):

@@ -102,6 +102,24 @@ def test_out_that_is_a_file(tmp_path, small_task):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_a_replay_of_other_problems_than_data_dir_s_is_refused(tmp_path, monkeypatch):
+    """It would be read in their place."""
+    answer = lambda i: f"{i}+{i + 1}=<<{i}+{i + 1}={2 * i + 1}>>{2 * i + 1}\n#### {2 * i + 1}"
+    rows = [dict(question=f"Ann has {i} pens and buys {i + 1}. How many?", answer=answer(i)) for i in range(1, 60)]
+    for name, some in (("a", rows), ("b", rows[1:])):
+        (tmp_path / name).mkdir()
+        for split, part in (("train", some[:40]), ("test", some[40:])):
+            (tmp_path / name / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    monkeypatch.chdir(tmp_path)
+    made = load_replay("gsm8k", None, str(tmp_path / "a"))
+    assert load_replay("gsm8k", None, str(tmp_path / "a")) == made == load_replay("gsm8k", None, None)
+    for replay in (None, "data/replay/gsm8k"):
+        with pytest.raises(InputError, match=r"^--data_dir .*/b: data/replay/gsm8k is what is read, and"):
+            load_replay("gsm8k", replay, str(tmp_path / "b"))
+    with pytest.raises(InputError, match="none"):
+        load_replay("gsm8k", None, str(tmp_path / "none"))
+
+
 def test_load_replay_names_the_missing_split(tmp_path):
     """A named replay directory without its test split is an error and makes nothing."""
     for split in ("train", "val"):

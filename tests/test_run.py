@@ -1,18 +1,18 @@
-"""Flags, sums, the metrics of a rollout, the export of a finished run; whole runs are in tests/test_scripts.py.
+"""Flags, a run's directory and its checkpoints; whole runs are in tests/test_scripts.py.
 
 pytest tests/test_run.py
 """
 
 import dataclasses
+import json
 import math
 import re
-import subprocess
-import sys
+import signal
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from examples import REFERENCE, ROOT, code_quad, math_quad
 
 import b0_sft
 import b1_dpo
@@ -21,27 +21,11 @@ import b3_grpo_verifier
 import b4_grpo_critique
 import b5_cts
 import teacher
-from common.basics import InputError
+from common.basics import DiskError, InputError
+from common.locks import unlock
 from common.report import read_metrics
-from common.run import check_args, rollout_metrics
+from common.run import Run, check_args
 from common.tasks import TASKS
-
-
-def test_rollout_metrics_count_harness_errors():
-    reward_BG = np.array([[1.0, np.nan, 1.0], [0.0, 1.0, np.nan], [np.nan] * 3])
-    out = {"len_M": np.ones(9), "truncated_M": np.zeros(9)}
-    metrics = rollout_metrics(out, [REFERENCE, *["("] * 8], reward_BG, [code_quad()] * 3)
-    assert metrics["rollout/harness_errors"] == 5
-    assert metrics["rollout/zero_std_frac"] == pytest.approx(2 / 3)
-    assert metrics["rollout/format_frac"] == pytest.approx(1 / 9)
-    assert "rollout/unread_frac" not in metrics  # programs have no answer field
-
-
-def test_rollout_metrics_count_unread_answers_apart():
-    """Of four completions one is right, one wrong, one without an answer, one with an answer that is not read."""
-    texts, out = ["#### 7", "#### 8", "7", "#### 7 or 8"], {"len_M": np.ones(4), "truncated_M": np.zeros(4)}
-    metrics = rollout_metrics(out, texts, np.array([[1.0, 0.0, 0.0, 0.0]]), [math_quad(0)])
-    assert metrics["rollout/unread_frac"] == 1 / 4 and metrics["rollout/format_frac"] == 1 / 2
 
 
 # ---- a whole run on programs ----------------------------------------------------------------------------------------
@@ -69,13 +53,6 @@ def test_scripts_run_on_programs(tmp_path, monkeypatch, script, flags):
     assert all(np.isfinite(v) for row in rows for v in row.values())
 
 
-def test_a_run_counts_from_the_start_of_its_process():
-    """Imports, here a sleep of a second before them, are part of it."""
-    code = "import time; time.sleep(1); import common.run as run; print(time.time() - run.PROCESS_START)"
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    assert 1 <= float(out) < 120
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -87,11 +64,87 @@ def test_a_run_counts_from_the_start_of_its_process():
         (dict(lam_align=-0.1), "--lam_align -0.1: must be at least 0"),
         (dict(lam_decode=math.inf), "--lam_decode inf: must be at least 0"),
         (dict(clip_low=1.5), "--clip_low 1.5: must be at most 1"),
+        (dict(seed=2**32), "--seed 4294967296: must be at most 4294967295"),
     ],
 )
 def test_every_number_is_checked(flags, message):
     with pytest.raises(InputError, match=f"^{re.escape(message)}$"):
         check_args(b5_cts.Args(**flags), clip_low=1)
+
+
+def opened(out_dir, **flags) -> Run:
+    """A run's directory, made and locked."""
+    return Run(b0_sft.Args(out_dir=str(out_dir), wandb="disabled", **flags), "b0_sft.py")
+
+
+def closed(run: Run) -> None:
+    """As a process that ends leaves it."""
+    unlock(run.dir / "lock")
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def test_a_checkpoint_of_another_identity_is_named_and_not_called_damaged(tmp_path, capsys):
+    """Another base may have other shapes, too."""
+    run = opened(tmp_path)
+    run.start({"digest": "1", "base_weights": "a"}, {"w": jnp.ones((4, 3))}, {})
+    run.save(1, ({"w": jnp.ones((4, 3))}, {}))
+    closed(run)
+    again = opened(tmp_path, resume=True)
+    with pytest.raises(InputError, match="was started with another base_weights; choose another --out_dir"):
+        again.start({"digest": "2", "base_weights": "b"}, {"w": jnp.ones((5, 3))}, {})
+    assert "damaged" not in capsys.readouterr().out
+    closed(again)
+    last = opened(tmp_path, resume=True)
+    params, _ = last.start({"digest": "1", "base_weights": "a"}, {"w": jnp.zeros((4, 3))}, {})
+    assert last.first_step == 1 and params["w"].sum() == 12
+    closed(last)
+
+
+def test_lines_that_were_cut_off_are_dropped_wherever_they_end(tmp_path):
+    run = opened(tmp_path)
+    run._append("metrics.jsonl", [{"step": 0, "a": 1.0}])
+    with open(run.dir / "samples.jsonl", "w") as file:
+        file.write('{"step": 0, "prompt": "x"}\n{"step": 0, "prompt": "a \\\\boxed{5}')
+    run._truncate(5)
+    assert (run.dir / "samples.jsonl").read_text() == '{"step": 0, "prompt": "x"}\n'
+    assert (run.dir / "metrics.jsonl").read_text() == '{"step": 0, "a": 1.0}\n'
+    closed(run)
+
+
+def test_resume_says_what_it_goes_on_with(tmp_path, capsys):
+    """An unfinished run with other flags is named, with a flag that the code has no longer; where none is unfinished a
+    new run begins, and says so."""
+    first = opened(tmp_path)
+    closed(first)
+    then = json.loads((first.dir / "args.json").read_text())
+    (first.dir / "args.json").write_text(json.dumps({**then, "gone": 3}))
+    with pytest.raises(InputError, match=r"was started with --steps 50 \(now 60\), --gone 3 \(now None\); give"):
+        opened(tmp_path, resume=True, steps=60)
+    (first.dir / "result.json").write_text("{}")
+    closed(opened(tmp_path, resume=True, steps=60))
+    assert "there is no run with these flags in" in capsys.readouterr().out
+
+
+def test_an_export_is_a_run_s_own_if_both_say_so(tmp_path):
+    target = tmp_path / "out"
+    target.mkdir()
+    run = opened(tmp_path / "runs", save_hf=str(target))
+    (run.dir / "exports").write_text(f"{target}\n")
+    (target / "config.json").write_text("{}")
+    (target / "made_by.txt").write_text("another")
+    assert not run._exported()
+    (target / "made_by.txt").write_text(run.name)
+    assert run._exported()
+    closed(run)
+
+
+def test_a_full_disk_under_a_log_is_no_bad_input(tmp_path):
+    run = opened(tmp_path)
+    (run.dir / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(DiskError, match=r"metrics\.jsonl: cannot be written \(No space left on device\)"):
+        run._append("metrics.jsonl", [{"step": 0}])
+    closed(run)
 
 
 def test_a_rate_for_nano_is_named_where_a_checkpoint_is_trained(capsys):

@@ -667,7 +667,7 @@ def test_an_end_cut_off_before_the_export_is_made_up_for(space, monkeypatch, cap
     """By then the result is written and shown."""
     flags = dict(save_hf=str(space / "cut_off_export"), steps=2)
 
-    def killed(*_):
+    def killed(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -682,10 +682,36 @@ def test_an_end_cut_off_before_the_export_is_made_up_for(space, monkeypatch, cap
         np.testing.assert_array_equal(leaf, end[name], err_msg=name)
 
 
-def test_not_finite_stops_with_step_and_batch(space, monkeypatch):
-    monkeypatch.setattr(cts, "reduce", lambda sums: {"losses/loss": float("nan"), "losses/grad_norm": 1.0})
-    with pytest.raises(FloatingPointError, match=r"step 0 \(batch fixtures_math/"):
-        run(space, "b3_grpo_verifier", "nan")
+@pytest.mark.parametrize("term", ["loss", "align_loss", "decode_grad_norm"])
+def test_not_finite_stops_with_step_term_and_batch(space, monkeypatch, term):
+    """Whichever term it is: each has an optimizer of its own that moves the policy."""
+    found = {"losses/loss": 0.0, "losses/grad_norm": 1.0, f"losses/{term}": float("nan")}
+    monkeypatch.setattr(cts, "reduce", lambda sums: dict(found))
+    with pytest.raises(FloatingPointError, match=rf"step 0 \(losses/{term}; batch fixtures_math/"):
+        run(space, "b3_grpo_verifier", f"nan_{term}")
+    assert not list(run_dir(space, f"nan_{term}", "b3_grpo_verifier").glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize("moment", ["start", "finish"])
+def test_a_signal_outside_of_the_steps_ends_the_run_at_once(space, monkeypatch, capfd, moment):
+    """There is nothing to save then; it goes on from the last checkpoint, if there is one."""
+    flags, out = dict(steps=2), f"signal_{moment}"
+
+    def killed(self, *_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("it went on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, moment, killed)
+        with pytest.raises(SystemExit) as stopped:
+            run(space, "b0_sft", out, **flags)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert "stopped by signal 15 outside of the steps; continue with --resume" in capfd.readouterr().err
+    directory = run_dir(space, out, "b0_sft")
+    assert [path.name for path in directory.glob("checkpoints/*")] == ["2"] * (moment == "finish")
+    gc.collect()
+    assert run(space, "b0_sft", out, resume=True, **flags)["summary"]["n"] == 24
+    assert [row["step"] for row in metrics(directory)] == [0, 1]
 
 
 # ---- bad input ------------------------------------------------------------------------------------------------------
