@@ -23,7 +23,7 @@ import tempfile
 import numpy as np
 import tyro
 
-from common.basics import InputError, writable, write_atomic
+from common.basics import DiskError, InputError, writable, write_atomic
 from common.claims import (
     Family,
     answer,
@@ -36,7 +36,7 @@ from common.claims import (
     read_family,
 )
 from common.page import write_page
-from common.replay import Quadruple, read_replay, replay_sha256
+from common.replay import Quadruple, find_test_split
 from common.results import Task, fetch_wandb, find_runs, read_runs, script_defaults
 from common.tables import all_tables, as_csv, as_latex, as_markdown
 
@@ -69,14 +69,7 @@ def tested_problems(task: Task, given: str | None) -> list[Quadruple]:
     """The task's test split, the very one that the runs were tested on (its digest is in their fingerprint); none if it
     is not here. InputError if --replay has another."""
     wanted, ran_on = task.first.fingerprint.get("test_replay"), task.first.args.get("replay")
-    own = [given, f"{given}/{task.name}"] if given else []
-    for folder in [*own, ran_on, f"data/replay/{task.name}"]:
-        path = pathlib.Path(folder or "") / "test.jsonl"
-        if folder and path.is_file() and replay_sha256(quads := read_replay(path)) == wanted:
-            return quads
-    if given:
-        raise InputError(f"--replay {given}: no test.jsonl that {task.name} was tested on (field 'test_replay')")
-    return []
+    return find_test_split(task.name, wanted, given, ran_on)
 
 
 def page_problems(task: Task, quads: list[Quadruple], most: int) -> list[dict]:
@@ -220,4 +213,4 @@ if __name__ == "__main__":
             main(tyro.cli(Args))
     except InputError as e:
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(1 if isinstance(e, DiskError) else 2)

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import pathlib
+import secrets
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from typing import Any
@@ -16,9 +17,10 @@ from typing import Any
 import numpy as np
 import tyro
 
-from common.basics import InputError, sha256, write_atomic
-from common.replay import SPLITS, Quadruple, read_replay, replay_sha256, write_replay
-from common.sheets import Form, Question, read_key, read_sheet, write_sheets
+from common.basics import InputError, read_json, sha256, writable, write_atomic
+from common.replay import SPLITS, Quadruple, find_test_split, read_replay, write_replay
+from common.results import RUN_NAME, Task, find_runs, read_runs
+from common.sheets import Form, Question, cell, read_key, read_sheet, write_sheets
 
 PAIRS = Form(
     "Which revision is better?",
@@ -60,59 +62,52 @@ class Pair:
         return {"task": self.task, "task_id": self.quad.meta["task_id"], "seed": self.seed}
 
 
-def find_results(runs: Iterable[str], methods: tuple[str, str]) -> dict[tuple[str, str, int], dict[str, Any]]:
-    """{(method, task, seed): result.json} of two methods; each of `runs` is a run's folder or holds such folders, two
-    levels down at most. InputError names a run that has not finished, cannot be read, or is there twice."""
-    found, folders, stood = {}, [], {}
-    for given in map(pathlib.Path, runs):
-        if not given.is_dir():
-            raise InputError(f"{given}: no such folder; give folders of runs, or one that holds them")
-        is_run = (given / "args.json").is_file() or (given / "result.json").is_file()
-        folders += [given] if is_run else sorted(
-            hit for deep in ("", "*/") for hit in given.glob(f"{deep}*__*__s*__*") if hit.is_dir()
-        )  # fmt: skip
-    for folder in folders:
-        if folder.name.partition("__")[0] not in methods:
+def read_arms(runs: Iterable[str], arms: tuple[str, str]) -> list[Task]:
+    """The tasks with all runs of the two arms' methods, checked as those of a table: one fingerprint and one set of
+    problems a task. Runs of other methods may be in any state."""
+    methods, own = {arm.split()[0] for arm in arms}, []
+    for folder in find_runs(runs):
+        named = RUN_NAME.fullmatch(folder.name)  # else its result says what it is, if it has one
+        result = {} if named else read_json(folder / "result.json", {})
+        if (named[1] if named else result.get("method") if isinstance(result, dict) else None) in methods:
+            own.append(folder)
+    if not own:
+        raise InputError(f"there are no runs of {' or '.join(sorted(methods))} in {', '.join(runs)}")
+    return read_runs(own, allow_partial=True)
+
+
+def read_pairs(
+    runs: Iterable[str], method: str, against: str, replay: str | None = None, allow_partial: bool = False
+) -> list[Pair]:
+    """The revisions of two arms (named as in a report) that are of one problem and one training seed. InputError where
+    one of them lacks a task or a seed that the other has; with `allow_partial` that is left out and said."""
+    pairs, lost, tasks = [], [], read_arms(runs, (method, against))
+    for task in tasks:
+        lacks = [arm for arm in (method, against) if arm not in task.arms]
+        if lacks:
+            there = f"there are {', '.join(task.arms)}"
+            lost.append(f"{task.name}: no finished runs of {' and '.join(map(repr, lacks))}; {there}")
             continue
-        path = folder / "result.json"
-        if not path.is_file():
-            raise InputError(f"{folder}: has no result.json, so it has not finished; --resume it, or leave it out")
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            cell = (result["method"], result["args"]["task"], result["args"]["seed"])
-            [record["revision"] for record in result["records"]], result["fingerprint"]["test_replay"]
-        except (OSError, ValueError, TypeError, KeyError) as e:
-            raise InputError(f"{path}: is no whole result with revisions ({e!r}); run that cell again") from None
-        if cell in found:
-            what = f"seed {cell[2]} of {cell[0]} on {cell[1]} is also {stood[cell]}"
-            raise InputError(f"{folder}: {what}; name the folders of the runs that are meant")
-        found[cell], stood[cell] = result, folder
-    return found
-
-
-def read_pairs(runs: Iterable[str], method: str, against: str, replay: str | None = None) -> list[Pair]:
-    """The revisions of two methods that are of one problem and one training seed, of all seeds that both have."""
-    found = find_results(runs, (method, against))
-    of = lambda name: {cell[1:] for cell in found if cell[0] == name}
-    cells = sorted(of(method) & of(against))
-    if not cells:
-        has = lambda name: ", ".join(f"{task} seed {seed}" for task, seed in sorted(of(name))) or "none"
-        raise InputError(f"no seed that both have: {method} has {has(method)}; {against} has {has(against)}")
-    pairs = []
-    for task, seed in cells:
-        ours, theirs = found[method, task, seed], found[against, task, seed]
-        prints = ours["fingerprint"], theirs["fingerprint"]
-        differ = sorted(k for k in {*prints[0], *prints[1]} - {"digest"} if prints[0].get(k) != prints[1].get(k))
-        if differ:
-            what = f"they differ in {', '.join(differ)}"
-            raise InputError(f"{method} and {against} on {task}, seed {seed}: cannot be compared, {what}")
-        path = pathlib.Path(replay or ours["args"].get("replay") or f"data/replay/{task}") / "test.jsonl"
-        quads = read_replay(path)
-        if replay_sha256(quads) != prints[0]["test_replay"]:
-            raise InputError(f"{path}: is not the replay that {method} was tested on; give that one with --replay")
-        left, right = ({r["task_id"]: r["revision"] for r in result["records"]} for result in (ours, theirs))
-        named = ((q, q.meta["task_id"]) for q in quads)
-        pairs += [Pair(task, seed, q, left[name], right[name]) for q, name in named if name in left and name in right]
+        seeds = task.seeds(method, against)
+        for arm, other in ((method, against), (against, method)):
+            begun = {seed for (name, seed), why in task.missing.items() if name == arm and why != "no run"}
+            alone = sorted({*task.arms[arm], *begun} - {*seeds, *task.arms[other]})
+            if alone:
+                which = ", ".join(map(str, alone))
+                lost.append(f"{task.name}: {arm} has 'seed' {which}, and {other} no finished run of that")
+        first = task.first
+        quads = find_test_split(task.name, first.fingerprint.get("test_replay"), replay, first.args.get("replay"))
+        if not quads:
+            raise InputError(f"{task.name}: the test.jsonl of its runs is not here; give its folder with --replay")
+        at = {name: i for i, name in enumerate(first.ids)}
+        known = [(q, at[q.meta["task_id"]]) for q in quads if q.meta["task_id"] in at]
+        for seed in seeds:
+            left, right = (task.arms[arm][seed].texts for arm in (method, against))
+            pairs += [Pair(task.name, seed, q, left[i], right[i]) for q, i in known]
+    if lost and not (allow_partial and pairs):
+        raise InputError(f"{lost[0]}; run what is missing" + (", or --allow_partial leaves it out" if pairs else ""))
+    for text in lost:
+        print(f"left out: {text}")
     return pairs
 
 
@@ -132,10 +127,13 @@ def draw(pairs: list[Pair], n: int, rng: np.random.Generator) -> tuple[list[Pair
 
 
 def export(
-    pairs: list[Pair], out: pathlib.Path, method: str, against: str, n: int = 100, raters: int = 2, seed: int = 0
-) -> dict[str, Any]:
+    pairs: list[Pair], out: pathlib.Path, method: str, against: str, n: int = 100, raters: int = 2,
+    seed: int | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """Write a sheet for each rater (rater1.csv, rater1.html, ...) and key.json into `out`; returns the key. All raters
-    judge the same pairs, each in an order and with sides of their own, drawn from `seed`."""
+    judge the same pairs, each in an order and with sides of their own, drawn from `seed`; None draws one, since who can
+    guess it sees through the blinding."""
+    seed = secrets.randbits(62) if seed is None else seed
     rng = np.random.default_rng([seed, int(sha256(f"{method}\0{against}")[:8], 16)])
     chosen, same = draw(pairs, n, rng)
     if not chosen:
@@ -150,7 +148,9 @@ def export(
             for p, (a, b) in zip(order, sides)
         ]  # fmt: skip
         hidden[name] = [{**p.place, "a": a, "b": b} for p, (a, b) in zip(order, sides)]
-    about = {"kind": "pairs", "method": method, "against": against, "seed": seed, "same": [p.place for p in same]}
+    seeds = {task: sorted({p.seed for p in pairs if p.task == task}) for task in sorted({p.task for p in pairs})}
+    about = {"kind": "pairs", "method": method, "against": against, "seed": seed, "of": seeds,
+             "same": [p.place for p in same]}  # fmt: skip
     return write_sheets(pathlib.Path(out), PAIRS, rows, hidden, **about)
 
 
@@ -245,7 +245,7 @@ def score(sheets: Iterable[str | pathlib.Path], key_path: str | pathlib.Path) ->
     shown = {r: {label: counts[r, label] for label in PAIRS.questions[0].labels} for r in order}
     parted = [place for place, given in labels.items() if len(set(given.values())) > 1]
     return {
-        "method": key["method"], "against": key["against"], "key": key["id"],
+        "method": key["method"], "against": key["against"], "key": key["id"], "seeds_by_task": key["of"],
         "pairing": "both revisions of a pair are of the same problem and of runs with the same training seed",
         "mapping": "a and b are mapped to the method on that side of that rater's sheet before raters are compared; a"
         " pair that a rater skipped has no label of that rater; a tie counts one half",
@@ -257,6 +257,9 @@ def score(sheets: Iterable[str | pathlib.Path], key_path: str | pathlib.Path) ->
             {**dict(zip(("task", "task_id", "seed"), place)), "outcomes": labels[place], "comments": comments[place]}
             for place in sorted(parted)
         ],
+        "comments": [
+            {**dict(zip(("task", "task_id", "seed"), place)), "comments": comments[place]} for place in sorted(comments)
+        ],
     }  # fmt: skip
 
 
@@ -266,7 +269,9 @@ def as_text(found: dict[str, Any]) -> str:
     between = lambda rate: "n/a" if rate["interval"] is None else " to ".join(map(rounded, rate["interval"]))
     figure = lambda rate: f"{rounded(rate['rate'])} (95 % {between(rate)}, clustered by problem)"
     rate, lines = found["win_rate"], []
+    of = "; ".join(f"{task}, seeds {', '.join(map(str, some))}" for task, some in found["seeds_by_task"].items())
     lines.append(f"{found['method']} against {found['against']}: {found['pairs']} pairs, {len(found['raters'])} raters")
+    lines.append(f"  of {of}")
     lines.append(f"  win rate {figure(rate)}: {rate['judgements']} judgements of {rate['problems']} problems")
     if found["same_text"]:
         more = figure(found["win_rate_same_text_as_ties"])
@@ -292,17 +297,19 @@ class Export:
     runs: tyro.conf.Positional[tuple[str, ...]]
     """folders of finished runs, or folders that hold them"""
     method: str = "b5_cts"
-    """the method in question"""
+    """the arm in question: a method, or as a report names it, e.g. "b5_cts lam_align=0" """
     against: str = "b3_grpo_verifier"
-    """the method that it is compared with"""
+    """the arm that it is compared with"""
     pairs: int = 100
     """pairs to judge, each rater all of them; as many as there are, if fewer"""
     raters: int = 2
     """sheets, one a rater"""
-    seed: int = 0
-    """which pairs, in what order, on which sides; who knows it, the runs and this code can see through the blinding"""
+    seed: int | None = None
+    """which pairs, in what order, on which sides; who knows it sees through the blinding; none = one that is drawn"""
     replay: str | None = None
     """folder with the test.jsonl that the runs were tested on; none = where they had it from"""
+    allow_partial: bool = False
+    """leave out tasks and seeds that one of the two lacks, and say so"""
     out: str = "human"
     """folder for the sheets and key.json, which no rater may see"""
 
@@ -329,13 +336,17 @@ def human_main(args: HumanArgs) -> dict[str, Any]:
         if not args.sheets:
             raise InputError("no sheets: give the CSV files that the raters filled in")
         found = score(args.sheets, args.key)
+        writable(out, "out")
         write_atomic(out / "human.json", json.dumps(found, indent=1) + "\n")
         write_disagreements(out / "disagreements.csv", found)
         print(f"{as_text(found)}\n  written to {out}/human.json, {out}/disagreements.csv")
         return found
     if not args.runs or args.pairs < 1 or args.raters < 1 or args.method == args.against:
         raise InputError("give folders of runs, two methods, and at least one of --pairs and of --raters")
-    pairs = read_pairs(args.runs, args.method, args.against, args.replay)
+    if args.seed is not None and args.seed < 0:
+        raise InputError(f"--seed {args.seed}: must be at least 0")
+    pairs = read_pairs(args.runs, args.method, args.against, args.replay, args.allow_partial)
+    writable(out, "out")
     key = export(pairs, out, args.method, args.against, args.pairs, args.raters, args.seed)
     n = len(key["sheets"]["rater1"])
     print(f"{n} pairs of {len(pairs)}; {len(key['same'])} more were drawn whose two texts are the same")
@@ -350,8 +361,8 @@ def write_disagreements(path: pathlib.Path, found: dict[str, Any]) -> None:
     for place in found["disagreements"]:
         given = [place[part].get(rater, "") for part in ("outcomes", "comments") for rater in raters]
         lines.append([place["task"], place["task_id"], place["seed"], *given])
-    csv.writer(text).writerows(lines)
-    write_atomic(path, text.getvalue())
+    csv.writer(text).writerows([[cell(str(value)) for value in line] for line in lines])
+    write_atomic(path, f"\ufeff{text.getvalue()}")
 
 
 # ---- audits of a replay ---------------------------------------------------------------------------------------------
@@ -371,6 +382,8 @@ def quad_digest(q: Quadruple) -> str:
 def export_audit(replay_dir: str | os.PathLike, out: str | os.PathLike, n: int = 50, seed: int = 0) -> dict[str, Any]:
     """Write audit.csv, audit.html and key.json of `n` quadruples of a replay, drawn from all of its splits; returns the
     key."""
+    if seed < 0:
+        raise InputError(f"--seed {seed}: must be at least 0")
     quads = [(split, q) for split, some in read_splits(replay_dir).items() for q in some]
     chosen = [quads[i] for i in np.random.default_rng(seed).permutation(len(quads))[:n]]
     flagged = lambda q: "(none)" if q.meta["error_span"] is None else q.y0[slice(*q.meta["error_span"])]

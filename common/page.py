@@ -73,10 +73,10 @@ def fitting(problems: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
     that of those given no outcome is preferred, and two reports on the same problems show the same."""
     left, chosen = most, set()
     for i in sorted(range(len(problems)), key=lambda i: sha256(f"{problems[i]['task']}\0{problems[i]['task_id']}")):
-        left -= len(as_json(problems[i])) + 1
-        if left < 0:
-            break
-        chosen.add(i)
+        size = len(as_json(problems[i])) + 1
+        if size <= left:  # one that is too large alone leaves its place to the next
+            left -= size
+            chosen.add(i)
     return [problem for i, problem in enumerate(problems) if i in chosen]
 
 
@@ -107,7 +107,7 @@ def write_page(
     methods = list(dict.fromkeys(method for problem in ready for method in (*problem["outcomes"], *problem["texts"])))
 
     def page(some: list[dict[str, Any]]) -> str:
-        shown = f"{len(some):,} problems." if len(some) == len(ready) else (
+        shown = "" if not ready else f"{len(some):,} problems." if len(some) == len(ready) else (
             f"{len(some):,} of {len(ready):,} problems, drawn by the digest of their names, to keep this file small."
         )  # fmt: skip
         return render("report", {"methods": methods, "problems": some}, question=question, answer=answer, tables=tables,

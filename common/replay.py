@@ -163,6 +163,19 @@ def leaks(q: Quadruple) -> bool:
     return any(len(line) > 5 and line in " ".join(q.f.split()) for line in lines(q.y1) - lines(q.y0))
 
 
+def find_test_split(task: str, wanted: str | None, given: str | None, ran_on: str | None) -> list[Quadruple]:
+    """The test split whose digest is `wanted`: in the folder `given` or its part for the task, where a run had it from,
+    or in the usual place; empty if it is not here. InputError if `given` has another."""
+    own = [given, f"{given}/{task}"] if given else []
+    for folder in [*own, ran_on, f"data/replay/{task}"]:
+        path = pathlib.Path(folder or "") / "test.jsonl"
+        if folder and path.is_file() and replay_sha256(quads := read_replay(path)) == wanted:
+            return quads
+    if given:
+        raise InputError(f"--replay {given}: no test.jsonl that {task} was tested on (field 'test_replay')")
+    return []
+
+
 def replay_report(quads: list[Quadruple]) -> dict[str, Any]:
     """Counts by tag and horizon, and the leak rate: the share of critiques that say what the revision has to say."""
     leaky = [leaks(q) for q in quads if q.meta["domain"] == "code" or "answer" in q.meta]

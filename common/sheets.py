@@ -11,6 +11,7 @@ from typing import Any
 from common.basics import InputError, sha256, write_atomic
 from common.page import render
 
+FORMULA = ("=", "+", "-", "@", "\t")  # a cell that starts with one of these is computed, or loses it
 SEPARATORS = ",;\t"  # a spreadsheet saves with that of its country
 
 
@@ -50,7 +51,7 @@ def cell(text: str) -> str:
     ("'=1+1", 'one\\ntwo')
     """
     text = text.encode(errors="replace").decode().replace("\r\n", "\n").replace("\r", "\n").replace("\0", "\ufffd")
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) else text
+    return f"'{text}" if text.startswith(FORMULA) else text
 
 
 def digest(text: str) -> str:
@@ -62,9 +63,10 @@ def write_sheets(
     out: pathlib.Path, form: Form, rows: dict[str, list[dict[str, str]]], hidden: dict[str, list[dict]], **about: Any
 ) -> dict[str, Any]:
     """Write <sheet>.csv and <sheet>.html of every sheet in `rows` {sheet: [{locked column: text}]} and key.json, which
-    has `about` and, of each row, what `hidden` says of it; returns the key. InputError if there is a key already."""
-    if (out / "key.json").exists():
-        raise InputError(f"{out / 'key.json'} is there already, and sheets may be out with it: choose another --out")
+    has `about` and, of each row, what `hidden` says of it; returns the key. InputError if one of the files is there."""
+    for path in (out / "key.json", *(out / f"{name}.{end}" for name in rows for end in ("csv", "html"))):
+        if path.exists():
+            raise InputError(f"{path} is there already, and sheets may be out with it: choose another --out")
     cells = lambda row: {column: cell(row[column]) for column in form.shown}
     table = {name: [cells(row) for row in some] for name, some in rows.items()}
     locks = lambda row: {column: digest(text) for column, text in row.items()}
@@ -99,7 +101,7 @@ def read_key(path: str | pathlib.Path, kind: str) -> dict[str, Any]:
         key = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
         content = {name: value for name, value in key.items() if name != "id"}
         sound, found = key["id"] == key_id(content), content["kind"]
-    except (OSError, ValueError, AttributeError, KeyError) as e:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError, RecursionError) as e:
         raise InputError(f"{path}: no key of sheets ({e}); give the key.json that was written with them") from None
     if not sound:
         raise InputError(f"{path}: is not as it was written, its digest is another; take the original")
@@ -114,16 +116,30 @@ def read_table(path: pathlib.Path, head: list[str]) -> list[list[str]]:
         text = path.read_bytes().decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: cannot be read ({e}); save the sheet as CSV in UTF-8") from None
+    if not text.strip():
+        raise InputError(f"{path}: is empty; give the sheet that was filled in")
+    found: list[str] = []
     for separator in SEPARATORS:
+        reader, lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), []
+        first: list[str] = []
         try:
-            first, *lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-        except (csv.Error, ValueError) as e:  # no line at all is a ValueError
-            problem = e
-            continue
-        if [name.strip() for name in first] == head:
-            return [line for line in lines if any(line)]
-        problem = f"its columns are {', '.join(name[:20] for name in first[:12])}"
-    raise InputError(f"{path}: no sheet of this kind ({problem}); the first line must stay as it was written")
+            first = without_empty_end([name.strip() for name in next(reader)], len(head))
+            found = max(found, first, key=len)
+            if first == head:
+                lines.extend(reader)
+                return [without_empty_end(line, len(head)) for line in lines if any(line)]
+        except csv.Error as e:
+            if first == head:
+                raise InputError(f"{path}, line {reader.line_num}: {e}; look for a quotation mark too many") from None
+    columns = ", ".join(" ".join(name.split())[:20] for name in found[:12])
+    raise InputError(
+        f"{path}: no sheet of this kind (its columns are {columns}); the first line must stay as it was written"
+    )
+
+
+def without_empty_end(line: list[str], n: int) -> list[str]:
+    """A line without the empty cells after the n-th."""
+    return line if any(line[n:]) else line[:n]
 
 
 def read_sheet(path: str | pathlib.Path, key: dict[str, Any], form: Form) -> tuple[str, dict[str, dict[str, str]]]:
@@ -136,7 +152,7 @@ def read_sheet(path: str | pathlib.Path, key: dict[str, Any], form: Form) -> tup
     for line in read_table(path, form.head):
         if len(line) != len(form.head):
             raise InputError(f"{path}: a line with {len(line)} cells instead of {len(form.head)}: {line[:2]}")
-        sheet, row, rest = line[0].strip(), line[1].strip(), line[2:]
+        sheet, row, rest = line[0].strip(), " ".join(line[1].split()), line[2:]
         where, stem = f"{path}, row {row}", sheet.rpartition("-")[0]
         if sheet not in {f"{known}-{key['id']}" for known in key["sheets"]}:
             raise InputError(f"{where}: is of sheet {sheet!r}, not of this key ({key['id']})")
@@ -150,7 +166,8 @@ def read_sheet(path: str | pathlib.Path, key: dict[str, Any], form: Form) -> tup
         edited = [column for column, text in zip(form.shown, rest) if digest(text) != locked[column]]
         if edited:
             raise InputError(f"{where}: {', '.join(edited)} was edited; restore it from the sheet as it was written")
-        answers[row] = {"comment": rest[-1].strip()}
+        comment = rest[-1].strip()
+        answers[row] = {"comment": comment[1:] if comment[:1] == "'" and comment[1:].startswith(FORMULA) else comment}
         for question, text in zip(form.questions, rest[len(form.shown) :]):
             label = text.strip().lower()
             if label not in question.labels:

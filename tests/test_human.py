@@ -15,6 +15,7 @@ import tyro
 from examples import math_line, refused
 from scipy.stats import t
 
+from common.basics import InputError, sha256
 from common.human import (
     AUDIT,
     PAIRS,
@@ -26,7 +27,6 @@ from common.human import (
     draw,
     export,
     export_audit,
-    find_results,
     fleiss_kappa,
     human_main,
     read_audit,
@@ -35,6 +35,7 @@ from common.human import (
     win_rate,
 )
 from common.replay import parse_quadruple, read_replay, replay_sha256, write_replay
+from common.results import SCHEMA_VERSION
 from common.sheets import read_key
 
 METHOD, AGAINST = "b5_cts", "b3_grpo_verifier"
@@ -50,13 +51,16 @@ QUADS = [quad(i) for i in range(12)]
 # ---- runs -----------------------------------------------------------------------------------------------------------
 def write_run(folder, method: str, seed: int, replay, texts=lambda i: f"#### {i}", fingerprint=None, **fields):
     """A finished run's folder with what an evaluation of people's reads of it."""
-    path = folder / f"{method}__own__s{seed}__abc"
+    path = folder / f"{method}__own__s{seed}__{sha256(str(fields))[:8]}"
     path.mkdir(parents=True)
-    (path / "args.json").write_text("{}")
-    records = [{"task_id": q.meta["task_id"], "revision": texts(i)} for i, q in enumerate(QUADS)]
+    args = {"task": "own", "seed": seed, "replay": str(replay), **fields}
+    (path / "args.json").write_text(json.dumps(args))
+    of = lambda q: {key: q.meta[key] for key in ("task_id", "horizon", "edit_distance", "error_tags")}
+    scores = {"y0": 0.0, "attempt": 0.0, "revised": 0.0}
+    records = [{**of(q), **scores, "revision": texts(i)} for i, q in enumerate(QUADS)]
     prints = {"test_replay": replay_sha256(QUADS), "optimizer_steps": 5, "digest": method, **(fingerprint or {})}
-    result = {"method": method, "args": {"task": "own", "seed": seed, "replay": str(replay)}, "records": records,
-              "fingerprint": prints, **fields}  # fmt: skip
+    result = {"schema_version": SCHEMA_VERSION, "method": method, "args": args, "records": records,
+              "fingerprint": prints, "summary": {}, "base": {}}  # fmt: skip
     (path / "result.json").write_text(json.dumps(result))
     return path
 
@@ -88,24 +92,43 @@ def test_pairs_of_two_methods(runs):
 def test_runs_that_make_no_pairs(runs, tmp_path):
     pairs = lambda *folders, **how: read_pairs([*map(str, folders)], METHOD, how.pop("against", AGAINST), **how)
     refused(lambda: pairs(tmp_path / "nowhere"), "nowhere", "no such folder")
-    refused(lambda: pairs(runs, against="b2_grpo"), "own seed 0, own seed 1; b2_grpo has none")
+    refused(lambda: pairs(runs, against="b2_grpo"), "no finished runs of 'b2_grpo'; there are b5_cts; run what is")
+    refused(lambda: read_pairs([str(runs)], "b1_dpo", "b2_grpo"), "there are no runs of b1_dpo or b2_grpo")
     again = write_run(tmp_path / "again", METHOD, 1, tmp_path / "replay")
-    refused(lambda: pairs(runs, again), str(again), "seed 1", "is also", str(runs), "name the folders")
+    refused(lambda: pairs(runs, again), str(again), "'seed' 1 is there twice", str(runs), "give one of them")
     path = next(runs.glob("b5*s1*")) / "result.json"
     whole = path.read_text()
-    for text in (whole[:100], "[]", whole.replace("revision", "text"), ""):
+    for text in (whole[:100], "[]", whole.replace("revision", "text"), whole.replace('"#### 1"', "null"), ""):
         path.write_text(text)
-        refused(lambda: pairs(runs), str(path), "no whole result", "run that cell again")
+        refused(lambda: pairs(runs), str(path))
     path.unlink()
-    refused(lambda: pairs(runs), str(path.parent), "has no result.json")
-    assert len(find_results([str(runs)], ("b0_sft", AGAINST))) == 3  # one that nobody asked for may go on
+    refused(lambda: pairs(runs), "own: b3_grpo_verifier has 'seed' 1, and b5_cts no finished run of that; run what is")
+    assert len(pairs(runs, allow_partial=True)) == 12
+    assert len(read_pairs([str(runs)], "b0_sft", AGAINST, allow_partial=True)) == 12  # nobody asked for b5's
     path.write_text(whole.replace('"optimizer_steps": 5', '"optimizer_steps": 6'))
-    refused(lambda: pairs(runs), "seed 1", "differ in optimizer_steps")
+    with pytest.raises(InputError, match="2 fingerprints, which differ in optimizer_steps;"):
+        pairs(runs)
+    path.write_text(json.dumps({**json.loads(whole), "records": json.loads(whole)["records"][:3]}))
+    refused(lambda: pairs(runs), "have 'records' of other problems")
     path.write_text(whole)
     write_replay(tmp_path / "replay" / "test.jsonl", QUADS[:-1])
-    refused(lambda: pairs(runs), "test.jsonl", "is not the replay that b5_cts was tested on", "--replay")
-    write_replay(tmp_path / "test.jsonl", QUADS)
-    assert len(pairs(runs, replay=str(tmp_path))) == 24
+    refused(lambda: pairs(runs), "own: the test.jsonl of its runs is not here; give its folder with --replay")
+    refused(lambda: pairs(runs, replay=str(tmp_path)), "no test.jsonl that own was tested on")
+    (tmp_path / "own").mkdir()
+    write_replay(tmp_path / "own" / "test.jsonl", QUADS)
+    for given in (tmp_path, tmp_path / "own"):  # the folder of the task, or the one of all
+        assert len(pairs(runs, runs, replay=str(given))) == 24
+
+
+def test_arms_are_not_mixed(runs, tmp_path):
+    """A method with other flags is another arm, of the name that a report gives it."""
+    write_run(runs, METHOD, 2, tmp_path / "replay", lam_align=0.0)
+    write_run(runs, AGAINST, 2, tmp_path / "replay")
+    refused(lambda: read_pairs([str(runs)], METHOD, AGAINST), "b3_grpo_verifier has 'seed' 2, and b5_cts no finished")
+    pairs = read_pairs([str(runs)], METHOD, AGAINST, allow_partial=True)
+    assert {p.seed for p in pairs} == {0, 1} and len(pairs) == 24
+    ablated = read_pairs([str(runs)], "b5_cts lam_align=0", AGAINST, allow_partial=True)
+    assert {p.seed for p in ablated} == {2}
 
 
 def test_drawing_takes_a_problem_twice_only_when_all_are_taken(runs):
@@ -166,7 +189,9 @@ def test_sheets_are_blind_and_balanced(out):
 def test_the_seed_draws_sheets(runs, tmp_path):
     pairs = read_pairs([str(runs)], METHOD, AGAINST)
     keys = [export(pairs, tmp_path / f"{i}", METHOD, AGAINST, n=5, seed=seed) for i, seed in enumerate((0, 0, 1))]
-    assert keys[0] == keys[1] != keys[2]
+    assert keys[0] == keys[1] != keys[2] and keys[0]["of"] == {"own": [0, 1]}
+    drawn = [export(pairs, tmp_path / f"drawn{i}", METHOD, AGAINST, n=5) for i in range(2)]
+    assert drawn[0]["seed"] != drawn[1]["seed"]  # who can guess it sees through the blinding
     assert [len(some) for some in keys[0]["sheets"].values()] == [5, 5]
     same = [p for p in pairs if p.quad.meta["task_id"] == "own/0"]
     refused(lambda: export(same, tmp_path / "same", METHOD, AGAINST), "nothing to judge")
@@ -186,6 +211,7 @@ def test_scores_of_raters(out):
     more = found["win_rate_same_text_as_ties"]
     assert more["rate"] == pytest.approx((22 + 20 + 6 + 3) / 62) and (more["judgements"], more["problems"]) == (62, 12)
     assert (found["pairs"], found["same_text"], found["missing_sheets"]) == (22, 2, [])
+    assert found["seeds_by_task"] == {"own": [0, 1]}
     both = found["cohen"]["rater1 rater2"]
     assert (both["n"], both["agreed"], both["kappa"]) == (22, 20, 0.0) and both["table"]["method"]["against"] == 2
     assert found["cohen"]["rater1 rater3"]["n"] == 12 and found["fleiss"]["n"] == 12
@@ -216,7 +242,7 @@ def test_from_the_command_line(runs, tmp_path, capsys):
     human_main(args(*words))
     assert "6 pairs of 24" in capsys.readouterr().out
     wins, loses = by_text(lambda x: "a"), by_text(lambda x: "b")
-    sheets = [fill(out / "rater1.csv", wins), fill(out / "rater2.csv", lambda line: [loses(line)[0], "a typo, or so"])]
+    sheets = [fill(out / "rater1.csv", wins), fill(out / "rater2.csv", lambda line: [loses(line)[0], "=a typo, or so"])]
     found = human_main(args("score", *sheets, "--key", out / "key.json", "--out", out))
     assert json.loads((out / "human.json").read_text()) == json.loads(json.dumps(found))
     said = capsys.readouterr().out
@@ -227,8 +253,12 @@ def test_from_the_command_line(runs, tmp_path, capsys):
         "6 pairs on which raters dis",
     ):
         assert part in said, said
-    lines = list(csv.reader((out / "disagreements.csv").open()))
-    assert len(lines) == 7 and lines[1][3:] == ["method", "against", "", "a typo, or so"]
+    lines = list(csv.reader((out / "disagreements.csv").open(encoding="utf-8-sig")))
+    assert len(lines) == 7 and lines[1][3:] == ["method", "against", "", "'=a typo, or so"]  # no formula
+    assert len(found["comments"]) == 6 and found["comments"][0]["comments"] == {"rater2": "=a typo, or so"}
+    (out / "key.json").rename(tmp_path / "key.json")  # kept apart: the sheets that are out stay
+    refused(lambda: human_main(args(*words)), "rater1.csv is there already")
+    refused(lambda: human_main(args(*words, "--seed", -1)), "--seed -1: must be at least 0")
     assert args("score") == Score(())
     for words in (["score"], ["export"], ["export", runs, "--pairs", 0], ["export", runs, "--against", METHOD]):
         refused(lambda words=words: human_main(args(*words)), "give")
@@ -361,6 +391,7 @@ def test_audits_that_are_refused_change_nothing(replay, tmp_path):
     refused(lambda: read_audit(sheet, key, replay), "audit.csv, row r0", "test.jsonl no longer has own/10")
     assert bytes_of() == before
     refused(lambda: export_audit(tmp_path / "none", tmp_path / "other"), "holds no replay")
+    refused(lambda: export_audit(replay, tmp_path / "other", seed=-1), "--seed -1")
 
 
 def test_the_forms_have_labels_with_letters_of_their_own():

@@ -166,6 +166,20 @@ def test_what_is_left_out_knows_nothing_of_outcomes():
     assert fitting(some, 10**6) == some
 
 
+def test_a_problem_that_is_too_large_hides_no_other(tmp_path):
+    large = [problem(i, x="x" * 5_000_000 if i == 3 else "x") for i in range(6)]
+    page = write(tmp_path / "a.html", large).read_text()
+    assert "5 of 6 problems, drawn by the digest" in page
+    assert [p["task_id"] for p in json.loads(Parts(page).scripts[0])["problems"]] == [
+        large[i]["task_id"] for i in (0, 1, 2, 4, 5)
+    ]
+    assert "0 of 1 problems" in write(tmp_path / "b.html", large[3:4]).read_text()
+
+
+def test_why_no_problem_is_shown_stands_there(tmp_path):
+    assert ABOUT["note"] in write(tmp_path / "a.html", []).read_text()
+
+
 def test_render_wants_every_field():
     with pytest.raises(Exception, match="undefined"):
         render("report", {"methods": [], "problems": []})

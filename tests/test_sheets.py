@@ -115,13 +115,27 @@ def put(row: int, column: int, text: str):
         (put(2, 0, "r1-k0123"), ("row r002", "is of sheet 'r1-k0123', not of this key")),
         (put(0, 5, "label"), ("no sheet of this kind", "its columns are")),
         (lambda lines: [*lines[:2], lines[2][:-1]], ("7 cells instead of 8", "r002")),
-        (lambda lines: [], ("no sheet of this kind",)),
+        (lambda lines: [], ("is empty",)),
     ],
 )
 def test_sheets_that_are_refused(out, change, words):
     """Each names the file and, where there is one, the row."""
     path, key = fill(out / "r1.csv", change), read_key(out / "key.json", "own")
     refused(lambda: read_sheet(path, key, FORM), str(path), *words)
+
+
+def test_a_quotation_mark_too_many_is_named_by_line(out):
+    path, key = fill(out / "r1.csv"), read_key(out / "key.json", "own")
+    path.write_text(path.read_text(encoding="utf-8-sig").rstrip() + '\n"so" it is,\n')
+    refused(lambda: read_sheet(path, key, FORM), "r1.csv, line ", "look for a quotation mark too many")
+
+
+def test_what_spreadsheets_add_is_no_matter(out):
+    """Empty columns at the end of every line, a quote before what would be a formula."""
+    key = read_key(out / "key.json", "own")
+    change = lambda lines: [[*line[:-1], "'=so" if i else line[-1], "", ""] for i, line in enumerate(lines)]
+    _, answers = read_sheet(fill(out / "r1.csv", change), key, FORM)
+    assert {row: answer["comment"] for row, answer in answers.items()} == dict.fromkeys(("r001", "r002", "r003"), "=so")
 
 
 def test_a_sheet_of_two_raters_or_of_another_key(out, tmp_path_factory):
@@ -147,13 +161,15 @@ def test_keys_that_are_refused(out):
     key["sheets"]["r1"]["r001"]["secret"] = 1
     path.write_text(json.dumps(key))
     refused(lambda: read_key(path, "own"), "is not as it was written")
-    for text in ("{", "[]", "{}", json.dumps({"id": key_id({})})):
+    for text in ("{", "[]", "{}", "[" * 100_000, json.dumps({"id": key_id({})})):
         path.write_text(text)
         refused(lambda: read_key(path, "own"), "no key of sheets")
 
 
 def test_sheets_are_not_written_over(out):
     refused(lambda: write(out), "key.json is there already")
+    (out / "key.json").rename(out / "elsewhere.json")  # where no rater finds it
+    refused(lambda: write(out), "r1.csv is there already")
 
 
 # ---- in a browser ---------------------------------------------------------------------------------------------------

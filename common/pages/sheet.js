@@ -25,7 +25,16 @@ const place = () => { // in the browser's store; null where it has none
   }
 };
 
-function keep() {
+function stored() {
+  try {
+    return JSON.parse(place().getItem(store)) || {};
+  } catch {
+    return {};
+  }
+}
+
+function keep(row, given) {
+  answers = { ...answers, ...stored(), [row]: given }; // what another tab has answered stays
   try {
     place().setItem(store, JSON.stringify(answers));
   } catch {
@@ -35,8 +44,7 @@ function keep() {
 
 function answer(column, label) {
   const row = data.rows[at];
-  answers[row.row] = { ...answersOf(row), [column]: label };
-  keep();
+  keep(row.row, { ...answersOf(row), [column]: label });
   draw();
 }
 
@@ -44,7 +52,7 @@ function answer(column, label) {
 function draw() {
   const row = data.rows[at];
   const cells = data.shown.map(([column, title]) => {
-    const text = row[column].replace(/^'(?=[=+\-@])/, ""); // the quote is for spreadsheets alone
+    const text = row[column].replace(/^'(?=[=+\-@\t])/, ""); // the quote is for spreadsheets alone
     return make("section", { class: "panel" }, make("h2", {}, title), make("pre", {}, text));
   });
   const last = cells.splice(cells.length - data.side_by_side);
@@ -81,12 +89,13 @@ function readAddress() {
 
 // ---- the table ----
 const quoted = (cell) => `"${cell.replaceAll('"', '""')}"`;
+const noFormula = (text) => text.replace(/^(?=[=+\-@\t])/, "'");
 
 function table() {
   const locked = ["sheet", "row", ...data.shown.map(([column]) => column)];
   const lines = data.rows.map((row) => [
     data.sheet, ...locked.slice(1).map((column) => row[column]),
-    ...columns.map((column) => answersOf(row)[column] || ""), answersOf(row).comment || "",
+    ...columns.map((column) => answersOf(row)[column] || ""), noFormula(answersOf(row).comment || ""),
   ]);
   return [data.head, ...lines].map((cells) => `${cells.map(quoted).join(",")}\r\n`).join("");
 }
@@ -102,6 +111,7 @@ function save() {
 // ---- keys ----
 function pressed(event) {
   if (event.altKey || event.ctrlKey || event.metaKey || event.target.closest("textarea")) return;
+  if (event.repeat && event.key.length === 1) return; // a key that is held answers one row
   const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
   if (by && !event.target.closest("input[type=radio]")) { // there the arrows choose
     event.preventDefault();
@@ -119,11 +129,7 @@ function pressed(event) {
 }
 
 function start() {
-  try {
-    answers = JSON.parse(place().getItem(store)) || {};
-  } catch {
-    answers = {};
-  }
+  answers = stored();
   draw();
   readAddress();
   $("questions").addEventListener("submit", (event) => event.preventDefault());
@@ -132,8 +138,7 @@ function start() {
   });
   $("comment").addEventListener("input", () => {
     const row = data.rows[at];
-    answers[row.row] = { ...answersOf(row), comment: $("comment").value };
-    keep();
+    keep(row.row, { ...answersOf(row), comment: $("comment").value });
   });
   $("previous").addEventListener("click", () => go(at - 1));
   $("next").addEventListener("click", () => go(at + 1));
