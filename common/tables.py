@@ -76,12 +76,13 @@ def seeds_of(task: Task, arm: str) -> str:
 
 
 def what_is_missing(task: Task) -> list[str]:
-    """A line for each arm and reason, with the seeds."""
-    seeds = defaultdict(list)
+    """A line for each reason and set of seeds, with the arms."""
+    seeds, arms, word = defaultdict(list), defaultdict(list), {0: "", 1: " seed "}
     for (arm, seed), why in sorted(task.missing.items()):
         seeds[arm, why] += [str(seed)] * (seed >= 0)
-    word = {0: "", 1: " seed "}
-    return [f"{arm}{word.get(len(some), ' seeds ')}{', '.join(some)}: {why}" for (arm, why), some in seeds.items()]
+    for (arm, why), some in seeds.items():
+        arms[f"{word.get(len(some), ' seeds ')}{', '.join(some)}: {why}"].append(arm)
+    return [f"{', '.join(some)}{which}" for which, some in arms.items()]
 
 
 def main_table(task: Task, rows: Index) -> Table:

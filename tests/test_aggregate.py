@@ -279,6 +279,7 @@ def test_what_a_sweep_declares_has_to_be_there(runs):
     assert found["verdict"] == "undecided" and found["answer"].endswith(end)
     table = (runs.parent / "report" / "table.md").read_text()
     assert f"gsm8k, {B5} − {B3}: no runs" in table and f"| {B5} | 3 (without 3) |" in table
+    assert f"Incomplete: {B3}, {B5} seed 3: no run." in table
     made_run(runs, B3, "fixtures_math", 3, 40), made_run(runs, B5, "fixtures_math", 3, 40)
     with pytest.raises(InputError, match=r"gsm8k: no runs; mine\.yaml declares it; run what is missing, or --allow"):
         report(runs, family=family)
