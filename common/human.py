@@ -245,7 +245,7 @@ def score(sheets: Iterable[str | pathlib.Path], key_path: str | pathlib.Path) ->
     shown = {r: {label: counts[r, label] for label in PAIRS.questions[0].labels} for r in order}
     parted = [place for place, given in labels.items() if len(set(given.values())) > 1]
     return {
-        "method": key["method"], "against": key["against"], "key": key["id"], "seeds_by_task": key["of"],
+        "method": key["method"], "against": key["against"], "key": key["id"], "seeds_by_task": key.get("of", {}),
         "pairing": "both revisions of a pair are of the same problem and of runs with the same training seed",
         "mapping": "a and b are mapped to the method on that side of that rater's sheet before raters are compared; a"
         " pair that a rater skipped has no label of that rater; a tie counts one half",
@@ -269,9 +269,9 @@ def as_text(found: dict[str, Any]) -> str:
     between = lambda rate: "n/a" if rate["interval"] is None else " to ".join(map(rounded, rate["interval"]))
     figure = lambda rate: f"{rounded(rate['rate'])} (95 % {between(rate)}, clustered by problem)"
     rate, lines = found["win_rate"], []
-    of = "; ".join(f"{task}, seeds {', '.join(map(str, some))}" for task, some in found["seeds_by_task"].items())
+    of = "; ".join(f"{task}, 'seed' {', '.join(map(str, some))}" for task, some in found["seeds_by_task"].items())
     lines.append(f"{found['method']} against {found['against']}: {found['pairs']} pairs, {len(found['raters'])} raters")
-    lines.append(f"  of {of}")
+    lines += [f"  of {of}"] * bool(of)  # a key that was written by older code does not say
     lines.append(f"  win rate {figure(rate)}: {rate['judgements']} judgements of {rate['problems']} problems")
     if found["same_text"]:
         more = figure(found["win_rate_same_text_as_ties"])

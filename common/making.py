@@ -41,12 +41,12 @@ BATCH = 128  # problems whose programs run together
 
 
 def check_source(task: str, data_dir: str, directory: pathlib.Path) -> None:
-    """InputError if the replay that is there was made of other problems than those in `data_dir`."""
+    """InputError unless the replay that is there says it was made of the problems in `data_dir`."""
     made_of = read_json(directory / "report.json", {}).get("source_sha256")
     if load_problems(task, data_dir)[2] != made_of:
         raise InputError(
-            f"--data_dir {data_dir}: {directory} is what is read, and it was made of other problems; remove that"
-            " folder, or leave --data_dir out"
+            f"--data_dir {data_dir}: {directory} is what is read, and it does not say that it was made of these problems;"
+            " remove that folder, or leave --data_dir out"
         )
 
 
