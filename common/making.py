@@ -45,8 +45,8 @@ def check_source(task: str, data_dir: str, directory: pathlib.Path) -> None:
     made_of = read_json(directory / "report.json", {}).get("source_sha256")
     if load_problems(task, data_dir)[2] != made_of:
         raise InputError(
-            f"--data_dir {data_dir}: {directory} is what is read, and it does not say that it was made of these problems;"
-            " remove that folder, or leave --data_dir out"
+            f"--data_dir {data_dir}: {directory} is what is read, and it does not say that it was made of these"
+            " problems; remove that folder, or leave --data_dir out"
         )
 
 
