@@ -192,10 +192,12 @@ def fixed_shapes(
     texts = [t for q in quads for t in (q.y0, q.y1)]
     longest = max(map(len, tokenizer.encode_batch(texts))) + 1
     longest_f = max((q.f for q in quads), key=lambda f: len(tokenizer.encode(f)))  # control arms swap critiques
-    prompt_shape(tokenizer, [revise_prompt(q.x, q.y0, q.f) for q in quads], ids, max_prompt)  # refuses their own alone
+    P_revise = prompt_shape(tokenizer, [revise_prompt(q.x, q.y0, longest_f) for q in quads], ids, math.inf)
+    if P_revise > max_prompt:  # refused is a problem with its own critique alone
+        prompt_shape(tokenizer, [revise_prompt(q.x, q.y0, q.f) for q in quads], ids, max_prompt)
     return {
         "P_attempt": prompt_shape(tokenizer, [attempt_prompt(q.x) for q in quads], ids, max_prompt),
-        "P_revise": prompt_shape(tokenizer, [revise_prompt(q.x, q.y0, longest_f) for q in quads], ids, math.inf),
+        "P_revise": P_revise,
         "T": max_new,
         "T_replay": round_up(longest, 8),
     }
