@@ -120,14 +120,13 @@ def read_table(path: pathlib.Path, head: list[str]) -> list[list[str]]:
         raise InputError(f"{path}: is empty; give the sheet that was filled in")
     found: list[str] = []
     for separator in SEPARATORS:
-        reader, lines = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True), []
+        reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
         first: list[str] = []
         try:
             first = without_empty_end([name.strip() for name in next(reader)], len(head))
             found = max(found, first, key=len)
             if first == head:
-                lines.extend(reader)
-                return [without_empty_end(line, len(head)) for line in lines if any(line)]
+                return [without_empty_end(line, len(head)) for line in reader if any(line)]
         except csv.Error as e:
             if first == head:
                 raise InputError(f"{path}, line {reader.line_num}: {e}; look for a quotation mark too many") from None
