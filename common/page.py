@@ -18,6 +18,7 @@ from common.basics import sha256, write_atomic
 
 PAGES = pathlib.Path(__file__).parent / "pages"
 MOST_BYTES = 4_800_000  # of a report; mail and review systems take 5 MB
+WIDE = 800  # pixels; a plot of more, one of several panels, has a row of the page for itself
 NUMBER = re.compile(r"[\d\s.,:;/%()\[\]<>=\u2264\u2265+\-\u2212\u2013\u2014\u00b1eE*]*|n/a")  # and intervals, dashes
 
 
@@ -80,6 +81,11 @@ def fitting(problems: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
     return [problem for i, problem in enumerate(problems) if i in chosen]
 
 
+def pixels_across(png: bytes) -> int:
+    """The width in a PNG's head (big-endian, after the signature and the first chunk's length and name)."""
+    return int.from_bytes(png[16:20], "big")
+
+
 def facts(about: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """(title, rows) of the tables at the end: the fingerprint, the versions."""
     text = lambda value: value if isinstance(value, str) else json.dumps(value, sort_keys=True)
@@ -102,7 +108,7 @@ def write_page(
     MOST_BYTES some are shown. about: "fingerprint" {name: value}, "commands" [line], "versions" {name: version} and
     "note", a sentence on the texts (of which seed they are); each may be missing.
     """
-    pictures = [(caption, base64.b64encode(png).decode()) for caption, png in plots.items()]
+    pictures = [(caption, base64.b64encode(png).decode(), pixels_across(png) > WIDE) for caption, png in plots.items()]
     ready = [shown_problem(problem) for problem in problems]
     methods = list(dict.fromkeys(method for problem in ready for method in (*problem["outcomes"], *problem["texts"])))
 

@@ -4,14 +4,16 @@ pytest tests/test_page.py
 """
 
 import html.parser
+import io
 import json
 import math
 import re
 
+import matplotlib.figure
 import pytest
 from browser import browser
 
-from common.page import MOST_BYTES, Table, fitting, render, shown_problem, write_page
+from common.page import MOST_BYTES, Table, fitting, pixels_across, render, shown_problem, write_page
 
 HOSTILE = (
     "</script><script>document.title='owned'</script><!-- \"'&lt;\u2028\u2029 \U0001f600 <img src=x onerror=alert(1)>"
@@ -192,6 +194,26 @@ def chromium(tmp_path_factory):
         yield page
 
 
+def picture(inches: float) -> bytes:
+    """An empty plot so many hundred pixels wide."""
+    out = io.BytesIO()
+    matplotlib.figure.Figure((inches, 3), dpi=100).savefig(out, format="png")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("width, narrow, wide", [(400, 480, 832), (1280, 552, 1136)])
+def test_plots_are_large_enough_to_read(chromium, tmp_path, width, narrow, wide):
+    """Two of one panel stand side by side where there is room, one of three has a row; none is shrunk to the screen."""
+    plots = {"one": picture(7.6), "two": picture(7.6), "panels": picture(13.8)}
+    chromium.open(write(tmp_path / "page.html", plots=plots), width=width)
+    assert pixels_across(plots["panels"]) == 1380
+    shown = chromium.value("[...document.querySelectorAll('figure img')].map(i => i.getBoundingClientRect().width)")
+    assert shown == [pytest.approx(narrow, abs=8)] * 2 + [pytest.approx(wide, abs=8)]
+    tops = chromium.value("[...document.querySelectorAll('figure')].map(i => i.getBoundingClientRect().top)")
+    assert (tops[0] == tops[1]) is (width == 1280) and tops[2] > tops[1]
+    assert chromium.value("document.documentElement.scrollWidth") == width
+
+
 @pytest.fixture
 def report(chromium, tmp_path):
     """A function that opens a report: report(anchor, width=, dark=)."""
@@ -307,6 +329,6 @@ def test_the_keyboard_reaches_everything_and_one_sees_where_it_is(report):
             break
         assert page.value("getComputedStyle(document.activeElement).outlineStyle") == "solid", seen
     assert [s for s in seen if s in ("scroll", "task", "method", "outcome", "words", "previous", "next", "jump")] == [
-        "scroll", "task", "method", "outcome", "words", "previous", "next", "jump",
-    ]  # fmt: skip
+        "scroll", "scroll", "task", "method", "outcome", "words", "previous", "next", "jump",
+    ]  # fmt: skip  # the table, the plot
     assert page.value("document.getElementById('place').getAttribute('aria-live')") == "polite"
