@@ -229,3 +229,33 @@ def test_filled_in_by_keys_and_saved(out, chromium, tmp_path):
         "r003": {"label": "a", "sure": "no", "comment": "any"},
     }  # fmt: skip
     assert chromium.errors == []
+
+
+def test_two_tabs_and_a_key_that_is_held(out, chromium, tmp_path):
+    """What another tab answers is here at once, where it says so, and at the next answer and in the saved table where
+    it does not; a held key answers one row."""
+    place = lambda: chromium.value("document.getElementById('place').textContent")
+    chromium.save_files_to(tmp_path / "saved")
+    chromium.open(out / "r1.html")
+    chromium.value("localStorage.clear(); location.reload()")
+    chromium.wait("document.getElementById('place').textContent === 'row 1 of 3, 0 answered'")
+    elsewhere = "(row) => localStorage.setItem(store, JSON.stringify({...stored(), [row]: {label: 'a', sure: 'yes'}}))"
+    chromium.value(f"({elsewhere})('r003')")
+    chromium.press("b")
+    assert place() == "row 1 of 3, 1 answered"
+    chromium.press("y")
+    assert place() == "row 2 of 3, 2 answered"
+    for key in "tn":
+        about = {"key": key, "windowsVirtualKeyCode": ord(key.upper()), "text": key}
+        for held in (False, True, True):
+            chromium.ask("Input.dispatchKeyEvent", type="keyDown", autoRepeat=held, **about)
+    assert place() == "row 3 of 3, 3 answered"
+    other = {row: {"label": "a", "sure": "no"} for row in ("r001", "r002", "r003")}
+    chromium.value(f"localStorage.setItem(store, {json.dumps(json.dumps(other))})")
+    chromium.value("document.getElementById('save').click()")
+    _, answers = read_sheet(saved(tmp_path), read_key(out / "key.json", "own"), FORM)
+    assert answers == {row: {**given, "comment": ""} for row, given in other.items()}
+    chromium.value(f"({elsewhere})('r002'); dispatchEvent(new StorageEvent('storage'))")
+    chromium.press("ArrowLeft")
+    assert chromium.value("document.querySelector('[name=sure]:checked').value") == "yes"
+    assert chromium.errors == []

@@ -33,8 +33,14 @@ function stored() {
   }
 }
 
-function keep(row, given) {
-  answers = { ...answers, ...stored(), [row]: given }; // what another tab has answered stays
+function refresh() { // what another tab has answered meanwhile is answered here too
+  answers = { ...answers, ...stored() };
+}
+
+function keep(change) {
+  refresh();
+  const row = data.rows[at];
+  answers[row.row] = { ...answersOf(row), ...change };
   try {
     place().setItem(store, JSON.stringify(answers));
   } catch {
@@ -43,8 +49,7 @@ function keep(row, given) {
 }
 
 function answer(column, label) {
-  const row = data.rows[at];
-  keep(row.row, { ...answersOf(row), [column]: label });
+  keep({ [column]: label });
   draw();
 }
 
@@ -101,6 +106,8 @@ function table() {
 }
 
 function save() {
+  refresh();
+  draw();
   const address = URL.createObjectURL(new Blob(["\ufeff", table()], { type: "text/csv" }));
   make("a", { href: address, download: data.file }).click();
   setTimeout(() => URL.revokeObjectURL(address), 10000);
@@ -129,23 +136,24 @@ function pressed(event) {
 }
 
 function start() {
-  answers = stored();
+  refresh();
   draw();
   readAddress();
   $("questions").addEventListener("submit", (event) => event.preventDefault());
   $("questions").addEventListener("change", (event) => {
     if (event.target.type === "radio") answer(event.target.name, event.target.value);
   });
-  $("comment").addEventListener("input", () => {
-    const row = data.rows[at];
-    keep(row.row, { ...answersOf(row), comment: $("comment").value });
-  });
+  $("comment").addEventListener("input", () => keep({ comment: $("comment").value }));
   $("previous").addEventListener("click", () => go(at - 1));
   $("next").addEventListener("click", () => go(at + 1));
   $("open").addEventListener("click", goOpen);
   $("save").addEventListener("click", save);
   addEventListener("hashchange", readAddress);
   addEventListener("keydown", pressed);
+  addEventListener("storage", () => {
+    refresh();
+    draw();
+  });
 }
 
 start();
