@@ -33,10 +33,11 @@ parameters:
 
 # ---- ours -----------------------------------------------------------------------------------------------------------
 def test_there_are_the_sweeps_of_the_paper():
-    assert [*FILES] == ["ablations", "credit", "nano", "paper", "smoke"]
+    assert [*FILES] == ["ablations", "alignment", "credit", "nano", "paper", "smoke"]
     sizes = {name: len(expand(read_sweep(path))) for name, path in FILES.items()}
     assert sizes == {
         "smoke": 6 * 2, "paper": 6 * 2 * 5, "nano": 6 * 3 * 6, "ablations": 26 * 2 * 6, "credit": 6 * 2 * 3,
+        "alignment": 5 * 6,
     }  # fmt: skip
     for name in ("smoke", "paper", "nano"):
         cells = expand(read_sweep(FILES[name]))
