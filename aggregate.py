@@ -82,6 +82,7 @@ def page_problems(task: Task, quads: list[Quadruple], most: int) -> list[dict]:
     known = [q for q in quads if not math.isnan(spread.get(q.meta["task_id"], math.nan))]
     some = sorted(known, key=rank)[:most]
     texts = {arm: next(iter(cells.values())).texts for arm, cells in task.arms.items()}
+    shown = {arm: task.scores(arm, "revised", [next(iter(cells))])[0] for arm, cells in task.arms.items()}
     found = []
     for q in sorted(some, key=lambda q: q.meta["task_id"]):
         i = at[q.meta["task_id"]]
@@ -89,6 +90,7 @@ def page_problems(task: Task, quads: list[Quadruple], most: int) -> list[dict]:
             "task": task.name, "task_id": q.meta["task_id"], "x": q.x, "y0": q.y0, "span": q.meta["error_span"],
             "f": q.f, "horizon": q.meta["horizon"], "outcomes": {arm: float(s[i]) for arm, s in shares.items()},
             "texts": {arm: text[i] for arm, text in texts.items()},
+            "shown": {arm: float(s[i]) for arm, s in shown.items()},
         })  # fmt: skip
     return found
 

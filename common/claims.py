@@ -306,8 +306,9 @@ def say_comparison(c: Comparison, family: Family) -> str:
 
 
 def answer(comparisons: list[Comparison], family: Family, absent: Absent) -> tuple[str, str]:
-    """(verdict, sentence) of the primary comparison: supported if on every task it is, not supported if on one it is
-    not, else undecided."""
+    """(verdict, answer) of the primary comparison: supported if on every task it is, not supported if on one it is not,
+    else undecided. The answer is one sentence; of several tasks the first says which verdict each has, then one each
+    has the numbers."""
     if not family.comparisons:
         return "undecided", "Undecided: there is one arm alone, nothing to compare it with."
     first = family.comparisons[0]
@@ -316,8 +317,14 @@ def answer(comparisons: list[Comparison], family: Family, absent: Absent) -> tup
     verdicts = {c.verdict for c in primary} | {"undecided" for _ in lacks}
     whole = "not supported" if "not supported" in verdicts else "undecided" if "undecided" in verdicts else "supported"
     head = "Undecided at this power" if primary and whole == "undecided" else whole.capitalize()
-    parts = "; and ".join([*(say_comparison(c, family) for c in primary), *lacks])
-    return whole, f"{head}: {parts}."
+    parts = [*(say_comparison(c, family) for c in primary), *lacks]
+    if len(parts) < 2:
+        return whole, f"{head}: {''.join(parts)}."
+    by_verdict = {v: [c.task for c in primary if c.verdict == v] for v in ("supported", "not supported", "undecided")}
+    by_verdict["undecided"] += [task for task, *pair in absent if tuple(pair) == first]
+    which = ", ".join(f"{v} on {' and '.join(tasks)}" for v, tasks in by_verdict.items() if tasks)
+    each = " ".join(f"{part[0].upper()}{part[1:]}." for part in parts)
+    return whole, f"{head}: {which}. {each}"
 
 
 def question(family: Family) -> str:

@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 
 from common.claims import Comparison, Family, Row
 from common.results import Task
-from common.tables import Index, index
+from common.tables import TITLES, Index, index
 
 COLORS = (*plt.get_cmap("tab10").colors, *plt.get_cmap("tab20").colors[1::2])  # the strong ones first
 DPI = 100
@@ -35,6 +35,12 @@ def panels(tasks: Sequence[Task], title, height: float = 3.4):
     return figure, axes[0]
 
 
+def legend(figure, axes) -> None:
+    """One for all panels, below them, where it hides nothing."""
+    named = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(named.values(), named, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+
+
 def colors(tasks: Sequence[Task]) -> dict[str, tuple]:
     """One color an arm, the same in all plots."""
     arms = list(dict.fromkeys(arm for task in tasks for arm in task.arms))
@@ -48,7 +54,7 @@ def bars(ax, rows: dict[str, Row], color: dict[str, tuple], scale: float = 1.0) 
             low, high = (row.mean if edge is None else edge for edge in (row.low, row.high))
             error = [[scale * (row.mean - low)], [scale * (high - row.mean)]]
             ax.errorbar(scale * row.mean, i, xerr=error, fmt="o", color=color[arm], capsize=3)
-    ax.set_yticks(range(len(rows)), rows, fontsize=8)
+    ax.set_yticks(range(len(rows)), rows, fontsize=9)
     ax.invert_yaxis()
 
 
@@ -70,16 +76,15 @@ def learning_curves(tasks: Sequence[Task]) -> bytes | None:
                 smooth = lambda row, width=width: np.convolve(
                     np.pad(row, (width // 2, width - 1 - width // 2), "edge"), np.full(width, 1 / width), "valid"
                 )
-                y = np.array([smooth(row) for row in y])
+                y = 100 * np.array([smooth(row) for row in y])
                 ax.plot(steps, y.mean(0), lw=1.4, color=colors(tasks)[arm], label=arm)
                 ax.fill_between(steps, y.min(0), y.max(0), alpha=0.15, color=colors(tasks)[arm], lw=0)
                 drawn = True
-        ax.set(xlabel="step", ylabel="accuracy of samples")
-        if ax.lines:
-            ax.legend(fontsize=7)
+        ax.set(xlabel="step", ylabel="accuracy of samples, %")
     if not drawn:
         plt.close(figure)
         return None
+    legend(figure, axes)
     return png(figure)
 
 
@@ -124,43 +129,57 @@ def by_horizon(tasks: Sequence[Task], rows: Index) -> bytes:
         for ax in (top, bottom):
             ax.xaxis.get_major_locator().set_params(integer=True)
         bottom.set_visible(bool(bottom.lines))
-        top.legend(fontsize=7)
+    legend(figure, axes[0])
     return png(figure)
+
+
+def comparison_panels(comparisons: Sequence[Comparison]):
+    """A figure with one panel a task, and for each comparison its panel and its row; names stand at the left alone."""
+    tasks = list(dict.fromkeys(c.task for c in comparisons))
+    pairs = list(dict.fromkeys((c.arm, c.base) for c in comparisons))
+    names = [f"{arm} − {base}" for arm, base in pairs]
+    width = 0.085 * max(map(len, names)) + 2.9 * max(2, len(tasks))
+    figure, axes = plt.subplots(1, len(tasks), figsize=(width, 1.4 + 0.34 * len(pairs)), squeeze=False, sharey=True)
+    figure.set_layout_engine("constrained")
+    axes[0][0].set_yticks(range(len(names)), names, fontsize=9)
+    axes[0][0].set_ylim(len(names) - 0.4, -0.6)
+    for task, ax in zip(tasks, axes[0]):
+        ax.set_title(task, fontsize=10)
+        ax.grid(alpha=0.25)
+    at = dict(zip(tasks, axes[0]))
+    return figure, axes[0], [(c, at[c.task], pairs.index((c.arm, c.base))) for c in comparisons]
 
 
 def forest(comparisons: Sequence[Comparison], family: Family) -> bytes:
     """The family's comparisons: difference and interval, the bootstrap's percentiles behind it, the margin."""
-    figure, ax = plt.subplots(figsize=(7.6, 1.3 + 0.34 * len(comparisons)), layout="constrained")
-    tone = {"supported": "tab:green", "not supported": "tab:red", "undecided": "tab:gray"}
-    for i, c in enumerate(comparisons):
+    figure, axes, places = comparison_panels(comparisons)
+    looks = {"supported": ("tab:green", "o"), "not supported": ("tab:red", "X"), "undecided": ("tab:gray", "D")}
+    for c, ax, i in places:
+        tone, marker = looks[c.verdict]
         if c.found:
-            ax.plot(c.percentile, (i, i), color="lightgray", lw=5, solid_capstyle="butt")
-            ax.plot(c.found.interval, (i, i), color=tone[c.verdict], lw=1.6)
-        ax.plot(c.difference, i, "o", color=tone[c.verdict])
-    ax.axvline(0, color="black", lw=0.8)
-    ax.axvline(family.margin, color="black", lw=0.6, ls=":")
-    several = len({c.task for c in comparisons}) > 1
-    names = [f"{c.arm} − {c.base}" + (f", {c.task}" if several else "") for c in comparisons]
-    ax.set_yticks(range(len(names)), names, fontsize=8)
-    ax.invert_yaxis()
-    ax.set_xlabel("points")
+            ax.plot(c.percentile, (i, i), color="lightgray", lw=7, solid_capstyle="butt")
+            ax.plot(c.found.interval, (i, i), color=tone, lw=1.6, marker="|", ms=8)
+        ax.plot(c.difference, i, marker, color=tone, ms=6)
+    for ax in axes:
+        ax.axvline(0, color="black", lw=0.8)
+        ax.axvline(family.margin, color="black", lw=0.6, ls=":")
+        ax.set_xlabel("points")
+    marks = [plt.Line2D([], [], color=tone, marker=mark, lw=1.6, label=name) for name, (tone, mark) in looks.items()]
+    figure.legend(handles=marks, loc="outside lower right", ncols=3, fontsize=9, frameon=False)
     return png(figure)
 
 
 def improvement_plot(comparisons: Sequence[Comparison]) -> bytes:
     """Probability of improvement of each comparison of the family."""
-    figure, ax = plt.subplots(figsize=(7.6, 1.3 + 0.34 * len(comparisons)), layout="constrained")
-    for i, c in enumerate(comparisons):
+    figure, axes, places = comparison_panels(comparisons)
+    for c, ax, i in places:
         poi = c.improvement
         if poi["low"] is not None:
-            ax.plot((poi["low"], poi["high"]), (i, i), color="tab:blue", lw=1.6)
+            ax.plot((poi["low"], poi["high"]), (i, i), color="tab:blue", lw=1.6, marker="|", ms=8)
         ax.plot(poi["share"], i, "o", color="tab:blue")
-    ax.axvline(0.5, color="black", lw=0.8)
-    several = len({c.task for c in comparisons}) > 1
-    names = [f"{c.arm} over {c.base}" + (f", {c.task}" if several else "") for c in comparisons]
-    ax.set_yticks(range(len(names)), names, fontsize=8)
-    ax.set(xlim=(-0.03, 1.03), xlabel="probability that a run of the first is better")
-    ax.invert_yaxis()
+    for ax in axes:
+        ax.axvline(0.5, color="black", lw=0.8)
+        ax.set(xlim=(-0.03, 1.03), xlabel="share of pairs")
     return png(figure)
 
 
@@ -168,8 +187,9 @@ def all_plots(tasks: list[Task], rows: list[Row], comparisons: list[Comparison],
     """{caption: PNG}, in the order of the report; a plot that would be empty is not there."""
     at = index(rows)
     plots = {
-        f"{family.title}: difference in points with its 95 % interval over seeds and problems; broad: the"
-        " bootstrap's percentiles; dotted: the smallest advantage that matters":
+        f"{family.title}: difference in points of {TITLES[family.measure]} with its 95 % interval over seeds and"
+        " problems, each task on its own scale; broad: the bootstrap's percentiles; dotted: the smallest advantage that"
+        " matters":
             comparisons and forest(comparisons, family),
         "Probability of improvement: of all pairs of runs, the share in which the first method's is better, with its"
         " 95 % interval": comparisons and improvement_plot(comparisons),
@@ -178,7 +198,8 @@ def all_plots(tasks: list[Task], rows: list[Row], comparisons: list[Comparison],
         "Accuracy of revisions by horizon with 95 % intervals, and survival of first attempts": by_horizon(tasks, at),
         "Credit: AUC of the flagged step over its null, with 95 % intervals; 0 is none":
             measure_plot(tasks, at, "credit_excess", "excess of the AUC", 1),
-        "Learning curves: accuracy of sampled completions (running mean), the band from the lowest to the highest seed":
+        "Learning curves of the methods that sample: accuracy of sampled completions (running mean), the band from the"
+        " lowest to the highest seed":
             learning_curves(tasks),
     }  # fmt: skip
     return {caption: image for caption, image in plots.items() if image}

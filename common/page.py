@@ -19,7 +19,7 @@ from common.basics import sha256, write_atomic
 PAGES = pathlib.Path(__file__).parent / "pages"
 MOST_BYTES = 4_800_000  # of a report; mail and review systems take 5 MB
 WIDE = 800  # pixels; a plot of more, one of several panels, has a row of the page for itself
-NUMBER = re.compile(r"[\d\s.,:;/%()\[\]<>=\u2264\u2265+\-\u2212\u2013\u2014\u00b1eE*]*|n/a")  # and intervals, dashes
+NUMBER = re.compile(r"(?:[\d\s.,:;/%()\[\]<>=\u2264\u2265+\-\u2212\u2013\u2014\u00b1eE*]| to )*|n/a")  # or dashes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,8 @@ def shown_problem(problem: dict[str, Any]) -> dict[str, Any]:
     share = lambda value: None if value is None or math.isnan(value) else float(value)
     outcomes = {method: share(value) for method, value in problem["outcomes"].items()}
     kept = {key: problem[key] for key in ("task", "task_id", "x", "f", "horizon", "texts")}
-    return {**kept, "outcomes": outcomes, "y0": [y0[:start], y0[start:end], y0[end:]]}
+    shown = {method: share(value) for method, value in problem["shown"].items()}
+    return {**kept, "outcomes": outcomes, "shown": shown, "y0": [y0[:start], y0[start:end], y0[end:]]}
 
 
 def fitting(problems: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
@@ -104,9 +105,9 @@ def write_page(
     """Write the report, the same bytes for the same content.
 
     plots: {caption: PNG}. problems: {"task", "task_id", "x", "y0", "span": [start, end] or None, "f", "horizon",
-    "outcomes": {method: share of seeds that are right}, "texts": {method: a revision}} each; of more than fit into
-    MOST_BYTES some are shown. about: "fingerprint" {name: value}, "commands" [line], "versions" {name: version} and
-    "note", a sentence on the texts (of which seed they are); each may be missing.
+    "outcomes": {method: share of seeds that are right}, "texts": {method: a revision}, "shown": {method: whether that
+    one is right}} each; of more than fit into MOST_BYTES some are shown. about: "fingerprint" {name: value}, "commands"
+    [line], "versions" {name: version} and "note", a sentence on the texts (of which seed they are), if there.
     """
     pictures = [(caption, base64.b64encode(png).decode(), pixels_across(png) > WIDE) for caption, png in plots.items()]
     ready = [shown_problem(problem) for problem in problems]

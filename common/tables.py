@@ -6,7 +6,7 @@ import io
 import re
 from collections import defaultdict
 
-from common.claims import RATES, SCORED, Absent, Comparison, Family, Row
+from common.claims import ALPHA, RATES, SCORED, Absent, Comparison, Family, Row
 from common.page import Table
 from common.results import CREDIT, Task
 from common.slips import KINDS
@@ -43,6 +43,7 @@ def number(measure: str, value: float | None, sign: bool = False) -> str:
     if value is None:
         return NOTHING
     value, digits = (100 * value, 1) if measure in RATES else (value, 1 if measure == "tokens" else 3)
+    value = round(value, digits) + 0.0  # no -0.0
     return f"{value:+.{digits}f}" if sign else f"{value:.{digits}f}"
 
 
@@ -100,9 +101,13 @@ def main_table(task: Task, rows: Index) -> Table:
         lines.append([arm, seeds_of(task, arm), *[NOTHING] * (len(head) - 2)])
     note = (
         f"Percent of {len(task.first.ids):,} test problems, mean over seeds ± half of the 95 % interval over seeds and"
-        " problems; SD: of the runs' revised accuracy. Last column: points of revised accuracy won over the untrained"
-        " base for each million tokens that training computed, prompts included."
+        " problems. Revised: revisions, written behind a given flawed attempt and its critique, that are right; first"
+        " attempt: right from the problem alone; well-formed: revisions that commit to one answer, or are a program."
+        " SD: of the runs' revised accuracy. Last column: points of revised accuracy won over the untrained base for"
+        " each million tokens that training computed, prompts included."
     )
+    if all(rows[task.name, arm, "right_to_wrong", "all"].mean is None for arm in task.arms):
+        note += " No given attempt is right here, so delta_critique and wrong→right are what revised is."
     scored = ("revised", "attempt", "delta_critique")
     measured = lambda arm: min(rows[task.name, arm, m, "all"].problems for m in scored)
     if fewer := [f"{arm} {n:,}" for arm in task.arms if (n := measured(arm)) < len(task.first.ids)]:
@@ -125,7 +130,7 @@ def per_token(task: Task, arm: str, revised: float | None) -> tuple[str, str]:
 
 def family_table(comparisons: list[Comparison], family: Family, absent: Absent) -> Table:
     """What was declared: effect, interval, p, what could have been detected."""
-    lines = []
+    lines, several = [], len({c.task for c in comparisons}) > 1
     for c in comparisons:
         found, mark = c.found, " (primary)" if (c.arm, c.base) == family.comparisons[0] else ""
         near = lambda pair: NOTHING if pair is None else f"{pair[0]:+.1f} to {pair[1]:+.1f}"
@@ -136,22 +141,27 @@ def family_table(comparisons: list[Comparison], family: Family, absent: Absent) 
         poi = c.improvement
         chance = f"{poi['share']:.2f}" + ("" if poi["low"] is None else f" [{poi['low']:.2f}, {poi['high']:.2f}]")
         lines.append([
-            c.task, f"{c.arm} − {c.base}{mark}", f"{c.difference:+.1f}", near(found and found.interval),
-            near(c.percentile), p_value(found and found.p), p_value(c.p_holm), c.verdict,
+            f"{c.task}: " * several + f"{c.arm} − {c.base}{mark}",
+            f"{c.difference:+.1f}", near(found and found.interval), p_value(c.p_holm), c.verdict,
+            p_value(found and found.p), near(c.percentile),
             *(detect if open_ else ["–"] * 2), needed if open_ else "–", p_value(c.wilcoxon),
             " ".join(p_value(p) for p in c.mcnemar.values()), chance,
         ])  # fmt: skip
-    head = ["task", "comparison", "points", "95 % interval", "percentiles", "p", "p, Holm", "verdict", "MDE",
+    head = ["comparison", "points", "95 % interval", "p, Holm", "verdict", "p", "percentiles", "MDE",
             "of it seeds / problems / either", "seeds to decide", "Wilcoxon", "McNemar by seed",
             "P(improvement)"]  # fmt: skip
     n, margin = comparisons[0].among, f"{family.margin:g} point{'s' * (family.margin != 1)}"
     note = (
-        f"Points of {TITLES[family.measure]} on the same seeds and problems; t over seeds and problems. Holm over {n}"
-        f" comparison{'s' * (n > 1)}. MDE: the true effect that this test, at 5 % divided by that number, finds in 80 %"
-        " of repetitions, beside rows that decide nothing; beside it the shares of the variance that more seeds, more"
-        " problems, and either of them would shrink. Seeds to decide: to find what was seen, or the margin. An"
-        f" advantage below the margin, {margin}, does not matter. Percentiles: of the bootstrap over seeds and"
-        f" problems. Wilcoxon and McNemar know problems alone. Family {family.digest[:16]} ({family.source})."
+        f"Points of {TITLES[family.measure]} on the same seeds and problems; t over seeds and problems. p, Holm: after"
+        f" Holm over {n} comparison{'s' * (n > 1)}; interval, p, Wilcoxon and McNemar are of a comparison by itself,"
+        f" and the last two know problems alone. Verdict: supported, better and p, Holm at most {ALPHA:g}; not"
+        f" supported, worse in that sense, or the interval ends below {margin}, the smallest advantage that matters;"
+        " else undecided. The answer is that of the primary comparison. MDE: the true effect that this test, at 5 %"
+        " divided by the number of comparisons, finds in 80 % of repetitions, beside rows that decide nothing; beside"
+        " it the shares of the variance that more seeds, more problems, and either of them would shrink. Seeds to"
+        " decide: to find what was seen, or the margin. Percentiles: of the bootstrap over seeds and problems."
+        " P(improvement): of all pairs of runs, the share in which the first is better. Family"
+        f" {family.digest[:16]} ({family.source})."
     )
     if family.source == "default":
         note += f" No family was declared: every arm is compared with {family.comparisons[0][1]}."
@@ -189,8 +199,10 @@ def group_table(task: Task, rows: Index, kind: str, measure: str, base: str | No
     for arm in task.arms:
         lines.append([arm, *(with_effect(rows.get((task.name, arm, measure, group))) for group in groups)])
     what = {"horizon": "horizon", "edit": "edit distance", "tag": "error tag"}[kind]
+    of = {"horizon": "h: steps of the reference", "edit": "By words to be edited between y0 and y1",
+          "tag": "By the kind of the given attempt's error"}[kind]  # fmt: skip
     beside = f"; in brackets the difference from {base} ± half of its interval, not adjusted" if base else ""
-    return Table(f"{task.name}: {TITLES[measure]} by {what}", head, lines, f"Percent{beside}.")
+    return Table(f"{task.name}: {TITLES[measure]} by {what}", head, lines, f"{of}. Percent{beside}.")
 
 
 def errors_table(task: Task, rows: Index, base: str | None) -> Table | None:
@@ -211,8 +223,9 @@ def credit_table(task: Task, rows: Index) -> Table | None:
         return None
     lines = [[arm, *(with_interval(rows[task.name, arm, m, "all"]) for m in known)] for arm in task.arms]
     note = (
-        "Mean over seeds ± half of the 95 % interval over seeds and problems. Excess and value excess are over their"
-        " nulls: 0 is no credit. docs/metrics.md defines them."
+        "Mean over seeds ± half of the 95 % interval over seeds and problems. AUC: how well the fall of a flawed"
+        " attempt's tokens, in log probability from the base to the policy, finds its flagged step. Excess and value"
+        " excess are over their nulls: 0 is no credit. docs/metrics.md of the repository defines each."
     )
     return Table(f"{task.name}: credit", ["method", *(TITLES[m] for m in known)], lines, note)
 

@@ -6,6 +6,7 @@ pytest tests/test_claims.py
 import dataclasses
 import json
 import math
+import re
 
 import numpy as np
 import pytest
@@ -158,8 +159,9 @@ def test_what_cannot_be_compared_counts_as_showing_nothing(tasks):
     assert answer([one], family, absent)[0] == "supported"
     lacks = {**absent, ("apps", B5, B3): "no runs of 'b5_cts'"}
     verdict, text = answer([one], family, lacks)
-    end = "after Holm over 2, 3 seeds, 60 problems); and on apps nothing: no runs of 'b5_cts'."
+    end = "after Holm over 2, 3 seeds, 60 problems). On apps nothing: no runs of 'b5_cts'."
     assert verdict == "undecided" and text.endswith(end)
+    assert text.startswith("Undecided at this power: supported on gsm8k, undecided on apps. On gsm8k b5_cts revises ")
     with pytest.raises(InputError, match=r"gsm8k: no runs of 'b7'; there are b3_grpo_verifier, b4"):
         compare([tasks["gsm8k"]], Family((("b7", B3),)), allow_partial=True)
 
@@ -268,7 +270,14 @@ def test_sentence_of_several_tasks_is_the_weakest():
     assert answer([good, dataclasses.replace(good, task="mbpp")], FAMILY, {})[0] == "supported"
     assert answer([good, open_], FAMILY, {})[0] == "undecided"
     assert answer([good, open_, bad], FAMILY, {})[0] == "not supported"
-    assert "; and on apps b5_cts" in answer([good, open_], FAMILY, {})[1]
+    assert re.fullmatch(
+        r"Undecided at this power: supported on gsm8k and mbpp, undecided on apps\. On gsm8k b5_cts .*\)\. On apps"
+        r" b5_cts .*1\.9\. On mbpp b5_cts .*\)\.",
+        answer([good, open_, dataclasses.replace(good, task="mbpp")], FAMILY, {})[1],
+    )
+    assert answer([good, open_, bad], FAMILY, {})[1].startswith(
+        "Not supported: supported on gsm8k, not supported on mbpp, undecided on apps. On gsm8k"
+    )
 
 
 def test_sentence_of_nothing_to_compare():

@@ -31,7 +31,7 @@ def problem(i: int, task: str = "one", ours: float | None = 1.0, theirs: float |
     base = {
         "task": task, "task_id": f"{task}/{i}", "x": f"Problem {i}?", "y0": "2+3=6\n#### 6", "span": [0, 5],
         "f": "2+3 is not 6.", "horizon": 2, "outcomes": {"b3": theirs, "b5": ours},
-        "texts": {"b3": "2+3=6\n#### 6", "b5": "2+3=5\n#### 5"},
+        "texts": {"b3": "2+3=6\n#### 6", "b5": "2+3=5\n#### 5"}, "shown": {"b3": 0.0, "b5": 1.0},
     }  # fmt: skip
     return {**base, **fields}
 
@@ -133,8 +133,10 @@ def test_parts_that_are_not_there_leave_no_heading(tmp_path):
 
 def test_columns_of_numbers():
     assert TABLE.numbers == [False, True, False]
-    cells = ["12.5", "\u22121.0 \u00b1 0.3", "n/a", "\u2013", "", "1,319", "< 0.001", "95 %", "[1.0, 2.0]"]
+    cells = ["12.5", "\u22121.0 \u00b1 0.3", "n/a", "\u2013", "", "1,319", "< 0.001", "95 %", "[1.0, 2.0]",
+             "\u22121.1 to +3.9"]  # fmt: skip
     assert Table("", ["a", "b"], [[cell, cell and f"B{cell}"] for cell in cells]).numbers == [True, False]
+    assert Table("", ["a", "b"], [["1 to", "to 1"]]).numbers == [False, False]
     assert Table("", ["a"], []).numbers == [False]
 
 
@@ -214,6 +216,21 @@ def test_plots_are_large_enough_to_read(chromium, tmp_path, width, narrow, wide)
     assert chromium.value("document.documentElement.scrollWidth") == width
 
 
+def test_on_paper_nothing_is_cut(chromium, tmp_path):
+    """A4 across, less its margins, is 1,047 pixels wide: there a table of fourteen columns and wide plots end."""
+    head = ["fixtures_code: b4_grpo_critique − b3_grpo_verifier (primary)", *["+46.4 to +57.4"] * 13]
+    plots = {"one": picture(7.6), "panels": picture(13.8)}
+    chromium.open(write(tmp_path / "page.html", tables=[Table("T", head, [head])], plots=plots), width=1047)
+    cut = "[...document.querySelectorAll('.scroll')].map(box => box.scrollWidth > box.clientWidth)"
+    assert chromium.value(cut)[0]
+    chromium.ask("Emulation.setEmulatedMedia", media="print")
+    try:
+        assert not any(chromium.value(cut))
+        assert chromium.value("getComputedStyle(document.querySelector('.filters')).display") == "none"
+    finally:
+        chromium.ask("Emulation.setEmulatedMedia", media="")
+
+
 @pytest.fixture
 def report(chromium, tmp_path):
     """A function that opens a report: report(anchor, width=, dark=)."""
@@ -263,12 +280,17 @@ def test_next_and_previous_by_keys_and_buttons_and_in_the_address(report):
     page.press("ArrowRight")
     assert place(page) == "2 of 5" and "Problem 1?" in shown(page)
     page.value("document.getElementById('next').click()")
-    assert place(page) == "3 of 5" and "p=one%2F2" in page.value("location.hash")
+    assert place(page) == "3 of 5"
+    page.wait("location.hash.includes('p=one%2F2')")
     for _ in range(3):
         page.press("ArrowLeft")
     assert place(page) == "5 of 5"  # round to the end
     page.value("document.querySelector('.scroll').focus()")  # there the arrows scroll
     page.press("ArrowRight")
+    assert place(page) == "5 of 5"
+    page.value("document.activeElement.blur(); document.querySelector('#problem').style.marginTop = '3000px'")
+    page.value("document.querySelector('main').style.paddingTop = '3000px'; scrollTo(0, 0)")
+    page.press("ArrowRight")  # nor does anything move that nobody sees
     assert place(page) == "5 of 5"
     page.choose("jump", "1")
     assert place(page) == "2 of 5"
@@ -283,6 +305,8 @@ def test_an_address_opens_a_problem_with_its_filter(report):
     page.wait("document.getElementById('place').textContent === '3 of 5'")
     page.value("location.hash = 'tables'")  # a part of the page is no problem
     assert place(page) == "3 of 5"
+    page.value("location.hash = 'p=gone'")
+    page.wait("document.getElementById('place').textContent === 'That problem is not in this report. 1 of 5'")
 
 
 def test_filters(report):
@@ -291,15 +315,17 @@ def test_filters(report):
     assert place(page) == "1 of 2"
     page.choose("method", "b5")
     page.choose("outcome", "mixed")
-    assert place(page) == "1 of 1" and "right in 60 % of seeds" in shown(page)
+    assert place(page) == "1 of 1" and "right in 60 % of seeds, in this one" in shown(page)
+    assert "right in 40 % of seeds, not in this one" in shown(page)
     page.choose("outcome", "unscored")
     assert place(page) == "1 of 1" and "not scored" in shown(page) and "no step flagged" in shown(page)
     page.choose("task", "")
     page.choose("outcome", "better:b3")
     assert place(page) == "1 of 3"
     page.choose("outcome", "")
-    page.choose("words", "NEEDLE")
-    assert place(page) == "1 of 1" and "words=NEEDLE" in page.value("location.hash")
+    page.choose("words", "NEEDLE  two/4 a")  # each of the words, wherever it stands
+    assert place(page) == "1 of 1"
+    page.wait("location.hash.includes('words=NEEDLE++two')")
     page.choose("words", "no such text")
     assert place(page) == "No problem fits the filter." and page.value("document.getElementById('next').disabled")
     page.press("ArrowRight")

@@ -221,6 +221,7 @@ def test_filled_in_by_keys_and_saved(out, chromium, tmp_path):
     assert "1 rows have no answer yet" in chromium.value("document.getElementById('said').textContent")
     saved(tmp_path).unlink()
     chromium.value("document.querySelectorAll('#sure input')[1].click()")
+    assert chromium.value("document.getElementById('said').textContent") == ""  # the saved table lacks this one
     chromium.press("ArrowLeft")
     chromium.value("document.getElementById('save').click()")
     name, answers = read_sheet(saved(tmp_path), read_key(out / "key.json", "own"), FORM)
@@ -229,6 +230,15 @@ def test_filled_in_by_keys_and_saved(out, chromium, tmp_path):
         "r003": {"label": "a", "sure": "no", "comment": "any"},
     }  # fmt: skip
     assert chromium.errors == []
+
+
+def test_the_next_row_is_read_from_its_beginning(out, chromium):
+    chromium.open(out / "r1.html", width=400)
+    chromium.value("document.body.style.paddingBottom = '2000px'; scrollTo(0, 900)")
+    assert chromium.value("document.getElementById('texts').getBoundingClientRect().top") < 0
+    chromium.press("ArrowRight")
+    top = chromium.value("document.getElementById('texts').getBoundingClientRect().top")
+    assert top >= chromium.value("document.querySelector('.move').getBoundingClientRect().bottom")
 
 
 def test_two_tabs_and_a_key_that_is_held(out, chromium, tmp_path):

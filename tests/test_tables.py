@@ -87,6 +87,9 @@ def test_family_table_has_the_detectable_effect_beside_what_decides_nothing(task
     row = {name: dict(zip(table.head, line)) for name, line in zip(("b5", "control"), table.rows)}
     assert row["b5"]["verdict"] == "supported" and row["b5"]["MDE"] == "–"
     assert row["b5"]["comparison"] == f"{B5} − {B3} (primary)"
+    found = compare([task], family)
+    other = family_table([*found, *(dataclasses.replace(c, task="apps") for c in found)], family, {})
+    assert [line[0] for line in other.rows[1:3]] == [f"{task.name}: {CONTROL} − {B3}", f"apps: {B5} − {B3} (primary)"]
     assert len(row["b5"]["McNemar by seed"].split()) == 3
     assert (row["control"]["verdict"], row["control"]["MDE"], row["control"]["p"]) == ("undecided", "n/a", "n/a")
     assert family.digest[:16] in table.note

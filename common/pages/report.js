@@ -5,6 +5,7 @@ const data = JSON.parse($("data").textContent);
 const state = { p: "", task: "", method: data.methods[0] || "", outcome: "", words: "" };
 let found = []; // the problems that fit the filter
 let at = 0; // which of them is shown
+let writing; // the timer of an address to be written
 
 function make(tag, attributes, ...children) {
   const element = document.createElement(tag);
@@ -14,7 +15,7 @@ function make(tag, attributes, ...children) {
 }
 
 // ---- outcomes ----
-const WORDS = { right: "\u2713 right", wrong: "\u2717 wrong", mixed: "\u25d0 right in", unscored: "\u2013 not scored" };
+const WORDS = { right: "\u2713 right in all seeds", wrong: "\u2717 wrong in all seeds", mixed: "\u25d0 right in", unscored: "\u2013 not scored" };
 
 function outcome(problem, method) {
   const share = problem.outcomes[method];
@@ -24,7 +25,8 @@ function outcome(problem, method) {
 
 function verdict(problem, method) {
   const kind = outcome(problem, method);
-  const share = kind === "mixed" ? ` ${Math.round(100 * problem.outcomes[method])} % of seeds` : "";
+  const here = problem.shown[method] === 1 ? "in this one" : "not in this one"; // in the seed whose text stands there
+  const share = kind === "mixed" ? ` ${Math.round(100 * problem.outcomes[method])} % of seeds, ${here}` : "";
   return make("span", { class: `outcome ${kind}` }, WORDS[kind] + share);
 }
 
@@ -44,8 +46,9 @@ function hasOutcome(problem) {
 }
 
 function fits(problem) {
+  const words = state.words.toLowerCase().split(/\s+/);
   return (!state.task || problem.task === state.task) && hasOutcome(problem)
-    && problem.haystack.includes(state.words.toLowerCase());
+    && words.every((word) => problem.haystack.includes(word));
 }
 
 function fill(select, choices, chosen) {
@@ -83,8 +86,8 @@ function flagged([before, step, after]) {
   return make("pre", {}, before, ...marked, after);
 }
 
-function card(title, body, verdictOf) {
-  const head = make("h4", {}, make("span", {}, title), ...(verdictOf ? [verdictOf] : []));
+function card(title, body, verdictOf, heading = "h4") {
+  const head = make(heading, {}, make("span", {}, title), ...(verdictOf ? [" ", verdictOf] : []));
   return make("section", { class: "panel" }, head, body);
 }
 
@@ -100,7 +103,7 @@ function show(problem) {
   const about = `${problem.task}, ${problem.task_id}, horizon ${problem.horizon}${step}`;
   $("problem").replaceChildren(
     make("p", { class: "soft" }, about),
-    card("Problem", make("pre", {}, problem.x)),
+    card("Problem", make("pre", {}, problem.x), null, "h3"),
     make("h3", {}, "Attempt and critique"),
     make("div", { class: "cards" }, card("Attempt", flagged(problem.y0)), card("Critique", make("pre", {}, problem.f))),
     make("h3", {}, "Revisions"),
@@ -139,15 +142,17 @@ function move(by) {
 }
 
 // ---- the address ----
-function writeAddress() {
-  const parts = Object.entries(state).filter(([, value]) => value);
-  location.replace(`#${new URLSearchParams(parts)}`);
+const inAddress = () => new URLSearchParams(Object.entries(state).filter(([, value]) => value)).toString();
+
+function writeAddress() { // not at every key of a held one: browsers stop taking addresses then
+  clearTimeout(writing);
+  writing = setTimeout(() => location.replace(`#${inAddress()}`), 150);
 }
 
 function readAddress() {
   const parts = new URLSearchParams(location.hash.slice(1));
-  if (!parts.has("p") || parts.toString() === new URLSearchParams(Object.entries(state).filter(([, v]) => v)).toString())
-    return false;
+  if (!parts.has("p") || parts.toString() === inAddress()) return false;
+  clearTimeout(writing);
   const first = data.methods[0] || "";
   for (const name of Object.keys(state)) state[name] = parts.get(name) || (name === "method" ? first : "");
   fillFilters();
@@ -157,6 +162,7 @@ function readAddress() {
     fillFilters();
   }
   draw();
+  if (!wanted) $("place").textContent = `That problem is not in this report. ${$("place").textContent}`;
   return true;
 }
 
@@ -180,6 +186,8 @@ function start() {
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
     if (!by || event.altKey || event.ctrlKey || event.metaKey || event.shiftKey) return;
     if (event.target.closest("input, select, textarea, .scroll")) return; // there the arrows have work of their own
+    const box = $("problems").parentElement.getBoundingClientRect();
+    if (box.top > innerHeight || box.bottom < 0) return; // nobody would see what changes
     event.preventDefault();
     move(by);
   });

@@ -38,6 +38,7 @@ function refresh() { // what another tab has answered meanwhile is answered here
 }
 
 function keep(change) {
+  $("said").textContent = ""; // what was said of a saved table is no longer true
   refresh();
   const row = data.rows[at];
   answers[row.row] = { ...answersOf(row), ...change };
@@ -73,6 +74,7 @@ function draw() {
 function go(to) {
   at = (to + data.rows.length) % data.rows.length;
   draw();
+  if ($("texts").getBoundingClientRect().top < 0) $("texts").scrollIntoView();
   location.replace(`#row=${data.rows[at].row}`);
 }
 
