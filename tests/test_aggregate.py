@@ -219,7 +219,7 @@ def test_a_task_without_the_base_is_named_or_said(runs):
     with pytest.raises(InputError, match=r"gsm8k: no runs of 'b3_grpo_verifier'; there are b5_cts; run what is"):
         report(runs)
     found = report(runs, allow_partial=True)
-    assert found["answer"].endswith("on gsm8k nothing: no runs of 'b3_grpo_verifier'.")
+    assert found["answer"].endswith("On gsm8k nothing: no runs of 'b3_grpo_verifier'.")
     assert found["verdict"] == "undecided"
     note = "Not compared, and counted as showing nothing: gsm8k, b5_cts − b3_grpo_verifier: no runs of"
     assert note in (runs.parent / "report" / "table.md").read_text()
@@ -275,7 +275,7 @@ def test_what_a_sweep_declares_has_to_be_there(runs):
         report(runs, family=family)
     found = report(runs, family=family, allow_partial=True)
     assert [(m["arm"], m["seed"], m["why"]) for m in found["missing"]] == [(B3, 3, "no run"), (B5, 3, "no run")]
-    end = "after Holm over 2, 3 of 4 declared seeds, 40 problems); and on gsm8k nothing: no runs."
+    end = "after Holm over 2, 3 of 4 declared seeds, 40 problems). On gsm8k nothing: no runs."
     assert found["verdict"] == "undecided" and found["answer"].endswith(end)
     table = (runs.parent / "report" / "table.md").read_text()
     assert f"gsm8k, {B5} − {B3}: no runs" in table and f"| {B5} | 3 (without 3) |" in table
