@@ -14,11 +14,13 @@ import dataclasses
 import math
 
 import numpy as np
+import scipy.special
 import scipy.stats
 
 ALPHA, POWER = 0.05, 0.80  # of tests, 1 - ALPHA of intervals; of the minimum detectable effect
 FEW_SEEDS = 5  # with fewer, a mean square of seeds that is small by chance still costs degrees of freedom
 MOST_SEEDS = 1000  # nobody runs more
+ABOVE = 1 + 1e-9  # times the rest: mean squares that are as large as it but for rounding are not above it
 REPLICATES = 4000
 
 
@@ -61,9 +63,10 @@ class Estimate:
 
 
 def detectable(se: float, df: float, alpha: float) -> float:
-    """The effect that a two-sided t-test at level `alpha` finds with probability POWER."""
-    t = scipy.stats.t
-    return float(t.ppf(1 - alpha / 2, df) + t.ppf(POWER, df)) * se
+    """The effect that a two-sided t-test at level `alpha` finds, on its side, with probability POWER: where there is
+    one, the test's t is a noncentral one."""
+    critical = scipy.stats.t.ppf(1 - alpha / 2, df)
+    return float(scipy.special.nctdtrinc(df, 1 - POWER, critical)) * se
 
 
 # ---- the two-way table ----------------------------------------------------------------------------------------------
@@ -92,8 +95,8 @@ def combine(a: float, b: float, rest: float, S: int, N: int) -> tuple[float, flo
     total = seed + problem + rest
     if total == 0:
         return 0.0, float(S - 1), (0.0, 0.0, 0.0)
-    kept = max(a, rest) if S == 2 else a if S < FEW_SEEDS or a > rest else 0.0
-    spread = kept**2 / (S - 1) + (b > rest) * b**2 / (N - 1) + rest**2 / ((S - 1) * (N - 1))
+    kept = max(a, rest) if S == 2 else a if S < FEW_SEEDS or a > rest * ABOVE else 0.0
+    spread = kept**2 / (S - 1) + (b > rest * ABOVE) * b**2 / (N - 1) + rest**2 / ((S - 1) * (N - 1))
     df = max(total**2 / spread, S - 1.0)
     return math.sqrt(total / (S * N)), df, (seed / (S * N), problem / (S * N), rest / (S * N))
 

@@ -25,6 +25,7 @@ BASE_KEYS = {"revised": "accuracy_revised", "attempt": "accuracy", "delta_critiq
              "tokens": "tokens_mean"}  # fmt: skip
 BASE_GROUPS = {"horizon": "by_horizon", "edit": "by_edit_distance", "tag": "by_tag"}
 BASE = "untrained base"
+FEW_PROBLEMS = 100  # a measure of fewer says of how many it is
 Index = dict[tuple[str, str, str, str], Row]  # by task, arm, measure, group
 
 
@@ -48,11 +49,12 @@ def number(measure: str, value: float | None, sign: bool = False) -> str:
 
 
 def with_interval(row: Row | None) -> str:
-    """A mean and half the length of its interval; a mean alone where there is no interval."""
+    """A mean and half the length of its interval; a mean alone where there is no interval, or where all runs and
+    problems are the same, which says nothing of others."""
     if row is None or row.mean is None:
         return NOTHING
     text = number(row.measure, row.mean)
-    return text if row.low is None else f"{text} ± {number(row.measure, (row.high - row.low) / 2)}"
+    return text if row.low in (None, row.high) else f"{text} ± {number(row.measure, (row.high - row.low) / 2)}"
 
 
 def with_effect(row: Row | None) -> str:
@@ -60,7 +62,7 @@ def with_effect(row: Row | None) -> str:
     text = with_interval(row)
     if row is None or row.mean is None or row.difference is None:
         return text
-    half = f" ± {number(row.measure, row.effect.half)}" if row.effect else ""
+    half = f" ± {number(row.measure, row.effect.half)}" if row.effect and row.effect.se else ""
     return f"{number(row.measure, row.mean)} ({number(row.measure, row.difference, sign=True)}{half})"
 
 
@@ -104,7 +106,7 @@ def main_table(task: Task, rows: Index) -> Table:
         " problems. Revised: revisions, written behind a given flawed attempt and its critique, that are right; first"
         " attempt: right from the problem alone; well-formed: revisions that commit to one answer, or are a program."
         " SD: of the runs' revised accuracy. Last column: points of revised accuracy won over the untrained base for"
-        " each million tokens that training computed, prompts included."
+        " each million tokens that training computed, prompts and padding included (b0_sft packs and has none)."
     )
     if all(rows[task.name, arm, "right_to_wrong", "all"].mean is None for arm in task.arms):
         note += " No given attempt is right here, so delta_critique and wrong→right are what revised is."
@@ -148,7 +150,7 @@ def family_table(comparisons: list[Comparison], family: Family, absent: Absent) 
             " ".join(p_value(p) for p in c.mcnemar.values()), chance,
         ])  # fmt: skip
     head = ["comparison", "points", "95 % interval", "p, Holm", "verdict", "p", "percentiles", "MDE",
-            "of it seeds / problems / either", "seeds to decide", "Wilcoxon", "McNemar by seed",
+            "of it seeds / problems / either", "seeds to find it", "Wilcoxon", "McNemar by seed",
             "P(improvement)"]  # fmt: skip
     n, margin = comparisons[0].among, f"{family.margin:g} point{'s' * (family.margin != 1)}"
     note = (
@@ -158,10 +160,10 @@ def family_table(comparisons: list[Comparison], family: Family, absent: Absent) 
         f" supported, worse in that sense, or the interval ends below {margin}, the smallest advantage that matters;"
         " else undecided. The answer is that of the primary comparison. MDE: the true effect that this test, at 5 %"
         " divided by the number of comparisons, finds in 80 % of repetitions, beside rows that decide nothing; beside"
-        " it the shares of the variance that more seeds, more problems, and either of them would shrink. Seeds to"
-        " decide: to find what was seen, or the margin. Percentiles: of the bootstrap over seeds and problems."
-        " P(improvement): of all pairs of runs, the share in which the first is better. Family"
-        f" {family.digest[:16]} ({family.source})."
+        " it the shares of the variance that more seeds, more problems, and either of them would shrink. Seeds to find"
+        " it: what was seen, or the margin; an interval may come to end below the margin sooner. Percentiles: of the"
+        " bootstrap over seeds and problems. P(improvement): of all pairs of runs, the share in which the first is"
+        f" better. Family {family.digest[:16]} ({family.source})."
     )
     if family.source == "default":
         note += f" No family was declared: every arm is compared with {family.comparisons[0][1]}."
@@ -221,11 +223,14 @@ def credit_table(task: Task, rows: Index) -> Table | None:
     known = [m for m in CREDIT if any(rows[task.name, arm, m, "all"].mean is not None for arm in task.arms)]
     if not known:
         return None
-    lines = [[arm, *(with_interval(rows[task.name, arm, m, "all"]) for m in known)] for arm in task.arms]
+    of = lambda row: f" (n={row.problems})" if row.mean is not None and row.problems < FEW_PROBLEMS else ""
+    cells = lambda arm: (rows[task.name, arm, m, "all"] for m in known)
+    lines = [[arm, *(with_interval(row) + of(row) for row in cells(arm))] for arm in task.arms]
     note = (
         "Mean over seeds ± half of the 95 % interval over seeds and problems. AUC: how well the fall of a flawed"
         " attempt's tokens, in log probability from the base to the policy, finds its flagged step. Excess and value"
-        " excess are over their nulls: 0 is no credit. docs/metrics.md of the repository defines each."
+        f" excess are over their nulls: 0 is no credit. n: problems that have the measure in every run, where below"
+        f" {FEW_PROBLEMS}. docs/metrics.md of the repository defines each."
     )
     return Table(f"{task.name}: credit", ["method", *(TITLES[m] for m in known)], lines, note)
 

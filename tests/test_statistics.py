@@ -150,10 +150,18 @@ def test_a_bootstrap_interval_holds_the_mean_and_is_the_same_every_time():
 
 
 # ---- what could have been detected ----------------------------------------------------------------------------------
-def test_detectable_effect_has_the_power_of_the_noncentral_t():
-    """A difference of two quantiles is a touch more than the exact one."""
-    t = scipy.stats.nct(20, detectable(1.0, 20, 0.05))
-    assert t.sf(scipy.stats.t.ppf(0.975, 20)) == pytest.approx(0.80, abs=0.01)
+@pytest.mark.parametrize("alpha", [0.05, 0.05 / 15])
+@pytest.mark.parametrize("df", [2, 3.6, 20, 1e6])
+def test_detectable_effect_has_the_power_of_the_noncentral_t(df, alpha):
+    """By another function of SciPy; the sum of the two quantiles, in use elsewhere, has 0.67 with two degrees of
+    freedom and fifteen comparisons."""
+    t = scipy.stats.nct(df, detectable(1.0, df, alpha))
+    assert t.sf(scipy.stats.t.ppf(1 - alpha / 2, df)) == pytest.approx(0.80, abs=1e-5)
+
+
+def test_mean_squares_that_are_the_same_but_for_rounding_count_as_the_same():
+    assert combine(2.0, 1.0 + 1e-14, 1.0, 4, 50)[1] == pytest.approx(combine(2.0, 1.0, 1.0, 4, 50)[1])
+    assert combine(1.0 + 1e-14, 3.0, 1.0, 6, 50)[1] == pytest.approx(combine(1.0, 3.0, 1.0, 6, 50)[1])
 
 
 def test_more_seeds_detect_less_and_the_same_seeds_the_same():

@@ -106,7 +106,7 @@ def test_an_open_row_says_what_seeds_and_what_problems_would_shrink(tmp_path):
     assert row["verdict"] == "undecided" and float(row["MDE"]) > 0
     shares = re.findall(r"(\d+) %", row["of it seeds / problems / either"])
     assert len(shares) == 3 and 98 <= sum(map(int, shares)) <= 102
-    assert row["seeds to decide"] == "more problems" or int(row["seeds to decide"]) > 3
+    assert row["seeds to find it"] == "more problems" or int(row["seeds to find it"]) > 3
 
 
 def test_all_tables_are_rectangular_and_credit_stands_beside_its_null(task, rows):
