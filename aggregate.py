@@ -1,4 +1,4 @@
-"""From runs to a claim: tables, plots, one HTML page and the answer in one sentence, or the reason why there is none.
+"""From runs to a claim: tables, plots, one HTML page and the answer, or the reason why there is none.
 
     python aggregate.py runs                                      all runs in runs/, every method against B3
     python aggregate.py runs --base b2_grpo --out report_b2
@@ -125,7 +125,7 @@ def about(tasks: list[Task]) -> dict:
 
 
 def write_report(folder: pathlib.Path, args: Args, tasks: list[Task], declared: Family | None) -> str:
-    """Everything into a folder; the sentence."""
+    """Everything into a folder; the answer."""
     from common.figures import all_plots  # it takes a second to import, and refusals need none
 
     base = args.base if any(args.base in task.arms for task in tasks) else None
@@ -185,7 +185,7 @@ def replace_folder(new: pathlib.Path, target: pathlib.Path) -> None:
 
 
 def main(args: Args) -> str:
-    """Read, check, measure, write; prints the tables of methods and the sentence."""
+    """Read, check, measure, write; prints the tables of methods and the answer."""
     target = pathlib.Path(args.out).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())) and not (target / "report.json").is_file():
         raise InputError(f"--out {args.out}: is there and holds no report; choose another folder")

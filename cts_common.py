@@ -88,7 +88,7 @@ from common.sampled import sample_replay
 # sheets: what people fill in, and its key
 # human: blinded pairs of revisions, what judgements say, audits of a replay
 # statistics: a difference over seeds and problems: its interval, its test, what it could have detected
-# claims: every measure of every arm, the declared comparisons, the answer in one sentence
+# claims: every measure of every arm, the declared comparisons, the answer in words
 # tables: the tables of a report, as Markdown, LaTeX, CSV
 # figures: its plots
 # The rooms below are those of teacher.py alone: nothing that trains imports them, nor an SDK.

@@ -1,4 +1,4 @@
-"""What runs show: every measure of every arm with its interval, the declared comparisons, the answer in one sentence.
+"""What runs show: every measure of every arm with its interval, the declared comparisons, the answer in words.
 Used by aggregate.py; knows no file format but the family's, and no statistics but those of common/statistics."""
 
 import dataclasses
@@ -275,11 +275,17 @@ VERBS = {"revised": "revises", "attempt": "solves at first", "delta_critique": "
          "wrong_to_right": "repairs", "format": "forms well"}  # fmt: skip
 
 
-def what_would_decide(c: Comparison) -> str:
+def largest_effect(family: Family) -> float:
+    """In points: no difference is above it."""
+    return 200.0 if family.measure == "delta_critique" else 100.0
+
+
+def what_would_decide(c: Comparison, family: Family) -> str:
     """How many seeds would decide an open comparison."""
     if c.found is None:
         return "one seed says nothing of runs: two seeds at least, better five"
-    could = f"an effect of {c.detectable:.1f} points would be found in 80 % of repetitions"
+    some = f"an effect of {c.detectable:.1f} points" if c.detectable <= largest_effect(family) else "no effect"
+    could = f"{some} would be found in 80 % of repetitions"
     if c.seeds_needed is None:
         return (
             f"{could}; no number of seeds finds one of {c.target:.1f} with {c.problems:,} problems (the least is"
@@ -295,11 +301,11 @@ def say_comparison(c: Comparison, family: Family) -> str:
     early = f" of {len(family.seeds)} declared" if {*family.seeds} - {*c.seeds} else ""  # somebody looks before the end
     size = f"{len(c.seeds)}{early} seed{'s' * (len(c.seeds) > 1 or bool(early))}, {c.problems:,} problems"
     if c.found is None:
-        return f"{text} ({size}); {what_would_decide(c)}"
+        return f"{text} ({size}); {what_would_decide(c, family)}"
     low, high = c.found.interval
     text += f" (95 % interval {low:+.1f} to {high:+.1f}, p = {c.p_holm:.2g} after Holm over {c.among}, {size})"
     if c.verdict == "undecided":
-        return f"{text}; {what_would_decide(c)}"
+        return f"{text}; {what_would_decide(c, family)}"
     if c.verdict == "not supported" and c.p_holm > ALPHA:
         return f"{text}; an advantage of {family.margin:g} point{'s' * (family.margin != 1)} is ruled out"
     return text
@@ -322,9 +328,10 @@ def answer(comparisons: list[Comparison], family: Family, absent: Absent) -> tup
         return whole, f"{head}: {''.join(parts)}."
     by_verdict = {v: [c.task for c in primary if c.verdict == v] for v in ("supported", "not supported", "undecided")}
     by_verdict["undecided"] += [task for task, *pair in absent if tuple(pair) == first]
-    which = ", ".join(f"{v} on {' and '.join(tasks)}" for v, tasks in by_verdict.items() if tasks)
+    listed = lambda tasks: " and ".join([", ".join(tasks[:-1]), tasks[-1]]) if tasks[1:] else tasks[0]
+    which = ", ".join(f"{v} on {listed(tasks)}" for v, tasks in by_verdict.items() if tasks)
     each = " ".join(f"{part[0].upper()}{part[1:]}." for part in parts)
-    return whole, f"{head}: {which}. {each}"
+    return whole, f"{head}{' on every task' if len(verdicts) == 1 else f': {which}'}. {each}"
 
 
 def question(family: Family) -> str:

@@ -38,7 +38,9 @@ def panels(tasks: Sequence[Task], title, height: float = 3.4):
 def legend(figure, axes) -> None:
     """One for all panels, below them, where it hides nothing."""
     named = {label: line for ax in axes for line, label in zip(*ax.get_legend_handles_labels())}
-    figure.legend(named.values(), named, loc="outside lower center", ncols=4, fontsize=9, frameon=False)
+    columns = int(figure.get_figwidth() / (0.5 + 0.075 * max(map(len, named))))  # of so many inches at this size
+    where = dict(loc="outside lower center", ncols=min(4, max(1, columns)))
+    figure.legend(named.values(), named, fontsize=9, frameon=False, **where)
 
 
 def colors(tasks: Sequence[Task]) -> dict[str, tuple]:
@@ -198,8 +200,8 @@ def all_plots(tasks: list[Task], rows: list[Row], comparisons: list[Comparison],
         "Accuracy of revisions by horizon with 95 % intervals, and survival of first attempts": by_horizon(tasks, at),
         "Credit: AUC of the flagged step over its null, with 95 % intervals; 0 is none":
             measure_plot(tasks, at, "credit_excess", "excess of the AUC", 1),
-        "Learning curves of the methods that sample: accuracy of sampled completions (running mean), the band from the"
-        " lowest to the highest seed":
+        "Learning curves: of methods that sample, accuracy of sampled completions (running mean); the band goes"
+        " from the lowest to the highest seed":
             learning_curves(tasks),
     }  # fmt: skip
     return {caption: image for caption, image in plots.items() if image}

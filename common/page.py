@@ -18,8 +18,8 @@ from common.basics import sha256, write_atomic
 
 PAGES = pathlib.Path(__file__).parent / "pages"
 MOST_BYTES = 4_800_000  # of a report; mail and review systems take 5 MB
-WIDE = 800  # pixels; a plot of more, one of several panels, has a row of the page for itself
-NUMBER = re.compile(r"(?:[\d\s.,:;/%()\[\]<>=\u2264\u2265+\-\u2212\u2013\u2014\u00b1eE*]| to )*|n/a")  # or dashes
+WIDE, SCALE = 800, 0.8  # pixels; a plot of more has a row of the page for itself, and is shown at this scale
+NUMBER = re.compile(r"(?:[\d\s.,:;/%()\[\]<>=\u2264\u2265+\-\u2212\u2013\u2014\u00b1eE*]| to |n=)*|n/a")  # or dashes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,11 @@ def write_page(
     one is right}} each; of more than fit into MOST_BYTES some are shown. about: "fingerprint" {name: value}, "commands"
     [line], "versions" {name: version} and "note", a sentence on the texts (of which seed they are), if there.
     """
-    pictures = [(caption, base64.b64encode(png).decode(), pixels_across(png) > WIDE) for caption, png in plots.items()]
+    across = {caption: pixels_across(png) for caption, png in plots.items()}
+    pictures = [
+        (caption, base64.b64encode(png).decode(), round(SCALE * across[caption]), across[caption] > WIDE)
+        for caption, png in plots.items()
+    ]
     ready = [shown_problem(problem) for problem in problems]
     methods = list(dict.fromkeys(method for problem in ready for method in (*problem["outcomes"], *problem["texts"])))
 

@@ -20,6 +20,7 @@ import scipy.stats
 ALPHA, POWER = 0.05, 0.80  # of tests, 1 - ALPHA of intervals; of the minimum detectable effect
 FEW_SEEDS = 5  # with fewer, a mean square of seeds that is small by chance still costs degrees of freedom
 MOST_SEEDS = 1000  # nobody runs more
+ROUNDING = 1e-20  # mean squares of less are those of a constant
 ABOVE = 1 + 1e-9  # times the rest: mean squares that are as large as it but for rounding are not above it
 REPLICATES = 4000
 
@@ -106,8 +107,9 @@ def estimate(D_SN: np.ndarray) -> Estimate | None:
     S, N = D_SN.shape
     if S < 2 or N < 2:
         return None
-    squares = mean_squares(D_SN)
-    return Estimate(float(D_SN.mean()), *combine(*squares, S, N), squares, S, N)
+    mean = float(D_SN.mean())
+    squares = tuple(0.0 if square < ROUNDING * max(1.0, mean**2) else square for square in mean_squares(D_SN))
+    return Estimate(mean, *combine(*squares, S, N), squares, S, N)
 
 
 def with_seeds(found: Estimate, S: int, alpha: float) -> float:

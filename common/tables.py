@@ -6,7 +6,7 @@ import io
 import re
 from collections import defaultdict
 
-from common.claims import ALPHA, RATES, SCORED, Absent, Comparison, Family, Row
+from common.claims import ALPHA, RATES, SCORED, Absent, Comparison, Family, Row, largest_effect
 from common.page import Table
 from common.results import CREDIT, Task
 from common.slips import KINDS
@@ -132,19 +132,21 @@ def per_token(task: Task, arm: str, revised: float | None) -> tuple[str, str]:
 
 def family_table(comparisons: list[Comparison], family: Family, absent: Absent) -> Table:
     """What was declared: effect, interval, p, what could have been detected."""
-    lines, several = [], len({c.task for c in comparisons}) > 1
+    lines, several = [], len({c.task for c in comparisons} | {task for task, *_ in absent}) > 1
+    signed, most = lambda value: f"{round(value, 1) + 0.0:+.1f}", largest_effect(family)
     for c in comparisons:
         found, mark = c.found, " (primary)" if (c.arm, c.base) == family.comparisons[0] else ""
-        near = lambda pair: NOTHING if pair is None else f"{pair[0]:+.1f} to {pair[1]:+.1f}"
+        near = lambda pair: NOTHING if pair is None else " to ".join(map(signed, pair))
         open_ = c.verdict == "undecided"
-        detect = [NOTHING] * 2 if found is None else [f"{c.detectable:.1f}", shares(c)]
+        detect = [NOTHING] * 2 if found is None else [
+            f"{c.detectable:.1f}" if c.detectable <= most else f">{most:.0f}", shares(c)]  # fmt: skip
         needed = NOTHING if found is None else "more problems" if c.seeds_needed is None else str(
             max(c.seeds_needed, len(c.seeds) + 1))  # fmt: skip
         poi = c.improvement
         chance = f"{poi['share']:.2f}" + ("" if poi["low"] is None else f" [{poi['low']:.2f}, {poi['high']:.2f}]")
         lines.append([
             f"{c.task}: " * several + f"{c.arm} − {c.base}{mark}",
-            f"{c.difference:+.1f}", near(found and found.interval), p_value(c.p_holm), c.verdict,
+            signed(c.difference), near(found and found.interval), p_value(c.p_holm), c.verdict,
             p_value(found and found.p), near(c.percentile),
             *(detect if open_ else ["–"] * 2), needed if open_ else "–", p_value(c.wilcoxon),
             " ".join(p_value(p) for p in c.mcnemar.values()), chance,

@@ -257,6 +257,13 @@ def test_sentence_undecided_where_problems_are_too_few():
     assert text.endswith(f"no number of seeds finds one of 1.0 with 605 problems {least}")
 
 
+def test_an_effect_that_cannot_be_is_not_spoken_of():
+    open_ = dataclasses.replace(made(1.9, 1.5), detectable=124.6)
+    assert "problems); no effect would be found in 80 % of repetitions" in answer([open_], FAMILY, {})[1]
+    gain = dataclasses.replace(FAMILY, measure="delta_critique")
+    assert "an effect of 124.6 points would be" in answer([open_], gain, {})[1]
+
+
 def test_sentence_of_one_seed():
     one = dataclasses.replace(made(1.9, 1.0, seeds=1), found=None, p_holm=None, verdict="undecided", detectable=None)
     verdict, text = answer([one], FAMILY, {})
@@ -267,7 +274,10 @@ def test_sentence_of_one_seed():
 def test_sentence_of_several_tasks_is_the_weakest():
     good, open_ = made(3.0, 0.5, p_holm=0.001), made(1.9, 1.5, task="apps")
     bad = made(-3.0, 0.5, p_holm=0.001, task="mbpp")
-    assert answer([good, dataclasses.replace(good, task="mbpp")], FAMILY, {})[0] == "supported"
+    both = answer([good, dataclasses.replace(good, task="mbpp")], FAMILY, {})
+    assert both[0] == "supported" and both[1].startswith("Supported on every task. On gsm8k b5_cts revises 3.0")
+    three = [good, *(dataclasses.replace(good, task=task) for task in ("mbpp", "code")), open_]
+    assert "power: supported on gsm8k, mbpp and code, undecided on apps. On" in answer(three, FAMILY, {})[1]
     assert answer([good, open_], FAMILY, {})[0] == "undecided"
     assert answer([good, open_, bad], FAMILY, {})[0] == "not supported"
     assert re.fullmatch(

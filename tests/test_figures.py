@@ -6,11 +6,12 @@ pytest tests/test_figures.py
 import io
 
 import matplotlib.image
+import matplotlib.pyplot as plt
 import pytest
 from made_results import made_matrix, made_run
 
 from common.claims import compare, default_family, measure_all
-from common.figures import all_plots, colors, learning_curves, measure_plot
+from common.figures import all_plots, colors, learning_curves, legend, measure_plot, panels
 from common.results import find_runs, read_runs
 from common.tables import index
 
@@ -56,3 +57,19 @@ def test_what_would_be_empty_is_not_there(tmp_path):
 def test_an_arm_has_one_color(tasks):
     found = colors(tasks)
     assert list(found) == [B3, B5] and len(set(found.values())) == 2
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("names", [[f"b{i}_method" for i in range(7)], [
+    B3, B5, "b5_cts lam_align=0", "b5_cts lam_decode=0", "b5_cts lam_decode=0 target=shuffled_locus", "untrained base",
+]])  # fmt: skip
+def test_a_legend_is_inside_its_figure(tasks, names, several):
+    figure, axes = panels(tasks if several else tasks[:1], "")
+    for name in names:
+        axes[0].plot([0, 1], label=name)
+    legend(figure, axes)
+    figure.canvas.draw()
+    inside, whole = figure.legends[0].get_window_extent(), figure.bbox
+    plt.close(figure)
+    assert whole.x0 <= inside.x0 < inside.x1 <= whole.x1 and whole.y0 <= inside.y0
+    assert {text.get_text() for text in figure.legends[0].get_texts()} == {*names}

@@ -134,7 +134,7 @@ def test_parts_that_are_not_there_leave_no_heading(tmp_path):
 def test_columns_of_numbers():
     assert TABLE.numbers == [False, True, False]
     cells = ["12.5", "\u22121.0 \u00b1 0.3", "n/a", "\u2013", "", "1,319", "< 0.001", "95 %", "[1.0, 2.0]",
-             "\u22121.1 to +3.9"]  # fmt: skip
+             "\u22121.1 to +3.9", "0.05 \u00b1 0.1 (n=51)"]  # fmt: skip
     assert Table("", ["a", "b"], [[cell, cell and f"B{cell}"] for cell in cells]).numbers == [True, False]
     assert Table("", ["a", "b"], [["1 to", "to 1"]]).numbers == [False, False]
     assert Table("", ["a"], []).numbers == [False]
@@ -203,7 +203,7 @@ def picture(inches: float) -> bytes:
     return out.getvalue()
 
 
-@pytest.mark.parametrize("width, narrow, wide", [(400, 480, 832), (1280, 552, 1136)])
+@pytest.mark.parametrize("width, narrow, wide", [(400, 480, 1104), (1280, 552, 1104)])
 def test_plots_are_large_enough_to_read(chromium, tmp_path, width, narrow, wide):
     """Two of one panel stand side by side where there is room, one of three has a row; none is shrunk to the screen."""
     plots = {"one": picture(7.6), "two": picture(7.6), "panels": picture(13.8)}
@@ -295,6 +295,14 @@ def test_next_and_previous_by_keys_and_buttons_and_in_the_address(report):
     page.choose("jump", "1")
     assert place(page) == "2 of 5"
     assert page.errors == []
+
+
+def test_steps_that_come_while_the_address_is_written_are_not_lost(report):
+    """News of an address that the page wrote itself comes when the next problem is shown already."""
+    page = report()
+    twice = "move(1); setTimeout(() => { move(1); setTimeout(done, 600); }, 150)"
+    page.value(f"new Promise((done) => {{ {twice}; }})")
+    assert place(page) == "3 of 5"
 
 
 def test_an_address_opens_a_problem_with_its_filter(report):

@@ -238,7 +238,27 @@ def test_the_next_row_is_read_from_its_beginning(out, chromium):
     assert chromium.value("document.getElementById('texts').getBoundingClientRect().top") < 0
     chromium.press("ArrowRight")
     top = chromium.value("document.getElementById('texts').getBoundingClientRect().top")
-    assert top >= chromium.value("document.querySelector('.move').getBoundingClientRect().bottom")
+    bar = "document.querySelector('.move').getBoundingClientRect().bottom"
+    assert top >= chromium.value(bar)
+    chromium.value(f"scrollBy(0, document.getElementById('texts').getBoundingClientRect().top - {bar} + 40)")
+    chromium.press("ArrowRight")  # also where the bar alone hides it
+    assert chromium.value("document.getElementById('texts').getBoundingClientRect().top") >= chromium.value(bar)
+
+
+def test_answers_stay_where_the_browser_keeps_no_more(out, chromium, tmp_path):
+    chromium.save_files_to(tmp_path / "saved")
+    chromium.open(out / "r1.html")
+    chromium.value("localStorage.clear(); location.reload()")
+    chromium.wait("document.getElementById('place').textContent === 'row 1 of 3, 0 answered'")
+    chromium.press("b")
+    chromium.value("Storage.prototype.setItem = () => { throw new Error('full'); }; 0")
+    for key in "ytnan":
+        chromium.press(key)
+    assert "keeps nothing" in chromium.value("document.getElementById('said').textContent")
+    chromium.value("document.getElementById('save').click()")
+    _, answers = read_sheet(saved(tmp_path), read_key(out / "key.json", "own"), FORM)
+    given = [(a["label"], a["sure"]) for a in answers.values()]
+    assert given == [("b", "yes"), ("tie", "no"), ("a", "no")]
 
 
 def test_two_tabs_and_a_key_that_is_held(out, chromium, tmp_path):

@@ -134,6 +134,7 @@ def test_methods_that_do_the_same_have_no_error_and_p_1():
     found = estimate(np.zeros((3, 10)))
     assert (found.mean, found.se, found.p, found.half) == (0.0, 0.0, 1.0, 0.0)
     assert estimate(np.ones((3, 10))).p == 0.0
+    assert [estimate(np.full((3, 60), value)).se for value in (0.55, 0.2, 0.97)] == [0.0] * 3  # no rounding either
 
 
 def test_few_seeds_pay_for_a_mean_square_that_is_small_by_chance():

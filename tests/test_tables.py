@@ -89,6 +89,8 @@ def test_family_table_has_the_detectable_effect_beside_what_decides_nothing(task
     assert row["b5"]["comparison"] == f"{B5} − {B3} (primary)"
     found = compare([task], family)
     other = family_table([*found, *(dataclasses.replace(c, task="apps") for c in found)], family, {})
+    lacking = family_table(found, family, {("apps", B5, B3): "no runs"})
+    assert lacking.rows[0][0] == f"{task.name}: {B5} − {B3} (primary)"  # the answer speaks of two tasks
     assert [line[0] for line in other.rows[1:3]] == [f"{task.name}: {CONTROL} − {B3}", f"apps: {B5} − {B3} (primary)"]
     assert len(row["b5"]["McNemar by seed"].split()) == 3
     assert (row["control"]["verdict"], row["control"]["MDE"], row["control"]["p"]) == ("undecided", "n/a", "n/a")

@@ -6,6 +6,7 @@ const state = { p: "", task: "", method: data.methods[0] || "", outcome: "", wor
 let found = []; // the problems that fit the filter
 let at = 0; // which of them is shown
 let writing; // the timer of an address to be written
+let written = ""; // the last one that was; news of it may come when the next problem is shown
 
 function make(tag, attributes, ...children) {
   const element = document.createElement(tag);
@@ -146,13 +147,17 @@ const inAddress = () => new URLSearchParams(Object.entries(state).filter(([, val
 
 function writeAddress() { // not at every key of a held one: browsers stop taking addresses then
   clearTimeout(writing);
-  writing = setTimeout(() => location.replace(`#${inAddress()}`), 150);
+  writing = setTimeout(() => {
+    written = inAddress();
+    location.replace(`#${written}`);
+  }, 150);
 }
 
 function readAddress() {
   const parts = new URLSearchParams(location.hash.slice(1));
-  if (!parts.has("p") || parts.toString() === inAddress()) return false;
+  if (!parts.has("p") || [written, inAddress()].includes(parts.toString())) return false;
   clearTimeout(writing);
+  written = parts.toString();
   const first = data.methods[0] || "";
   for (const name of Object.keys(state)) state[name] = parts.get(name) || (name === "method" ? first : "");
   fillFilters();

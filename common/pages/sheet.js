@@ -6,6 +6,7 @@ const columns = data.questions.map((question) => question.column);
 const store = `sheet ${data.sheet}`;
 let answers = {}; // {row: {column: label, comment: text}}
 let at = 0;
+let keeps = true; // whether the browser still stores answers
 
 function make(tag, attributes, ...children) {
   const element = document.createElement(tag);
@@ -34,7 +35,7 @@ function stored() {
 }
 
 function refresh() { // what another tab has answered meanwhile is answered here too
-  answers = { ...answers, ...stored() };
+  if (keeps) answers = { ...answers, ...stored() };
 }
 
 function keep(change) {
@@ -45,6 +46,7 @@ function keep(change) {
   try {
     place().setItem(store, JSON.stringify(answers));
   } catch {
+    keeps = false;
     $("said").textContent = "This browser keeps nothing: save the table before you close the page.";
   }
 }
@@ -74,7 +76,8 @@ function draw() {
 function go(to) {
   at = (to + data.rows.length) % data.rows.length;
   draw();
-  if ($("texts").getBoundingClientRect().top < 0) $("texts").scrollIntoView();
+  const bar = document.querySelector(".move").getBoundingClientRect(); // it stays at the top, over what scrolls
+  if ($("texts").getBoundingClientRect().top < bar.bottom) $("texts").scrollIntoView();
   location.replace(`#row=${data.rows[at].row}`);
 }
 
