@@ -32,6 +32,7 @@ from common.statistics import ALPHA, draw_counts, estimate, replicates
 
 MEAN, PROBLEMS_SD, METHOD_SD = -0.4, 3.0, 0.5  # logits: problems, and what a method has of its own on each of them
 AMONG = 15  # comparisons, as sweeps/nano.yaml declares
+OF_MANY, MDE_OF_MANY = f"type I of {AMONG}", f"MDE of {AMONG}"
 SEEDS, RUN_SDS = (3, 4, 5, 6, 10), (0.0, 0.08, 0.16, 0.8)
 REPLICATES, ROOM = 400, 0.95  # of a bootstrap; the highest accuracy that an effect may lead to
 
@@ -112,7 +113,7 @@ def null(rng: np.random.Generator, S: int, N: int, run_sd: float, sims: int, boo
     names = ("percentiles", "studentized", "t over seeds", "problems alone")
     rates = dict(zip(names, np.mean(others, axis=0))) if others else {}
     (one, among), (mde, far) = np.mean(wrong, axis=0), np.mean(detectable, axis=0)
-    more = {"type I of 15": among, "MDE of 15": far, "SD of runs": math.sqrt(np.mean(spread))}
+    more = {OF_MANY: among, MDE_OF_MANY: far, "SD of runs": math.sqrt(np.mean(spread))}
     return {"type I": one, **rates, "MDE": mde, **more}
 
 
@@ -131,7 +132,7 @@ def alternative(
 def main(args: Args) -> None:
     """One row a setting, in percent, as Markdown."""
     columns = ("SD of runs", "type I", "percentiles", "studentized", "t over seeds", "problems alone", "MDE", "power",
-               "coverage", "type I of 15", "MDE of 15", "power at it")  # fmt: skip
+               "coverage", OF_MANY, MDE_OF_MANY, "power at it")  # fmt: skip
     print("| seeds | run, logits | " + " | ".join(columns) + " |\n" + "|---" * (len(columns) + 2) + "|")
     for run_sd in RUN_SDS:
         for S in SEEDS:
@@ -139,10 +140,10 @@ def main(args: Args) -> None:
             row = null(rng, S, args.problems, run_sd, args.sims, args.bootstraps)
             if share_right(run_sd, 0.0) + 2 * row["MDE"] < ROOM:
                 row |= alternative(rng, S, args.problems, run_sd, args.sims, 2 * row["MDE"])
-            if share_right(run_sd, 0.0) + row["MDE of 15"] < ROOM:
-                far = alternative(rng, S, args.problems, run_sd, args.sims, row["MDE of 15"], ALPHA / AMONG)
+            if share_right(run_sd, 0.0) + row[MDE_OF_MANY] < ROOM:
+                far = alternative(rng, S, args.problems, run_sd, args.sims, row[MDE_OF_MANY], ALPHA / AMONG)
                 row["power at it"] = far["power"]
-            digits = lambda name: 2 if name == "type I of 15" else 1
+            digits = lambda name: 2 if name == OF_MANY else 1
             cells = " | ".join(f"{100 * row[name]:.{digits(name)}f}" if name in row else "n/a" for name in columns)
             print(f"| {S} | {run_sd:g} | {cells} |", flush=True)
 

@@ -138,8 +138,8 @@ def family_table(comparisons: list[Comparison], family: Family, absent: Absent) 
         found, mark = c.found, " (primary)" if (c.arm, c.base) == family.comparisons[0] else ""
         near = lambda pair: NOTHING if pair is None else " to ".join(map(signed, pair))
         open_ = c.verdict == "undecided"
-        detect = [NOTHING] * 2 if found is None else [
-            f"{c.detectable:.1f}" if c.detectable <= most else f">{most:.0f}", shares(c)]  # fmt: skip
+        least = lambda value: f"{value:.1f}" if value <= most else f">{most:.0f}"
+        detect = [NOTHING] * 2 if found is None else [least(c.detectable), shares(c)]
         needed = NOTHING if found is None else "more problems" if c.seeds_needed is None else str(
             max(c.seeds_needed, len(c.seeds) + 1))  # fmt: skip
         poi = c.improvement

@@ -16,7 +16,8 @@ function make(tag, attributes, ...children) {
 }
 
 // ---- outcomes ----
-const WORDS = { right: "\u2713 right in all seeds", wrong: "\u2717 wrong in all seeds", mixed: "\u25d0 right in", unscored: "\u2013 not scored" };
+const WORDS = { right: "\u2713 right in all seeds", wrong: "\u2717 wrong in all seeds",
+                mixed: "\u25d0 right in", unscored: "\u2013 not scored" };
 
 function outcome(problem, method) {
   const share = problem.outcomes[method];
