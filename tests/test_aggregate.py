@@ -84,6 +84,9 @@ def test_the_page_shows_problems_with_texts_and_shares(runs):
     assert min(abs(share(p)) for p in problems) >= sorted(map(abs, map(share, every)))[-11] - 1e-9
     i = task.first.ids.index(problems[0]["task_id"])
     assert problems[0]["texts"] == {arm: task.arms[arm][0].texts[i] for arm in (B3, B5)}
+    at = {arm: task.arms[arm][0].values["revised"] for arm in (B3, B5)}
+    for p in every:  # of the run whose text it is
+        assert p["shown"] == {arm: at[arm][task.first.ids.index(p["task_id"])] for arm in (B3, B5)}
     assert (problems[0]["x"], problems[0]["f"]) == (quads[i].x, quads[i].f)
 
 

@@ -213,6 +213,8 @@ def test_plots_are_large_enough_to_read(chromium, tmp_path, width, narrow, wide)
     assert shown == [pytest.approx(narrow, abs=8)] * 2 + [pytest.approx(wide, abs=8)]
     tops = chromium.value("[...document.querySelectorAll('figure')].map(i => i.getBoundingClientRect().top)")
     assert (tops[0] == tops[1]) is (width == 1280) and tops[2] > tops[1]
+    whole = "(box => box.scrollWidth <= box.clientWidth)(document.querySelector('.wide .scroll'))"
+    assert chromium.value(whole) is (width == 1280)  # the row is its own
     assert chromium.value("document.documentElement.scrollWidth") == width
 
 

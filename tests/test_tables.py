@@ -8,13 +8,16 @@ import dataclasses
 import io
 import re
 
+import numpy as np
 import pytest
 from made_results import made_matrix, made_run
 
 from common.claims import Family, compare, default_family, measure_all
 from common.page import Table
 from common.results import find_runs, read_runs
+from common.statistics import estimate
 from common.tables import (
+    FEW_PROBLEMS,
     all_tables,
     as_csv,
     as_latex,
@@ -50,6 +53,7 @@ def rows(task):
 
 def test_numbers():
     assert number("tokens", 41.26) == "41.3" and number("credit_auc", 0.51234) == "0.512"
+    assert [number("revised", value, sign=True) for value in (-0.0001, 0.0001)] == ["+0.0"] * 2  # no -0.0
     assert (p_value(None), p_value(0.0004), p_value(0.04)) == ("n/a", "<0.001", "0.040")
 
 
@@ -62,6 +66,9 @@ def test_cells_say_n_a_and_never_0_where_there_is_nothing(task, rows):
     assert re.fullmatch(r"\d\d\.\d \([+-]\d+\.\d ± \d+\.\d\)", with_effect(at_all(B5, "revised")))
     assert re.fullmatch(r"\d\d\.\d \([+-]\d+\.\d\)", with_effect(at_all(CONTROL, "revised")))
     assert "(" not in with_effect(at_all(B3, "revised"))
+    none = estimate(np.zeros((3, 60)))  # nothing varies, which is no knowledge of others
+    same = dataclasses.replace(at_all(B5, "revised"), mean=1.0, low=1.0, high=1.0, effect=none, difference=0.0)
+    assert (with_interval(same), with_effect(same)) == ("100.0", "100.0 (+0.0)")
 
 
 def test_main_table_has_the_untrained_base_every_arm_and_what_is_missing(task, rows):
@@ -120,6 +127,9 @@ def test_all_tables_are_rectangular_and_credit_stands_beside_its_null(task, rows
     ]  # fmt: skip
     assert all(len(row) == len(table.head) for table in tables for row in table.rows)
     credit = credit_table(task, index(rows))
+    assert credit.rows[0][4].endswith(" (n=51)")  # few, which it says: those that have it
+    many = [dataclasses.replace(row, problems=FEW_PROBLEMS) for row in rows]
+    assert not any("(n=" in cell for line in credit_table(task, index(many)).rows for cell in line)
     assert credit.head[2:5] == ["AUC matched", "its null", "excess"] and "value excess" not in credit.head
 
 
