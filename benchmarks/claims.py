@@ -13,7 +13,7 @@ same in all, so that the true difference is 0. Printed, for each number of seeds
 and, at the level that the first of AMONG comparisons has under Holm's method (5 % / AMONG): type I, and the power at
 the minimum detectable effect of that level, nominally 80 %.
 
-    python benchmarks/claims.py                   (about fifteen minutes on one idle CPU core)
+    python benchmarks/claims.py                   (about eight minutes on 2 idle CPU cores)
     python benchmarks/claims.py --sims 300 --bootstraps 100
 """
 
